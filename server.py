@@ -2,19 +2,21 @@
 # requires-python = ">=3.11"
 # dependencies = ["aiohttp>=3.14.3,<4"]
 # ///
-"""Seconds streamed: collect usage events, answer queries about them, show them live on a page.
+"""Seconds streamed: collect usage events, query them, and share out the money that they are worth.
 
     python server.py            then open http://127.0.0.1:8080, or curl http://127.0.0.1:8080/usage
 
 The words, as the code uses them:
 
-    event     one play of one track by one user, in exactly five fields (see `Event`)
-    usage     the events that are kept, in order of their start
-    block     some events that stand next to each other in the usage: one step of a long answer
-    batch     the 1 to 5 events that the simulation makes at a time
+    event         one play of one track by one user, in exactly five fields; a stream is the same
+    usage         the events that are kept
+    subscription  what a user pays a month, and through whom
+    revenue       of a month: what is left of all fees
+    block         some events that stand next to each other in the usage: one step of a long answer
+    batch         the 1 to 5 events that the simulation makes at a time
 
-Times are Unix seconds and durations are seconds, everywhere. The limits: one process, one event
-loop; the events are in memory, and gone when it ends.
+Times are Unix seconds, durations are seconds, money is in cents. The limits: one process, one event
+loop; what it knows is in memory, and gone when it ends.
 """
 
 from __future__ import annotations
@@ -40,22 +42,32 @@ import socket
 import sys
 import time
 from bisect import bisect_left, bisect_right, insort
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from operator import attrgetter
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
+from heapq import nsmallest
+from operator import add, attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import parse_qsl
 
+import aiohttp
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
-BLOCK_EVENTS = 1024  # at most, in one block: about 100 kB of JSON and 1 ms of work
-SLICE_BYTES = 64 * 1024  # a longer answer is streamed
+BLOCK_EVENTS = 1024  # at most, in one block: about 100 kB of JSON and half a millisecond of work
+CSV_ROWS = 256  # as much work
+STREAM_BYTES = 64 * 1024  # a longer answer is streamed
 GZIP_BYTES = 1024  # a shorter answer is not worth compressing
 BODY_BYTES = 1024 * 1024
-SHUTDOWN_SECONDS = 2  # aiohttp waits up to twice this for requests under way; 5 s are promised
-MISSED_BATCHES = 3  # after so many intervals without a batch the simulation counts as stopped
+BODY_SECONDS = 10
+POST_EVENTS = 1_000
+SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way; 5 s are promised
+LATE_SECONDS = 5  # a batch that is no later than this, or than three intervals, is not missed
+FETCH_TIMEOUT = aiohttp.ClientTimeout(total=30)
+DAY = 86_400
 
 STATE: web.AppKey[State] = web.AppKey("state")
 
@@ -69,18 +81,28 @@ NAMES = ("user_id", "track_id", "label")
 FIELDS = (*NAMES, "stream_started_on", "seconds_streamed")
 
 # Control characters forge log lines and break CSV; lone surrogates cannot be written as UTF-8.
-IDENTIFIER_CHARACTERS = 128
 FORBIDDEN_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+TEXT_CHARACTERS = 128
 
-encode_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+SECONDS = tuple(range(DAY + 1))  # what a stream can have lasted
+
+to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class InvalidError(ValueError):
     """What a client asked for or sent is malformed; the message names the field or parameter."""
 
 
-class FutureError(InvalidError):
+class FromInFutureError(InvalidError):
     """`from` lies in the future."""
+
+
+class MissingError(LookupError):
+    """There is nothing under this id."""
+
+
+class KeyReusedError(ValueError):
+    """An idempotency key came again, with another body."""
 
 
 @dataclass(slots=True, eq=False)
@@ -100,109 +122,237 @@ class Event:
     json: bytes = field(init=False)
 
     def __post_init__(self) -> None:
+        # The same few names and numbers come again and again: one object of each takes half the memory.
+        self.user_id, self.track_id = sys.intern(self.user_id), sys.intern(self.track_id)
+        self.label, self.seconds_streamed = sys.intern(self.label), SECONDS[self.seconds_streamed]
         # Written out, for it is done for every event: a dict and json.dumps take three times as long.
         self.json = (
-            f'{{"user_id":{encode_text(self.user_id)},"track_id":{encode_text(self.track_id)},'
-            f'"label":{encode_text(self.label)},"stream_started_on":{self.stream_started_on},'
+            f'{{"user_id":{to_json(self.user_id)},"track_id":{to_json(self.track_id)},'
+            f'"label":{to_json(self.label)},"stream_started_on":{self.stream_started_on},'
             f'"seconds_streamed":{self.seconds_streamed}}}'
         ).encode()
 
+    @property
+    def stream(self) -> bytes:
+        """The JSON with the id before the five keys."""
+        return b'{"id":%d,%b' % (self.id, self.json[1:])
 
-def check_identifier(name: str, value: object) -> str:
+
+def check_text(name: str, value: object) -> str:
     """Return `value` if it is 1 to 128 characters and none of them a control character.
 
     Raises InvalidError, which names the field or parameter `name`.
     """
-    if not isinstance(value, str) or not 1 <= len(value) <= IDENTIFIER_CHARACTERS:
-        raise InvalidError(f"{name} must be a text of 1 to {IDENTIFIER_CHARACTERS} characters")
+    if not isinstance(value, str) or not 1 <= len(value) <= TEXT_CHARACTERS:
+        raise InvalidError(f"{name} must be a text of 1 to {TEXT_CHARACTERS} characters")
     if FORBIDDEN_CHARACTERS.search(value):
         raise InvalidError(f"{name} must not contain control characters")
     return value
 
 
+def check_int(name: str, value: object, high: int) -> int:
+    """Return `value` if it is an int from 0 to `high`: `true` is none, and neither is `1.0`."""
+    if type(value) is not int or not 0 <= value <= high:
+        raise InvalidError(f"{name} must be an int from 0 to {high}")
+    return value
+
+
+def check_keys(name: str, value: object, keys: Iterable[str]) -> dict[str, Any]:
+    """Return `value` if it is a JSON object with just these keys."""
+    if not isinstance(value, dict):
+        raise InvalidError(f"{name} must be an object")
+    for key in value.keys() - set(keys):
+        raise InvalidError(f"{key[:TEXT_CHARACTERS]!r} is an unknown key of {name}")
+    for key in keys:
+        if key not in value:
+            raise InvalidError(f"{key} is missing in {name}")
+    return value
+
+
+def parse_event(value: object, now: float) -> Event:
+    """Return the event that `value`, parsed JSON, is; `now` is in Unix seconds.
+
+    Raises InvalidError, which names the field: the one validation of an event.
+    """
+    fields = check_keys("the event", value, FIELDS)
+    user, track, label = (check_text(name, fields[name]) for name in NAMES)
+    started = check_int("stream_started_on", fields["stream_started_on"], int(now))
+    return Event(user, track, label, started, check_int("seconds_streamed", fields["seconds_streamed"], DAY))
+
+
+def parse_events(value: object, now: float) -> list[Event]:
+    """Return the event, or the array of 1 to 1,000 events, that `value` is; an error names the index."""
+    if not isinstance(value, list):
+        return [parse_event(value, now)]
+    if not 1 <= len(value) <= POST_EVENTS:
+        raise InvalidError(f"an array must hold 1 to {POST_EVENTS} events")
+    events = []
+    for index, item in enumerate(value):
+        try:
+            events.append(parse_event(item, now))
+        except InvalidError as error:
+            raise InvalidError(f"[{index}]: {error}") from None
+    return events
+
+
 # ── Usage ───────────────────────────────────────────────────────────────────────────────────────
 # The events that are kept, and the questions that can be asked about them.
 
-START = attrgetter("stream_started_on")
+ID = attrgetter("id")
 ORDER = attrgetter("stream_started_on", "id")  # equal starts keep the order of their arrival
 
 
-class Usage:
-    """The events that are kept, in order of `stream_started_on`, in a deque of blocks.
+class Blocks:
+    """Events in order of a key, in a deque of blocks.
 
     A block is never changed: a writer puts a new one in its place. So whoever holds blocks sees one
-    moment, however slowly it reads, without a copy of its own; and an event that arrives late costs
-    the copy of one block instead of shifting the whole deque.
+    moment, however slowly it reads, without a copy of its own; and an event that belongs into the
+    middle costs the copy of one block instead of shifting the whole deque.
     """
+
+    def __init__(self, key: Callable[[Event], Any]) -> None:
+        """Order by `key`, which no two events share."""
+        self.key = key
+        self.blocks: deque[list[Event]] = deque()
+
+    def add(self, events: Iterable[Event]) -> None:
+        """Put each event in its place."""
+        pending = sorted(events, key=self.key)
+        if pending and not self.blocks:
+            self.blocks.append([])
+            self._replace(0, pending)
+            return
+        while pending:
+            at = max(0, self._find(pending[0]))
+            fit = len(pending)
+            if at + 1 < len(self.blocks):
+                fit = bisect_left(pending, self.key(self.blocks[at + 1][0]), key=self.key)
+            block = self.blocks[at].copy()
+            for event in pending[:fit]:
+                insort(block, event, key=self.key)
+            self._replace(at, block)
+            pending = pending[fit:]
+
+    def remove(self, event: Event) -> None:
+        """Take out `event`, which is there."""
+        at = self._find(event)
+        block = self.blocks[at].copy()
+        del block[bisect_left(block, self.key(event), key=self.key)]
+        self._replace(at, block)
+
+    def between(self, low: Any = None, high: Any = None) -> list[list[Event]]:
+        """Return the events with `low <= key < high`, in order, as blocks."""
+        first, end = 0, len(self.blocks)
+        if low is not None:
+            first = bisect_left(self.blocks, low, key=lambda block: self.key(block[-1]))
+        if high is not None:
+            end = bisect_left(self.blocks, high, key=lambda block: self.key(block[0]))
+        found = list(itertools.islice(self.blocks, first, end))
+        if found and low is not None:
+            found[0] = found[0][bisect_left(found[0], low, key=self.key) :]
+        if found and high is not None:
+            found[-1] = found[-1][: bisect_left(found[-1], high, key=self.key)]
+        return found
+
+    def _find(self, event: Event) -> int:
+        """Return the place of the block that `event` belongs to, -1 if it comes before all."""
+        return bisect_right(self.blocks, self.key(event), key=lambda block: self.key(block[0])) - 1
+
+    def _replace(self, at: int, events: list[Event]) -> None:
+        """Put `events` in the place of the block there, cut into blocks of about equal length."""
+        del self.blocks[at]
+        parts = math.ceil(len(events) / BLOCK_EVENTS)
+        for part in reversed(range(parts)):
+            self.blocks.insert(at, events[len(events) * part // parts : len(events) * (part + 1) // parts])
+
+
+class Totals(dict[Any, list[int]]):
+    """Streams and seconds, as a list of the two, under a key each; what has no stream has no key."""
+
+    def count(self, key: Any, streams: int, seconds: int) -> None:
+        """Add to what stands under `key`."""
+        total = self.setdefault(key, [0, 0])
+        total[0] += streams
+        total[1] += seconds
+        if not total[0]:
+            del self[key]
+
+
+@lru_cache(maxsize=4096)
+def month_of(day: int) -> str:
+    """Return the month, as in 2019-03, in which the day with this number since 1970 lies, in UTC."""
+    return time.strftime("%Y-%m", time.gmtime(day * DAY))
+
+
+class Usage:
+    """The events that are kept, and their totals, which the report reads."""
 
     def __init__(self, keep: int) -> None:
         """Keep the `keep` events that started last."""
-        self.blocks: deque[list[Event]] = deque()
         self.keep = keep
+        self.by_start = Blocks(ORDER)
+        self.by_id = Blocks(ID)
+        self.months: defaultdict[str, Totals] = defaultdict(Totals)  # of each: (user_id, label)
+        self.tracks = Totals()  # (user_id, track_id)
+        self.keys: dict[str, tuple[bytes, int]] = {}  # idempotency key -> hash of the body, first id
         self.count = 0
-        self.version = 0  # another one whenever an answer could be another
         self.last_id = 0
-        self.dropped = 0
+        self.version = secrets.randbits(48)  # changes with every change, and with every start
+        self.warned = False
 
-    def add(self, events: Iterable[Event]) -> None:
-        """Give each event its id and put it in its place; then drop the oldest above `keep`."""
-        pending = list(events)
-        for event in pending:
+    @property
+    def etag(self) -> str:
+        """What tells one state of the usage from another."""
+        return f"{self.version:x}"
+
+    def add(self, events: Sequence[Event]) -> None:
+        """Give each event its id and keep it; then drop the oldest above `keep`."""
+        for event in events:
             self.last_id += 1
             event.id = self.last_id
-        pending.sort(key=ORDER)
-        self.count += len(pending)
+        self._insert(events)
+        if self.count > self.keep and not self.warned:
+            self.warned = True
+            log.warning("there are more than %d events: from now on the oldest go (--keep)", self.keep)
+        while self.count > self.keep:
+            self.remove(self.by_start.blocks[0][0])
+
+    def started_between(self, since: int | None, until: int | None) -> list[list[Event]]:
+        """Return the events with `since <= stream_started_on < until`, in order, as blocks."""
+        return self.by_start.between(*(None if time is None else (time, 0) for time in (since, until)))
+
+    def find(self, stream_id: int) -> Event:
+        """Return the event with this id; raises MissingError."""
+        for block in self.by_id.between(stream_id, stream_id + 1):
+            for event in block:
+                return event
+        raise MissingError(f"there is no stream {stream_id}")
+
+    def replace(self, old: Event, new: Event) -> None:
+        """Put `new` in the place of `old`, with its id."""
+        new.id = old.id
+        self.remove(old)
+        self._insert([new])
+
+    def remove(self, event: Event) -> None:
+        """Forget `event`."""
+        self.by_start.remove(event)
+        self.by_id.remove(event)
+        self._count([event], -1)
+
+    def _insert(self, events: Sequence[Event]) -> None:
+        self.by_start.add(events)
+        self.by_id.add(events)
+        self._count(events, 1)
+
+    def _count(self, events: Sequence[Event], sign: int) -> None:
         self.version += 1
-        while pending:
-            pending = self._fill_block(pending)
-        self._drop_oldest()
-
-    def _fill_block(self, pending: list[Event]) -> list[Event]:
-        """Put the first of `pending`, and the others that belong to the same block, in; return the rest."""
-        if not self.blocks:
-            self.blocks.extend(_split(pending))
-            return []
-        following = bisect_right(self.blocks, ORDER(pending[0]), key=lambda block: ORDER(block[0])) or 1
-        fit = len(pending)
-        if following < len(self.blocks):
-            fit = bisect_left(pending, ORDER(self.blocks[following][0]), key=ORDER)
-        block = self.blocks[following - 1].copy()
-        for event in pending[:fit]:
-            insort(block, event, key=ORDER)
-        del self.blocks[following - 1]
-        for part in reversed(_split(block)):
-            self.blocks.insert(following - 1, part)
-        return pending[fit:]
-
-    def _drop_oldest(self) -> None:
-        while (excess := self.count - self.keep) > 0:
-            if not self.dropped:
-                log.warning("there are more than %d events: from now on the oldest go (--keep)", self.keep)
-            oldest = self.blocks.popleft()
-            if oldest[excess:]:
-                self.blocks.appendleft(oldest[excess:])
-            self.count -= len(oldest[:excess])
-            self.dropped += len(oldest[:excess])
-
-    def between(self, since: int | None, until: int | None) -> list[list[Event]]:
-        """Return the events with `since <= stream_started_on < until`, in blocks."""
-        first, end = 0, len(self.blocks)
-        if since is not None:
-            first = bisect_left(self.blocks, since, key=lambda block: START(block[-1]))
-        if until is not None:
-            end = bisect_left(self.blocks, until, key=lambda block: START(block[0]))
-        found = list(itertools.islice(self.blocks, first, end))
-        if found and since is not None:
-            found[0] = found[0][bisect_left(found[0], since, key=START) :]
-        if found and until is not None:
-            found[-1] = found[-1][: bisect_left(found[-1], until, key=START)]
-        return found
-
-
-def _split(events: list[Event]) -> list[list[Event]]:
-    """Cut `events` into blocks of about equal length, BLOCK_EVENTS at most."""
-    size = math.ceil(len(events) / math.ceil(len(events) / BLOCK_EVENTS))
-    return [events[at : at + size] for at in range(0, len(events), size)]
+        self.count += sign * len(events)
+        for event in events:
+            streams, seconds = sign, sign * event.seconds_streamed
+            month = self.months[month_of(event.stream_started_on // DAY)]
+            month.count((event.user_id, event.label), streams, seconds)
+            self.tracks.count((event.user_id, event.track_id), streams, seconds)
 
 
 def matching(blocks: Iterable[list[Event]], names: Mapping[str, frozenset[str]]) -> Iterator[list[Event]]:
@@ -210,29 +360,304 @@ def matching(blocks: Iterable[list[Event]], names: Mapping[str, frozenset[str]])
     for block in blocks:
         found = block
         for name, wanted in names.items():
-            get = attrgetter(name)
-            found = [event for event in found if get(event) in wanted]
+            found = [event for event in found if getattr(event, name) in wanted]
         yield found
 
 
 def grouped(blocks: Iterable[list[Event]], by: tuple[str, ...]) -> Iterator[list[dict[str, Any]]]:
     """Yield one row a combination of `by`: most seconds first, ties in order of the names.
 
-    All rows come at the end; an empty list comes after each block, for others to be let in.
+    The rows come at the end; an empty list comes after each block, for others to be let in.
     """
-    get = attrgetter(*by)
-    totals: dict[Any, list[int]] = {}
+    get = attrgetter(*by) if len(by) > 1 else lambda event: (getattr(event, by[0]),)
+    totals = Totals()
     for block in blocks:
         for event in block:
-            total = totals.setdefault(get(event), [0, 0])
-            total[0] += 1
-            total[1] += event.seconds_streamed
+            totals.count(get(event), 1, event.seconds_streamed)
         yield []
     ranked = sorted(totals.items(), key=lambda item: (-item[1][1], item[0]))
-    yield [
-        dict(zip(by, key if len(by) > 1 else (key,), strict=True), events=events, seconds_streamed=seconds)
-        for key, (events, seconds) in ranked
+    for at in range(0, len(ranked), BLOCK_EVENTS):
+        yield [
+            dict(zip(by, key, strict=True), events=streams, seconds_streamed=seconds)
+            for key, (streams, seconds) in ranked[at : at + BLOCK_EVENTS]
+        ]
+
+
+# ── Royalties ───────────────────────────────────────────────────────────────────────────────────
+# Who is owed what. Money is in ints: cents, or hundredths of a cent before the revenue is rounded.
+
+FACTORS = {"app_store": 70, "web": 90}  # per cent: what the store or the payment provider leaves
+FEE = re.compile(r"([0-9]{1,5})(?:\.([0-9]{1,2}))?")
+HIGHEST_FEE = 1_000_000  # cents
+CURRENCY = "EUR"
+REPORT_COLUMNS = (
+    "month", "currency", "label", "streams", "seconds_streamed", "share", "amount", "amount_user_centric",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """What a user subscribes to; `fee` is in cents a month."""
+
+    product_type: str
+    fee: int
+    origin: str
+
+    @property
+    def net(self) -> int:
+        """What is left of the fee, in hundredths of a cent."""
+        return self.fee * FACTORS[self.origin]
+
+
+SUBSCRIPTIONS = {
+    "user1": Subscription("premium", 799, "app_store"),
+    "user2": Subscription("platinum", 1499, "web"),
+    "user3": Subscription("premium", 799, "web"),
+}
+
+
+def parse_subscription(value: object) -> Subscription:
+    """Return the subscription that `value`, parsed JSON, is; raises InvalidError, which names the field."""
+    fields = check_keys("the subscription", value, ("product_type", "fee", "origin"))
+    fee = FEE.fullmatch(check_text("fee", fields["fee"]))
+    cents = int(fee[1]) * 100 + int((fee[2] or "").ljust(2, "0")) if fee else math.inf
+    if cents > HIGHEST_FEE:
+        raise InvalidError("fee must be a decimal text from 0 to 10000 with two decimals at most")
+    if fields["origin"] not in tuple(FACTORS):
+        raise InvalidError(f"origin must be one of {', '.join(FACTORS)}")
+    return Subscription(check_text("product_type", fields["product_type"]), int(cents), fields["origin"])
+
+
+def euros(cents: int) -> str:
+    """Write cents as a decimal."""
+    return f"{cents // 100}.{cents % 100:02}"
+
+
+def share_out(cents: int, weights: Mapping[str, int]) -> dict[str, int]:
+    """Share out `cents` in proportion to the weights, to the last cent: by the largest remainder.
+
+    Each gets its share rounded down; what is left goes, a cent each, to those who lost most by the
+    rounding, ties in order of the name. Without any weight nobody gets anything.
+    """
+    whole = sum(weights.values()) or 1
+    shares = {name: cents * weight // whole for name, weight in weights.items()}
+    left = cents - sum(shares.values()) if any(weights.values()) else 0
+    for name in sorted(weights, key=lambda name: (-(cents * weights[name] % whole), name))[:left]:
+        shares[name] += 1
+    return shares
+
+
+def share_month(
+    totals: Mapping[tuple[str, str], list[int]], subscriptions: Mapping[str, Subscription]
+) -> tuple[int, dict[str, list[int]]]:
+    """Return the revenue of a month, in cents, and each label's streams, seconds, and cents owed.
+
+    `totals` holds streams and seconds by user and label. The cents are owed pro rata, where a label's
+    weight is its seconds, and user-centric, where it is what the label gets of each subscriber's net
+    fee: fractions by that subscriber's seconds, which a common denominator makes ints.
+    """
+    revenue = (sum(subscription.net for subscription in subscriptions.values()) + 50) // 100  # half up
+    labels, users = Totals(), Totals()
+    for (user, label), (streams, seconds) in totals.items():
+        labels.count(label, streams, seconds)
+        users.count(user, streams, seconds)
+    weights = {label: seconds for label, (_, seconds) in labels.items()}
+    whole = sum(weights.values()) or 1
+    listened = {user: users[user][1] for user in subscriptions.keys() & users.keys() if users[user][1]}
+    common = math.lcm(whole, *listened.values())
+    per_second = {user: subscriptions[user].net * (common // listened[user]) for user in listened}
+    silent = sum(subscription.net for user, subscription in subscriptions.items() if user not in listened)
+    claims = {label: silent * (common // whole) * seconds for label, seconds in weights.items()}
+    for (user, label), (_, seconds) in totals.items():
+        claims[label] += per_second.get(user, 0) * seconds
+    pro_rata, user_centric = share_out(revenue, weights), share_out(revenue, claims)
+    return revenue, {label: [*labels[label], pro_rata[label], user_centric[label]] for label in labels}
+
+
+def write_shares(owed: Mapping[str, list[int]]) -> list[dict[str, Any]]:
+    """Return the report's lines for what `share_month` found: highest amount first, then by name."""
+    whole = sum(seconds for _, seconds, _, _ in owed.values()) or 1
+    return [
+        {
+            "label": label,
+            "streams": streams,
+            "seconds_streamed": seconds,
+            "share": round(seconds / whole, 6),  # no money, so a float will do
+            "amount": euros(amount),
+            "amount_user_centric": euros(user_centric),
+        }
+        for label, (streams, seconds, amount, user_centric) in sorted(
+            owed.items(), key=lambda item: (-item[1][2], item[0])
+        )
     ]
+
+
+def report(
+    months: Mapping[str, Mapping[tuple[str, str], list[int]]], subscriptions: Mapping[str, Subscription]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the report over `months`, each shared out on its own, and its lines by month and label."""
+    revenue, lines = 0, []
+    added: dict[str, list[int]] = {}
+    for month in sorted(months):
+        cents, owed = share_month(months[month], subscriptions)
+        revenue += cents
+        lines += [{"month": month, "currency": CURRENCY} | line for line in write_shares(owed)]
+        for label, figures in owed.items():
+            added[label] = list(map(add, figures, added.get(label, [0, 0, 0, 0])))
+    data = {
+        "currency": CURRENCY,
+        "months": sorted(months),
+        "subscribers": len(subscriptions),
+        "revenue": euros(revenue),
+        "distributed": euros(sum(amount for _, _, amount, _ in added.values())),
+        "seconds_streamed": sum(seconds for _, seconds, _, _ in added.values()),
+        "labels": write_shares(added),
+    }
+    return data, lines
+
+
+def describe_users(usage: Usage, subscriptions: Mapping[str, Subscription]) -> dict[str, dict[str, Any]]:
+    """Return all who streamed or subscribe, in order of id, with their seconds by label and by track."""
+    users: dict[str, dict[str, Any]] = {}
+    for user in sorted(subscriptions.keys() | {user for user, _ in usage.tracks}):
+        found = subscriptions.get(user)
+        users[user] = {"user_id": user, "streams": 0, "seconds_streamed": 0, "labels": {}, "tracks": {}}
+        users[user]["subscription"] = asdict(found) | {"fee": euros(found.fee)} if found else None
+    for (user, track), (streams, seconds) in sorted(usage.tracks.items()):
+        users[user]["streams"] += streams
+        users[user]["seconds_streamed"] += seconds
+        users[user]["tracks"][track] = seconds
+    for totals in usage.months.values():
+        for (user, label), (_, seconds) in sorted(totals.items()):
+            users[user]["labels"][label] = users[user]["labels"].get(label, 0) + seconds
+    return users
+
+
+# ── Import ──────────────────────────────────────────────────────────────────────────────────────
+# The three files of a royalty backend: all that they hold or, with a list of their faults, nothing.
+
+USER_COLUMNS = ("user_id", "product_type", "fee", "origin")
+STREAM_COLUMNS = ("date", "user_id", "region", "track_id", "seconds")
+DATE = re.compile(r"[0-9]{2}/[0-9]{2}/[0-9]{4}")
+NAMED_FAULTS = 20
+PROGRESS_SECONDS = 1
+
+
+class ImportFailedError(Exception):
+    """The files cannot be imported; the message names file, line and fault, one a line."""
+
+
+class Import:
+    """What `users.csv` and `streaming.csv` hold, with the labels that the tracks belong to."""
+
+    def __init__(self, directory: Path, tracks: bytes, now: float) -> None:
+        """Read everything; raises ImportFailedError with the faults of all files together."""
+        self.faults: list[str] = []
+        self.labels: dict[str, str] = {}
+        self.subscriptions: dict[str, Subscription] = {}
+        self.events: list[Event] = []
+        self._read_tracks(tracks)
+        for where, row in self._rows(directory / "users.csv", USER_COLUMNS):
+            with self._noting(where):
+                user = check_text("user_id", row.pop("user_id"))
+                if user in self.subscriptions:
+                    raise InvalidError(f"user {user!r} is there twice")
+                self.subscriptions[user] = parse_subscription(row | {"fee": row["fee"].replace(",", ".")})
+        for where, row in self._rows(directory / "streaming.csv", STREAM_COLUMNS):
+            with self._noting(where):
+                self.events.append(self._parse_stream(row, now))
+        if self.faults:
+            raise ImportFailedError("\n".join(self.faults[:NAMED_FAULTS]))
+
+    @contextlib.contextmanager
+    def _noting(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.faults.append(f"{where}: {error.strerror}")
+        except (ValueError, RecursionError, csv.Error) as error:
+            self.faults.append(f"{where}: {error}")
+
+    def _read_tracks(self, tracks: bytes) -> None:
+        items: object = []
+        with self._noting("tracks.json"):
+            items = json.loads(tracks.decode("utf-8-sig"))
+            if not isinstance(items, list):
+                raise InvalidError("it must hold a list of tracks")
+        for number, item in enumerate(items if isinstance(items, list) else [], 1):
+            with self._noting(f"tracks.json, track {number}"):
+                if not isinstance(item, dict) or "track_id" not in item:
+                    raise InvalidError("track_id is missing")
+                keys = [key for key in item if key.startswith("label")]
+                key = "label" if "label" in keys or not keys else keys[0]
+                track, label = check_text("track_id", item["track_id"]), check_text(key, item.get(key))
+                if self.labels.setdefault(track, label) != label:
+                    raise InvalidError(f"track {track!r} is there twice, with another label")
+
+    def _rows(self, path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yield `file:line` and the cells by column, for each row that has them all."""
+        began = shown = time.monotonic()
+        with self._noting(path.name), path.open(encoding="utf-8-sig", newline="") as file:
+            delimiter = ";" if ";" in (header := file.readline()) else ","
+            header_cells = next(csv.reader([header], delimiter=delimiter), [])
+            names = [name.strip().replace(" ", "_") for name in header_cells]
+            if sorted(names) != sorted(columns):
+                raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            for cells in filter(None, reader):
+                where = f"{path.name}:{reader.line_num + 1}"
+                if len(cells) == len(names):
+                    yield where, dict(zip(names, cells, strict=True))
+                else:
+                    self.faults.append(f"{where}: {len(cells)} columns instead of {len(names)}")
+                if sys.stderr.isatty() and (now := time.monotonic()) > shown + PROGRESS_SECONDS:
+                    shown = now
+                    print(f"\r{where} after {now - began:.0f} s", end="", file=sys.stderr, flush=True)
+        if shown > began:
+            print(file=sys.stderr)
+
+    def _parse_stream(self, row: Mapping[str, str], now: float) -> Event:
+        if row["track_id"] not in self.labels:
+            raise InvalidError(f"track {row['track_id']!r} is not among the tracks")
+        if not INTEGER.fullmatch(row["seconds"]):
+            raise InvalidError(f"seconds {row['seconds']!r} is no int")
+        fields = {
+            "user_id": row["user_id"],
+            "track_id": row["track_id"],
+            "label": self.labels[row["track_id"]],
+            "stream_started_on": midnight(row["date"]),
+            "seconds_streamed": int(row["seconds"]),
+        }
+        return parse_event(fields, now)
+
+
+@lru_cache(maxsize=4096)
+def midnight(date: str) -> int:
+    """Return the time, in Unix seconds, at which the day dd/mm/yyyy begins in UTC; raises InvalidError."""
+    try:
+        if not DATE.fullmatch(date):
+            raise ValueError
+        return int(datetime.strptime(date, "%d/%m/%Y").replace(tzinfo=UTC).timestamp())
+    except ValueError:
+        raise InvalidError(f"date {date!r} is no day dd/mm/yyyy") from None
+
+
+async def fetch_tracks(url: str) -> bytes:
+    """Return what `url` answers; it is tried up to 5 times, the wait doubling from 0.5 s.
+
+    Raises aiohttp.ClientError or OSError (TimeoutError is one) for what went wrong the last time.
+    """
+    async with aiohttp.ClientSession(raise_for_status=True, timeout=FETCH_TIMEOUT) as session:
+        for wait in (0.5, 1, 2, 4, None):
+            try:
+                async with session.get(url) as answer:
+                    return await answer.read()
+            except (aiohttp.ClientError, OSError) as error:
+                if wait is None:
+                    raise
+                log.warning("the tracks could not be fetched, next try in %s s: %s", wait, error or "timeout")
+                await asyncio.sleep(wait)
+    raise AssertionError  # the last try returns or raises
 
 
 # ── Simulation ──────────────────────────────────────────────────────────────────────────────────
@@ -258,27 +683,36 @@ class Simulation:
     """The random generator, and what `/health` tells; `last_batch` is in monotonic seconds."""
 
     rng: random.Random
-    last_batch: float | None = None
+    last_batch: float = -math.inf
     errors: int = 0
 
 
 def tick(state: State, now: float, rng: random.Random) -> None:
-    """Add one batch that ends at `now`."""
+    """Add a batch that ends at `now`."""
     state.usage.add(simulate_batch(int(now), rng))
     state.simulation.last_batch = time.monotonic()
 
 
 async def simulate_history(state: State) -> None:
     """Add the batches of the `history` days before now, at the rate of the simulation."""
-    interval, now, rng = state.config.interval, state.clock(), state.simulation.rng
-    # A batch holds an event at least: of more batches than `keep` the first would be dropped again.
-    batches = min(int(state.config.history * 86_400 / interval), state.config.keep)
+    config, now = state.config, state.clock()
     events: list[Event] = []
-    for number in range(batches, 0, -1):
-        events += simulate_batch(int(now - number * interval), rng)
-        if number % BLOCK_EVENTS == 0:
+    for number in range(1, int(config.history * DAY / config.interval) + 1):  # the latest first
+        if len(events) >= config.keep:
+            log.warning("--keep ends the history after %.1f days", number * config.interval / DAY)
+            break
+        events += simulate_batch(int(now - number * config.interval), state.simulation.rng)
+        if number % 1_000 == 0:
             await asyncio.sleep(0)  # a signal can end a long start
-    state.usage.add(events)
+    state.usage.add(events[config.keep - 1 :: -1])
+
+
+def next_due(due: float, now: float, interval: float) -> float:
+    """Return when the batch after the one at `due` comes: in rhythm, whenever `now` is.
+
+    What a process has missed that was stopped for an hour does not come all at once.
+    """
+    return due + interval * max(1, math.ceil((now - due) / interval))
 
 
 async def run_simulation(state: State) -> None:
@@ -294,17 +728,16 @@ async def run_simulation(state: State) -> None:
         except Exception:
             state.simulation.errors += 1
             log.exception("a simulated batch failed")
-        # A process that was held up for an hour goes on in rhythm, without 360 batches at once.
-        due += interval * max(1, math.ceil((now() - due) / interval))
+        due = next_due(due, now(), interval)
         await asyncio.sleep(due - now())
 
 
 # ── HTTP: parsing, errors, safety ───────────────────────────────────────────────────────────────
-# What comes in is parsed here; every answer goes out through `send`, every error through
-# `answer_errors`. The rules above know nothing of HTTP.
+# What comes in is parsed here; an answer goes out through `send` if it depends on the data alone,
+# else through `reply`; every error through `answer_errors`. The rules above know nothing of HTTP.
 
-PARAMETERS = ("from", "to", *NAMES, "group_by", "format")
 INTEGER = re.compile(r"-?[0-9]{1,100}")
+IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
 CONTENT_TYPES = {
@@ -318,140 +751,173 @@ SAFETY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+STATUSES = {InvalidError: 400, MissingError: 404, KeyReusedError: 422}
+
+GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permutations(NAMES, size))
+
+# What a parameter may be, what that is called, and what is made of it.
+PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
+    "from": (INTEGER.pattern, "an int", int),
+    "to": (INTEGER.pattern, "an int", int),
+    "group_by": (GROUP_BY, f"a comma list of {', '.join(NAMES)}", lambda text: tuple(text.split(","))),
+    "format": (r"json|ndjson|csv", "json, ndjson or csv", str),
+    "limit": (r"0*([1-9][0-9]{0,2}|1000)", "an int from 1 to 1000", int),
+    "after": (r"[0-9]{1,100}", "an int, 0 or more", int),
+    "month": (r"[0-9]{4}-(0[1-9]|1[0-2])", "a month as in 2019-03", str),
+}
+FILTERS = ("from", "to", *NAMES)
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
-    """What `/usage` was asked: `since <= stream_started_on < until`, and one of `names` each."""
+def parse_query(query: str, *parameters: str) -> dict[str, Any]:
+    """Parse a query string; the values of a name, which may come more than once, are returned as a set.
 
-    since: int | None
-    until: int | None
-    names: Mapping[str, frozenset[str]]
-    group_by: tuple[str, ...]
-    format: str
-
-
-def parse_query(parameters: Iterable[tuple[str, str]], now: float) -> Query:
-    """Parse the parameters of `/usage`.
-
-    Raises InvalidError, which names the parameter, and FutureError if `from` is later than `now`.
+    Raises InvalidError, which names the parameter.
     """
-    given: dict[str, list[str]] = {}
-    for name, value in parameters:
-        if name not in PARAMETERS:
-            raise InvalidError(f"unknown parameter {name[:128]!r}")
-        given.setdefault(name, []).append(value)
-        if len(given[name]) > 1 and name not in NAMES:
+    asked: dict[str, Any] = {}
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, errors="strict")
+    except ValueError:
+        raise InvalidError("the query is not UTF-8") from None
+    for name, text in pairs:
+        if name not in parameters:
+            raise InvalidError(f"unknown parameter {name[:TEXT_CHARACTERS]!r}")
+        if name in NAMES:
+            asked.setdefault(name, set()).add(check_text(name, text))
+            continue
+        if name in asked:
             raise InvalidError(f"{name} is given more than once")
-    names = {
-        name: frozenset(check_identifier(name, value) for value in given[name])
-        for name in NAMES
-        if name in given
-    }
-    group_by = tuple(given["group_by"][0].split(",")) if "group_by" in given else ()
-    if len(set(group_by)) < len(group_by) or not set(group_by) <= set(NAMES):
-        raise InvalidError(f"group_by must be a comma list of {', '.join(NAMES)}")
-    form = given.get("format", ["json"])[0]
-    if form not in ("json", "ndjson", "csv"):
-        raise InvalidError("format must be json, ndjson or csv")
-    since, until = (_parse_int(name, given[name][0]) if name in given else None for name in ("from", "to"))
-    if since is not None and since > now:
-        raise FutureError("from is in the future")
-    return Query(since, until, names, group_by, form)
+        pattern, kind, convert = PARAMETERS[name]
+        if not re.fullmatch(pattern, text):
+            raise InvalidError(f"{name} must be {kind}")
+        asked[name] = convert(text)
+    return asked
 
 
-def _parse_int(name: str, text: str) -> int:
-    if not INTEGER.fullmatch(text):
-        raise InvalidError(f"{name} must be an int")
-    return int(text)
+def select(usage: Usage, asked: Mapping[str, Any], now: float) -> Iterator[list[Event]]:
+    """Return the events that the parameters in FILTERS ask for; raises FromInFutureError."""
+    if asked.get("from", now) > now:
+        raise FromInFutureError("from is in the future")
+    names = {name: asked[name] for name in NAMES if name in asked}
+    return matching(usage.started_between(asked.get("from"), asked.get("to")), names)
+
+
+async def read_json(request: web.Request) -> tuple[object, bytes]:
+    """Return the body, parsed and as it is; raises InvalidError if it is no JSON."""
+    if request.content_type != "application/json":
+        raise web.HTTPUnsupportedMediaType(reason="a write needs Content-Type: application/json")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            body = await request.read()
+        return json.loads(body.decode()), body
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_SECONDS} s") from None
+    except (ValueError, RecursionError):
+        raise InvalidError("the body is no JSON") from None
 
 
 def encode(value: Any) -> bytes:
     """Return compact JSON."""
-    return encode_text(value).encode()
+    return to_json(value).encode()
 
 
 def encode_csv(rows: Iterable[Iterable[object]]) -> bytes:
-    """Return lines as RFC 4180 has them, the last one unended, and no cell that is run as a formula."""
+    """Return lines as RFC 4180 has them, with no cell that a spreadsheet runs as a formula."""
     text = io.StringIO()
     safe = ([f"'{x}" if isinstance(x, str) and x.startswith(FORMULA) else x for x in row] for row in rows)
     csv.writer(text).writerows(safe)
-    return text.getvalue().encode().removesuffix(b"\r\n")
+    return text.getvalue().encode()
 
 
 def write_rows(
-    form: str,
+    kind: str,
     columns: Iterable[str],
     blocks: Iterable[list[Any]],
     as_json: Callable[[Any], bytes] = encode,
     as_cells: Callable[[Any], Iterable[object]] = dict.values,
 ) -> Iterator[bytes]:
-    """Yield `blocks` of rows as json, ndjson or csv: a slice a block, empty where there are no rows."""
-    header = encode_csv([columns]) + b"\r\n"
-    opening, between, closing, nothing = {
-        "json": (b"[", b",", b"]", b"[]"),
-        "ndjson": (b"", b"\n", b"\n", b""),
-        "csv": (header, b"\r\n", b"\r\n", header),
-    }[form]
-    before = opening
+    """Yield `blocks` of rows as json, ndjson or csv, piece by piece; b"" where a block has no rows."""
+    yield {"json": b"[", "ndjson": b"", "csv": encode_csv([columns])}[kind]
+    separator: tuple[bytes, ...] = ()
     for block in blocks:
-        if not block:
-            yield b""
-            continue
-        rows = [encode_csv(map(as_cells, block))] if form == "csv" else map(as_json, block)
-        yield before + between.join(rows)
-        before = between
-    yield nothing if before is opening else closing
+        if kind == "csv":
+            for at in range(0, len(block), CSV_ROWS):
+                yield encode_csv(map(as_cells, block[at : at + CSV_ROWS]))
+        elif kind == "ndjson":
+            yield b"\n".join([*map(as_json, block), b""])
+        else:
+            yield b",".join(itertools.chain(separator, map(as_json, block))) if block else b""
+            separator = (b"",) if block else separator
+    if kind == "json":
+        yield b"]"
+
+
+async def pace(request: web.Request, pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+    """Yield `pieces`, short ones joined to STREAM_BYTES, and let others in while they are made.
+
+    In one turn of the event loop only one of all long answers goes on, by one piece: so however many
+    there are, nobody waits for more than that. Raises ConnectionResetError when the client has gone.
+    """
+    ready: list[bytes] = []
+    size = 0
+    for number, piece in enumerate(pieces):
+        ready.append(piece)
+        size += len(piece)
+        if size >= STREAM_BYTES:
+            yield b"".join(ready)
+            ready, size = [], 0
+        if number > 1:  # a short answer has three pieces and is ready at once
+            async with request.app[STATE].turn:
+                await asyncio.sleep(0)
+            if request.transport is None or request.transport.is_closing():
+                raise ConnectionResetError
+    yield b"".join(ready)
 
 
 async def send(
-    request: web.Request, etag: str, form: str, slices: Iterable[bytes], **headers: str
+    request: web.Request, etag: str, kind: str, pieces: Iterable[bytes], **headers: str
 ) -> web.StreamResponse:
-    """Answer with `slices`: with 304 if the client has them, whole if they are short, else streamed.
-
-    For a 304 not one of them is made. Others are let in after each, so a source that works for long
-    with nothing to say yields b"".
-    """
+    """Answer with 304 if the client has this already, with a whole body if it is short, else streamed."""
     headers |= {"ETag": f'W/"{etag}"', "Cache-Control": "no-cache", "Vary": "Accept-Encoding"}
     if any(known.value in (etag, "*") for known in request.if_none_match or ()):
         return web.Response(status=304, headers=headers)
-    headers["Content-Type"] = CONTENT_TYPES[form]
-    response: web.StreamResponse | None = None
-    body: list[bytes] = []
-    size = 0
-    for piece in slices:
-        body.append(piece)
-        size += len(piece)
-        if size >= SLICE_BYTES:
-            if response is None:
-                response = web.StreamResponse(headers=headers)
-                if request.method == hdrs.METH_HEAD:
-                    return response
-                _compress(request, response)
-                await response.prepare(request)
-            await response.write(b"".join(body))
-            body, size = [], 0
-        await asyncio.sleep(0)
-    if response is not None:
-        await response.write_eof(b"".join(body))
+    headers["Content-Type"] = CONTENT_TYPES[kind]
+    gzip = accepts_gzip(request)
+    parts = pace(request, pieces)
+    first = await anext(parts)
+    if len(first) < STREAM_BYTES:
+        whole = web.Response(body=first, headers=headers)
+        if gzip and len(first) >= GZIP_BYTES:
+            whole.enable_compression(web.ContentCoding.gzip)
+        return whole
+    response = web.StreamResponse(headers=headers)
+    if request.method == hdrs.METH_HEAD:
         return response
-    response = web.Response(body=b"".join(body), headers=headers)
-    if size >= GZIP_BYTES:
-        _compress(request, response)
+    if gzip:
+        response.enable_compression(web.ContentCoding.gzip)
+    if request.version < aiohttp.HttpVersion11:
+        response.force_close()  # without chunks only the end of the connection ends the answer
+    await response.prepare(request)
+    await response.write(first)
+    async for part in parts:
+        await response.write(part)
     return response
 
 
-def _compress(request: web.Request, response: web.StreamResponse) -> None:
-    """Have `response` compressed if the client takes gzip (`gzip;q=0` says that it does not)."""
+def accepts_gzip(request: web.Request) -> bool:
+    """Tell whether the client takes gzip: `gzip;q=0` says that it does not."""
     codings = request.headers.get(hdrs.ACCEPT_ENCODING, "").lower().replace(" ", "").split(",")
-    if any(re.fullmatch(r"gzip(;q=(1|0\.0*[1-9]).*)?", coding) for coding in codings):
-        response.enable_compression(web.ContentCoding.gzip)
+    return any(re.fullmatch(r"gzip(;q=(1|0\.0*[1-9]).*)?", coding) for coding in codings)
 
 
-def reply(status: int, value: object, **headers: str) -> web.Response:
-    """Answer with `value` in JSON; it is about this moment, so nobody may keep it."""
+def reply(status: int, body: bytes, **headers: str) -> web.Response:
+    """Answer with JSON that is about this moment, so nobody may keep it."""
     headers |= {"Content-Type": CONTENT_TYPES["json"], "Cache-Control": "no-store"}
-    return web.Response(status=status, body=encode(value), headers=headers)
+    return web.Response(status=status, body=body, headers=headers)
+
+
+def succeed(message: str, data: bytes, status: int = 200, **headers: str) -> web.Response:
+    """Answer as every success of the API does; `data` is JSON."""
+    return reply(status, b'{"message":%b,"data":%b}' % (encode(message), data), **headers)
 
 
 @web.middleware
@@ -459,20 +925,19 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     """Turn what the rules and aiohttp raise into answers, none of them with a traceback."""
     try:
         return await handler(request)
-    except FutureError:
-        return web.Response(status=400)  # with an empty body: the challenge wants it so
-    except InvalidError as error:
-        return reply(400, {"error": str(error)})
+    except tuple(STATUSES) as error:
+        status = next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
+        return reply(status, encode({"error": str(error)}))
     except web.HTTPException as error:
         allowed = {hdrs.ALLOW: error.headers[hdrs.ALLOW]} if hdrs.ALLOW in error.headers else {}
-        return reply(error.status, {"error": error.reason}, **allowed)
+        return reply(error.status, encode({"error": error.reason}), **allowed)
     except ConnectionError:
-        raise  # the client has gone, which aiohttp knows how to deal with
+        return web.Response()  # goes nowhere: the client has gone
     except Exception:
         log.exception("%s %r failed", request.method, request.path)
         if request.writer.output_size:
             raise  # half an answer is out: it has to break off
-        return reply(500, {"error": "internal error"})
+        return reply(500, encode({"error": "internal error"}))
 
 
 async def add_safety_headers(_: web.Request, response: web.StreamResponse) -> None:
@@ -480,38 +945,24 @@ async def add_safety_headers(_: web.Request, response: web.StreamResponse) -> No
     response.headers.update(SAFETY_HEADERS)
 
 
-class Page:
-    """`index.html`, read again when it has changed on disk, and the policy under which it runs.
+def read_page(path: Path) -> tuple[bytes, str]:
+    """Return the page as it is on disk now, and the policy under which it runs; raises OSError.
 
     The policy names the scripts that the file loads, and its inline script and style by their hashes.
     Vue compiles the template in the page, for which it needs 'unsafe-eval'.
     """
+    page = path.read_bytes().replace(b"\r\n", b"\n")  # as the HTML parser does before it hashes
 
-    def __init__(self, path: Path) -> None:
-        """Read the file; raises OSError."""
-        self.path = path
-        self.stamp = (0, 0)
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Read the file again if its time or its size is another; raises OSError."""
-        status = self.path.stat()
-        if self.stamp == (status.st_mtime_ns, status.st_size):
-            return
-        # CRLF, which a checkout may bring, is what the HTML parser drops before it hashes.
-        self.body = self.path.read_bytes().replace(b"\r\n", b"\n")
-        self.stamp = (status.st_mtime_ns, status.st_size)
-        self.etag = hashlib.sha256(self.body).hexdigest()[:16]
-        loaded = b" ".join(re.findall(rb'<script[^>]* src="([^"]+)"', self.body)).decode()
-        scripts, styles = self._hashes(rb"<script>(.*?)</script>"), self._hashes(rb"<style>(.*?)</style>")
-        self.policy = (
-            f"default-src 'none'; script-src {loaded} {scripts} 'unsafe-eval'; style-src {styles}; "
-            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
-
-    def _hashes(self, inline: bytes) -> str:
-        digests = (hashlib.sha256(text).digest() for text in re.findall(inline, self.body, re.DOTALL))
+    def hashes(inline: bytes) -> str:
+        digests = (hashlib.sha256(text).digest() for text in re.findall(inline, page, re.DOTALL))
         return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+    loaded = b" ".join(re.findall(rb'<script[^>]* src="([!-~]+)"', page)).decode()
+    return page, (
+        f"default-src 'none'; script-src {loaded} {hashes(rb'<script>(.*?)</script>')} 'unsafe-eval'; "
+        f"style-src {hashes(rb'<style>(.*?)</style>')}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────
@@ -519,55 +970,205 @@ class Page:
 
 
 async def get_page(request: web.Request) -> web.StreamResponse:
-    """GET /: the page."""
-    page = request.app[STATE].page
-    with contextlib.suppress(OSError):  # while an editor is saving it, the last one does
-        page.refresh()
-    policy = {"Content-Security-Policy": page.policy}
-    return await send(request, page.etag, "html", [page.body], **policy)
+    """Show the page."""
+    page, policy = read_page(request.app[STATE].config.page)
+    etag = hashlib.sha256(page).hexdigest()[:16]
+    return await send(request, etag, "html", [page], **{"Content-Security-Policy": policy})
 
 
 async def get_usage(request: web.Request) -> web.StreamResponse:
-    """GET /usage: the events that are asked for, or their sums."""
+    """List the events that are asked for, or their sums."""
     state = request.app[STATE]
-    query = parse_query(request.query.items(), state.clock())
-    events = matching(state.usage.between(query.since, query.until), query.names)
-    if query.group_by:
-        columns = (*query.group_by, "events", "seconds_streamed")
-        slices = write_rows(query.format, columns, grouped(events, query.group_by))
+    asked = parse_query(request.rel_url.raw_query_string, *FILTERS, "group_by", "format")
+    try:
+        events = select(state.usage, asked, state.clock())
+    except FromInFutureError:
+        return web.Response(status=400)  # with an empty body: the challenge wants it so
+    kind = asked.get("format", "json")
+    if by := asked.get("group_by"):
+        pieces = write_rows(kind, (*by, "events", "seconds_streamed"), grouped(events, by))
     else:
-        slices = write_rows(query.format, FIELDS, events, attrgetter("json"), attrgetter(*FIELDS))
-    return await send(request, f"{state.boot}-{state.usage.version}", query.format, slices)
+        pieces = write_rows(kind, FIELDS, events, attrgetter("json"), attrgetter(*FIELDS))
+    return await send(request, state.usage.etag, kind, pieces)
 
 
 async def get_health(request: web.Request) -> web.Response:
-    """GET /health: 200 while all is well, 503 when the simulation has stopped."""
+    """Tell whether all is well: 503 when the simulation has stopped."""
     state = request.app[STATE]
-    config, simulation = state.config, state.simulation
-    age = time.monotonic() - simulation.last_batch if simulation.last_batch is not None else math.inf
-    running = config.simulate and age < MISSED_BATCHES * config.interval
-    healthy = running or not config.simulate
+    age = time.monotonic() - state.simulation.last_batch
+    running = state.config.simulate and age < max(LATE_SECONDS, 3 * state.config.interval)
+    healthy = running == state.config.simulate
     value = {
         "status": "ok" if healthy else "degraded",
         "events": state.usage.count,
         "simulation": {
             "running": running,
             "last_batch_age": round(age, 1) if age < math.inf else None,
-            "errors": simulation.errors,
+            "errors": state.simulation.errors,
         },
         "storage": {"durable": False, "last_commit_age": None},
     }
-    return reply(200 if healthy else 503, value)
+    return reply(200 if healthy else 503, encode(value))
+
+
+async def get_streams(request: web.Request) -> web.Response:
+    """List a page of streams in order of id."""
+    state = request.app[STATE]
+    asked = parse_query(request.rel_url.raw_query_string, *FILTERS, "limit", "after")
+    limit, after = asked.pop("limit", 100), asked.pop("after", 0)
+    page: list[Event] = []
+    if asked:
+        total = 0
+        for block in select(state.usage, asked, state.clock()):
+            total += len(block)
+            later = (event for event in block if event.id > after)
+            page = nsmallest(limit + 1, itertools.chain(page, later), key=ID)
+            await asyncio.sleep(0)
+    else:
+        total = state.usage.count
+        following = itertools.chain.from_iterable(state.usage.by_id.between(after + 1))
+        page = list(itertools.islice(following, limit + 1))
+    data = b"[%b]" % b",".join(event.stream for event in page[:limit])
+    following_id = page[limit - 1].id if len(page) > limit else None
+    return succeed("Found Streams", b'%b,"total":%d,"next":%b' % (data, total, encode(following_id)))
+
+
+async def post_streams(request: web.Request) -> web.Response:
+    """Store one event or an array of them: all or none, and once for an `Idempotency-Key`."""
+    usage = request.app[STATE].usage
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidError("Idempotency-Key must be 1 to 255 printable ASCII characters")
+    value, body = await read_json(request)
+    events = parse_events(value, request.app[STATE].clock())
+    digest = hashlib.sha256(body).digest()
+    known, first_id = usage.keys.get(key or "", (None, 0))
+    if known is None:
+        usage.add(events)
+        if key:
+            usage.keys[key] = (digest, events[0].id)
+    elif known != digest:
+        raise KeyReusedError("this Idempotency-Key came with another body before")
+    for number, event in enumerate(events):
+        # The first answer is made again from the same body, whatever has become of the streams.
+        event.id = event.id or first_id + number
+    headers = {"Idempotent-Replayed": "true"} if known else {}
+    if isinstance(value, list):
+        data = b"[%b]" % b",".join(event.stream for event in events)
+        return succeed("Streams Created", data, 201, **headers)
+    headers["Location"] = f"/api/v1/streams/{events[0].id}"
+    return succeed("Stream Created", events[0].stream, 201, **headers)
+
+
+def find_stream(request: web.Request) -> Event:
+    """Return the stream that the path names; raises InvalidError or MissingError."""
+    text = request.match_info["id"]
+    if not (text.isascii() and text.isdecimal()):
+        raise InvalidError("Stream ID Invalid")
+    return request.app[STATE].usage.find(int(text[:100]))
+
+
+async def get_stream(request: web.Request) -> web.Response:
+    """Show a stream."""
+    return succeed("Found Stream", find_stream(request).stream)
+
+
+async def change_stream(request: web.Request) -> web.Response:
+    """Replace a stream (PUT), or change some of its fields (PATCH)."""
+    find_stream(request)
+    fields, _ = await read_json(request)
+    old = find_stream(request)  # as it is now that the body has arrived
+    if request.method == hdrs.METH_PATCH and isinstance(fields, dict):
+        fields = {name: getattr(old, name) for name in FIELDS} | fields
+    new = parse_event(fields, request.app[STATE].clock())
+    request.app[STATE].usage.replace(old, new)
+    return succeed("Stream Updated", new.stream)
+
+
+async def delete_stream(request: web.Request) -> web.Response:
+    """Remove a stream."""
+    stream = find_stream(request)
+    request.app[STATE].usage.remove(stream)
+    return succeed("Stream Removed", stream.stream)
+
+
+async def get_users(request: web.Request) -> web.Response:
+    """List all who streamed or subscribe."""
+    state = request.app[STATE]
+    users = describe_users(state.usage, state.subscriptions)
+    return succeed("Found Users", encode(list(users.values())))
+
+
+def parse_user(request: web.Request) -> str:
+    """Return the user that the path names; raises InvalidError."""
+    try:
+        return check_text("user_id", request.match_info["user_id"])
+    except InvalidError:
+        raise InvalidError("User ID Invalid") from None
+
+
+async def get_user(request: web.Request) -> web.Response:
+    """Show what a user streamed and subscribes to."""
+    state, user = request.app[STATE], parse_user(request)
+    users = describe_users(state.usage, state.subscriptions)
+    if user not in users:
+        raise MissingError(f"there is no user {user!r}")
+    return succeed("Found User Stream Report", encode(users[user]))
+
+
+async def put_user(request: web.Request) -> web.Response:
+    """Set a user's subscription."""
+    state, user = request.app[STATE], parse_user(request)
+    value, _ = await read_json(request)
+    state.subscriptions[user] = parse_subscription(value)
+    state.usage.version += 1
+    users = describe_users(state.usage, state.subscriptions)
+    return succeed("Subscription Set", encode(users[user]))
+
+
+async def get_report(request: web.Request) -> web.StreamResponse:
+    """Tell how much each label is owed, for a month or for all."""
+    state = request.app[STATE]
+    asked = parse_query(request.rel_url.raw_query_string, "month", "format")
+    if asked.get("format") == "ndjson":
+        raise InvalidError("format must be json or csv")
+    months = {month: totals for month, totals in state.usage.months.items() if totals}
+    if month := asked.get("month"):
+        months = {month: months.get(month, Totals())}
+    data, lines = report(months, state.subscriptions)
+    if asked.get("format") == "csv":
+        return await send(request, state.usage.etag, "csv", write_rows("csv", REPORT_COLUMNS, [lines]))
+    return succeed("Found Label Stream Report", encode(data))
+
+
+def stream_routes(path: str) -> list[web.RouteDef]:
+    """Return the routes of one stream under one of the two spellings of the path."""
+    return [
+        web.get(path, get_stream),
+        web.put(path, change_stream),
+        web.patch(path, change_stream),
+        web.delete(path, delete_stream),
+    ]
 
 
 ROUTES = (
     web.get("/", get_page),
     web.get("/usage", get_usage),
     web.get("/health", get_health),
+    web.get("/api/v1/streams", get_streams),
+    web.post("/api/v1/streams", post_streams),
+    *stream_routes("/api/v1/streams/{id}"),
+    *stream_routes("/api/v1/stream/{id}"),
+    web.get("/api/v1/users", get_users),
+    web.get("/api/v1/users/{user_id}", get_user),
+    web.put("/api/v1/users/{user_id}", put_user),
+    web.get("/api/v1/report", get_report),
 )
 
 
 # ── The application ─────────────────────────────────────────────────────────────────────────────
+
+PAGE = Path(__file__).with_name("index.html")
 
 
 @dataclass(frozen=True)
@@ -579,29 +1180,26 @@ class Config:
     history: float = 0
     random_seed: int | None = None
     keep: int = 1_000_000
-    page: Path = Path(__file__).with_name("index.html")  # noqa: RUF009 - a Path never changes
+    page: Path = PAGE
 
 
 @dataclass
 class State:
-    """What the handlers share; `clock` tells Unix seconds, `boot` tells one start from another."""
+    """What the handlers share; `clock` tells Unix seconds."""
 
     config: Config
     usage: Usage
+    subscriptions: dict[str, Subscription]
     simulation: Simulation
-    page: Page
     clock: Callable[[], float]
-    boot: str = field(default_factory=lambda: secrets.token_hex(4))
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of the long answers: see `pace`
 
 
 @contextlib.asynccontextmanager
 async def own_simulation(app: web.Application) -> AsyncIterator[None]:
     """Fill in the history, then run the simulation for as long as the application lives."""
     state = app[STATE]
-    gc.disable()  # all that is loaded now stays: a search for garbage in it doubles the time
     await simulate_history(state)
-    gc.enable()
-    gc.freeze()
     task = asyncio.create_task(run_simulation(state)) if state.config.simulate else None
     yield
     if task:
@@ -610,11 +1208,17 @@ async def own_simulation(app: web.Application) -> AsyncIterator[None]:
             await task
 
 
-def create_app(config: Config, clock: Callable[[], float] = time.time) -> web.Application:
+def create_app(
+    config: Config, imported: Import | None = None, clock: Callable[[], float] = time.time
+) -> web.Application:
     """Build the application; raises OSError if the page cannot be read."""
+    read_page(config.page)
     app = web.Application(middlewares=[answer_errors], client_max_size=BODY_BYTES)
+    usage = Usage(config.keep)
+    usage.add(imported.events if imported else [])
+    subscriptions = dict(imported.subscriptions if imported else SUBSCRIPTIONS)
     simulation = Simulation(random.Random(config.random_seed))  # noqa: S311 - no secret comes of it
-    app[STATE] = State(config, Usage(config.keep), simulation, Page(config.page), clock)
+    app[STATE] = State(config, usage, subscriptions, simulation, clock)
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_safety_headers)
     app.cleanup_ctx.append(own_simulation)
@@ -632,7 +1236,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
     """Return the type of an option that is a number from `low` to `high`."""
 
     def parse(text: str) -> float:
@@ -646,21 +1250,39 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[
 
 def build_parser(environment: Mapping[str, str]) -> Parser:
     """Return the parser of the command line; HOST and PORT in the environment are defaults."""
-    parser = Parser(description="Collect usage events and show the seconds streamed.", allow_abbrev=False)
+    parser = Parser(description="Collect usage events and share out royalties.", allow_abbrev=False)
     add = parser.add_argument
     host, port = environment.get("HOST") or "127.0.0.1", environment.get("PORT") or "8080"
-    any_port, pause, days, events = (
-        number(int, 0, 65_535), number(float, 0.001, 86_400), number(float, 0, 3_650), number(int, 1, 10**9)
-    )
     add("--host", default=host, help="address to listen on (%(default)s)")
-    add("--port", default=port, type=any_port, help="port; 0 picks a free one (%(default)s)")
-    add("--interval", default=10, type=pause, help="seconds between two simulated batches (%(default)s)")
+    add("--port", default=port, type=between(int, 0, 65_535), help="port; 0 picks a free one (%(default)s)")
+    add("--interval", default=Config.interval, type=between(float, 0.001, DAY), metavar="SECONDS",
+        help="time between two simulated batches (%(default)s)")
     add("--no-simulation", dest="simulate", action="store_false", help="simulate nothing from now on")
-    add("--history", default=0, type=days, metavar="DAYS", help="simulate the DAYS before now, too")
+    add("--history", default=Config.history, type=between(float, 0, 3_650), metavar="DAYS",
+        help="simulate the DAYS before now, too")
     add("--random-seed", type=int, metavar="N", help="make the simulation repeatable")
-    add("--keep", default=10**6, type=events, metavar="N", help="keep N events at most (%(default)s)")
+    add("--keep", default=Config.keep, type=between(int, 1, 10**9), metavar="N",
+        help="keep N events at most (%(default)s)")
+    add("--import", dest="directory", type=Path, metavar="DIR",
+        help="load users.csv, streaming.csv and tracks.json")
+    add("--tracks", metavar="FILE_OR_URL", help="the tracks of an import (DIR/tracks.json)")
     add("-v", "--verbose", action="store_true", help="log each request")
     return parser
+
+
+def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> Import | None:
+    """Return what is to be imported, or exit with status 2 and what is wrong with it."""
+    if directory is None:
+        return parser.error("--tracks goes with --import") if tracks else None
+    source = tracks or str(directory / "tracks.json")
+    remote = source.startswith(("http://", "https://"))
+    try:
+        content = asyncio.run(fetch_tracks(source)) if remote else Path(source).read_bytes()
+        return Import(directory, content, time.time())
+    except (OSError, aiohttp.ClientError) as error:
+        parser.error(f"cannot read the tracks from {source}: {error or 'it took too long'}")
+    except ImportFailedError as error:
+        parser.exit(2, f"{error}\n")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -669,30 +1291,53 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server(address, family=family, backlog=1024)
 
 
+async def serve(app: web.Application, listener: socket.socket, url: str, verbose: bool) -> None:
+    """Answer until the first signal; whatever signals follow, requests under way are answered first."""
+    main_task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    stopped = False
+
+    def stop() -> None:
+        nonlocal stopped
+        if main_task and not stopped:
+            main_task.cancel()
+        stopped = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    access_log = logging.getLogger("aiohttp.access") if verbose else None
+    runner = web.AppRunner(app, access_log=access_log, shutdown_timeout=SHUTDOWN_SECONDS)
+    try:
+        await runner.setup()
+        await web.SockSite(runner, listener, backlog=1024).start()
+        print(f"Listening on {url}", flush=True)
+        await loop.create_future()
+    except asyncio.CancelledError:
+        await runner.cleanup()
+
+
 def main() -> None:
     """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
-    for name in (signal.SIGINT, signal.SIGTERM):  # until the event loop takes them over
-        signal.signal(name, lambda *_: sys.exit(0))
+    for number in (signal.SIGINT, signal.SIGTERM):  # until the event loop takes them over
+        signal.signal(number, lambda *_: sys.exit(0))
+    # No event is garbage: a search for cycles among a million would hold everyone up for a second.
+    gc.set_threshold(50_000, 20, 10_000)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     parser = build_parser(os.environ)
     options = vars(parser.parse_args())
     host, port, verbose = options.pop("host"), options.pop("port"), options.pop("verbose")
+    imported = read_import(parser, options.pop("directory"), options.pop("tracks"))
     try:
-        app = create_app(Config(**options))
+        app = create_app(Config(**options), imported)
     except OSError as error:
         parser.error(f"cannot read the page: {error}")
     try:
         listener = listen(host, port)
-    except OSError as error:
-        parser.error(f"cannot listen on {host}, port {port}: {error.strerror}")
+    except (OSError, UnicodeError) as error:
+        parser.error(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}")
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    web.run_app(
-        app,
-        sock=listener,
-        shutdown_timeout=SHUTDOWN_SECONDS,
-        print=lambda _: print(f"Listening on {url}", flush=True),
-        access_log=logging.getLogger("aiohttp.access") if verbose else None,
-    )
+    asyncio.run(serve(app, listener, url, verbose))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # it is ending already
 
 
 if __name__ == "__main__":
