@@ -26,6 +26,7 @@ import asyncio
 import base64
 import contextlib
 import csv
+import fcntl
 import gc
 import hashlib
 import io
@@ -39,12 +40,13 @@ import re
 import secrets
 import signal
 import socket
+import sqlite3
 import sys
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from heapq import nsmallest
@@ -52,6 +54,7 @@ from operator import add, attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl
+from weakref import WeakValueDictionary
 
 import aiohttp
 from aiohttp import hdrs, web
@@ -125,17 +128,20 @@ class Event:
         # The same few names and numbers come again and again: one object of each takes half the memory.
         self.user_id, self.track_id = sys.intern(self.user_id), sys.intern(self.track_id)
         self.label, self.seconds_streamed = sys.intern(self.label), SECONDS[self.seconds_streamed]
-        # Written out, for it is done for every event: a dict and json.dumps take three times as long.
-        self.json = (
-            f'{{"user_id":{to_json(self.user_id)},"track_id":{to_json(self.track_id)},'
-            f'"label":{to_json(self.label)},"stream_started_on":{self.stream_started_on},'
-            f'"seconds_streamed":{self.seconds_streamed}}}'
-        ).encode()
+        names = encode_names(self.user_id, self.track_id, self.label)
+        figures = f'"stream_started_on":{self.stream_started_on},"seconds_streamed":{self.seconds_streamed}'
+        self.json = f"{{{names},{figures}}}".encode()
 
     @property
     def stream(self) -> bytes:
         """The JSON with the id before the five keys."""
         return b'{"id":%d,%b' % (self.id, self.json[1:])
+
+
+@lru_cache(maxsize=4096)
+def encode_names(user_id: str, track_id: str, label: str) -> str:
+    """Return the JSON of the first three fields, without braces."""
+    return to_json({"user_id": user_id, "track_id": track_id, "label": label})[1:-1]
 
 
 def check_text(name: str, value: object) -> str:
@@ -287,7 +293,7 @@ def month_of(day: int) -> str:
 class Usage:
     """The events that are kept, and their totals, which the report reads."""
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, keep: float = math.inf) -> None:
         """Keep the `keep` events that started last."""
         self.keep = keep
         self.by_start = Blocks(ORDER)
@@ -305,15 +311,18 @@ class Usage:
         """What tells one state of the usage from another."""
         return f"{self.version:x}"
 
-    def add(self, events: Sequence[Event]) -> None:
-        """Give each event its id and keep it; then drop the oldest above `keep`."""
+    def number(self, events: Sequence[Event]) -> None:
+        """Give each event its id, which no other has ever had."""
         for event in events:
             self.last_id += 1
             event.id = self.last_id
+
+    def add(self, events: Sequence[Event]) -> None:
+        """Keep numbered events; then drop the oldest above `keep`."""
         self._insert(events)
         if self.count > self.keep and not self.warned:
             self.warned = True
-            log.warning("there are more than %d events: from now on the oldest go (--keep)", self.keep)
+            log.warning("there are more than %d events: from now on the oldest go (--keep, --db)", self.keep)
         while self.count > self.keep:
             self.remove(self.by_start.blocks[0][0])
 
@@ -329,8 +338,7 @@ class Usage:
         raise MissingError(f"there is no stream {stream_id}")
 
     def replace(self, old: Event, new: Event) -> None:
-        """Put `new` in the place of `old`, with its id."""
-        new.id = old.id
+        """Put `new` in the place of `old`, which has the same id."""
         self.remove(old)
         self._insert([new])
 
@@ -348,11 +356,13 @@ class Usage:
     def _count(self, events: Sequence[Event], sign: int) -> None:
         self.version += 1
         self.count += sign * len(events)
+        sums = Totals()
         for event in events:
-            streams, seconds = sign, sign * event.seconds_streamed
-            month = self.months[month_of(event.stream_started_on // DAY)]
-            month.count((event.user_id, event.label), streams, seconds)
-            self.tracks.count((event.user_id, event.track_id), streams, seconds)
+            key = (event.stream_started_on // DAY, event.user_id, event.label, event.track_id)
+            sums.count(key, sign, sign * event.seconds_streamed)
+        for (day, user, label, track), (streams, seconds) in sums.items():
+            self.months[month_of(day)].count((user, label), streams, seconds)
+            self.tracks.count((user, track), streams, seconds)
 
 
 def matching(blocks: Iterable[list[Event]], names: Mapping[str, frozenset[str]]) -> Iterator[list[Event]]:
@@ -553,6 +563,7 @@ class Import:
     def __init__(self, directory: Path, tracks: bytes, now: float) -> None:
         """Read everything; raises ImportFailedError with the faults of all files together."""
         self.faults: list[str] = []
+        self.hash = hashlib.sha256(tracks).digest()
         self.labels: dict[str, str] = {}
         self.subscriptions: dict[str, Subscription] = {}
         self.events: list[Event] = []
@@ -598,6 +609,7 @@ class Import:
         """Yield `file:line` and the cells by column, for each row that has them all."""
         began = shown = time.monotonic()
         with self._noting(path.name), path.open(encoding="utf-8-sig", newline="") as file:
+            self.hash = hashlib.sha256(self.hash + path.read_bytes()).digest()
             delimiter = ";" if ";" in (header := file.readline()) else ","
             header_cells = next(csv.reader([header], delimiter=delimiter), [])
             names = [name.strip().replace(" ", "_") for name in header_cells]
@@ -660,6 +672,147 @@ async def fetch_tracks(url: str) -> bytes:
     raise AssertionError  # the last try returns or raises
 
 
+# ── Storage ─────────────────────────────────────────────────────────────────────────────────────
+# With --db, what is written is on disk first and visible second: the usage answers, SQLite remembers.
+
+APPLICATION_ID = b"secs"  # in the file's header, beside the version of the schema
+MIGRATIONS = (
+    """
+    CREATE TABLE streams (
+        user_id TEXT NOT NULL, track_id TEXT NOT NULL, label TEXT NOT NULL,
+        stream_started_on INTEGER NOT NULL, seconds_streamed INTEGER NOT NULL,
+        id INTEGER PRIMARY KEY AUTOINCREMENT);
+    CREATE TABLE subscriptions (
+        user_id TEXT PRIMARY KEY, product_type TEXT NOT NULL, fee INTEGER NOT NULL, origin TEXT NOT NULL,
+        import INTEGER);
+    CREATE TABLE keys (key TEXT PRIMARY KEY, hash BLOB NOT NULL, first_id INTEGER NOT NULL);
+    CREATE TABLE imports (
+        id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, first_id INTEGER NOT NULL, size INTEGER NOT NULL);
+    """,
+)
+INSERT_STREAM = "INSERT INTO streams VALUES (?, ?, ?, ?, ?, ?)"
+REPLACE_STREAM = INSERT_STREAM.replace("INSERT", "REPLACE")
+DELETE_STREAM = "DELETE FROM streams WHERE id = ?"
+INSERT_KEY = "INSERT INTO keys VALUES (?, ?, ?)"
+SET_SUBSCRIPTION = "INSERT OR REPLACE INTO subscriptions VALUES (?, ?, ?, ?, ?)"
+INSERT_IMPORT = "INSERT INTO imports VALUES (?, ?, ?, ?)"
+STREAM_CELLS = attrgetter(*FIELDS, "id")
+
+Statements = Sequence[tuple[str, Iterable[Sequence[object]]]]  # each with the rows that it is executed for
+
+
+class StorageError(Exception):
+    """The disk does not take what is to be stored, or the file cannot be used."""
+
+
+class Journal:
+    """The SQLite file behind the usage; one process writes to it, in one transaction at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, new or of any earlier version; raises StorageError and leaves others untouched."""
+        self.waiting: list[tuple[Statements, Callable[[], None], asyncio.Future[None]]] = []
+        self.wanted = asyncio.Event()
+        self.closing = False
+        self.failed = False
+        self.last_commit = -math.inf
+        try:
+            self.lock = path.open("a+b")  # held to the end: closing it would drop SQLite's locks on the file
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock.seek(0)
+            header = self.lock.read(100)
+            if header and not (header.startswith(b"SQLite format 3\0") and header[68:72] == APPLICATION_ID):
+                raise StorageError("it is no database of this program")
+            self.connection = sqlite3.connect(path, check_same_thread=False)
+            (version,) = self.connection.execute("PRAGMA user_version").fetchone()
+            if version > len(MIGRATIONS):
+                raise StorageError(f"it is of version {version}, this program is of {len(MIGRATIONS)}")
+            for number, migration in enumerate(MIGRATIONS[version:], version + 1):
+                of_file = f"PRAGMA application_id = 0x{APPLICATION_ID.hex()}; PRAGMA user_version = {number};"
+                self.connection.executescript(f"BEGIN; {migration} {of_file} COMMIT;")
+            self.connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+        except BlockingIOError:
+            raise StorageError("another process uses it") from None
+        except (OSError, sqlite3.Error) as error:
+            raise StorageError(getattr(error, "strerror", None) or str(error)) from None
+
+    def take_in(self, imported: Import) -> None:
+        """Store what is imported, unless the same has been before; raises StorageError."""
+        if self.connection.execute("SELECT 1 FROM imports WHERE hash = ?", [imported.hash]).fetchone():
+            log.info("the import is stored already")
+            return
+        last_id = self.last_id()
+        (number,) = self.connection.execute("SELECT coalesce(max(id), 0) + 1 FROM imports").fetchone()
+        for stream_id, event in enumerate(imported.events, last_id + 1):
+            event.id = stream_id
+        users = ((user, *astuple(found), number) for user, found in imported.subscriptions.items())
+        self.commit([
+            (INSERT_STREAM, map(STREAM_CELLS, imported.events)),
+            (SET_SUBSCRIPTION, users),
+            (INSERT_IMPORT, [(number, imported.hash, last_id + 1, len(imported.events))]),
+        ])
+
+    def last_id(self) -> int:
+        """Return the highest id that a stream ever had."""
+        found: list[tuple[int]] = self.connection.execute("SELECT seq FROM sqlite_sequence").fetchall()
+        return found[0][0] if found else 0
+
+    def load(self, usage: Usage, subscriptions: dict[str, Subscription]) -> None:
+        """Put into `usage` and `subscriptions` what is stored."""
+        execute = self.connection.execute
+        usage.add([Event(*row) for row in execute("SELECT * FROM streams")])
+        usage.last_id = self.last_id()
+        usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
+        if execute("SELECT 1 FROM imports").fetchone():
+            subscriptions.clear()
+        for user, *cells, _ in execute("SELECT * FROM subscriptions"):
+            subscriptions[user] = Subscription(*cells)
+
+    def commit(self, statements: Statements) -> None:
+        """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
+        try:
+            with self.connection:
+                for statement, rows in statements:
+                    self.connection.executemany(statement, rows)
+        except Exception as error:
+            self.failed = True
+            log.error("nothing can be stored: %s", error)
+            raise StorageError(f"nothing can be stored: {error}") from None
+        self.failed = False
+        self.last_commit = time.monotonic()
+
+    async def store(self, statements: Statements, apply: Callable[[], None]) -> None:
+        """Have `statements` stored and then `apply` called; raises StorageError."""
+        done = asyncio.get_running_loop().create_future()
+        self.waiting.append((statements, apply, done))
+        self.wanted.set()
+        await asyncio.shield(done)
+
+    async def run(self) -> None:
+        """Store what waits, all of it in one commit, until it is closed."""
+        while not self.closing or self.waiting:
+            await self.wanted.wait()
+            self.wanted.clear()
+            batch, self.waiting = self.waiting, []
+            statements = [statement for of_one, _, _ in batch for statement in of_one]
+            try:
+                await asyncio.to_thread(self.commit, statements)
+            except StorageError as error:
+                for _, _, done in batch:
+                    done.set_exception(error)
+                continue
+            for _, apply, done in batch:
+                apply()
+                done.set_result(None)
+
+    async def close(self, running: asyncio.Task[None]) -> None:
+        """End `run` when nothing waits any more, and close the file."""
+        self.closing = True
+        self.wanted.set()
+        await running
+        self.connection.close()
+        self.lock.close()
+
+
 # ── Simulation ──────────────────────────────────────────────────────────────────────────────────
 # Events as the client apps would send them, with the values that the challenge names.
 
@@ -687,24 +840,26 @@ class Simulation:
     errors: int = 0
 
 
-def tick(state: State, now: float, rng: random.Random) -> None:
+async def tick(state: State, now: float, rng: random.Random) -> None:
     """Add a batch that ends at `now`."""
-    state.usage.add(simulate_batch(int(now), rng))
+    await state.add(simulate_batch(int(now), rng))
     state.simulation.last_batch = time.monotonic()
 
 
 async def simulate_history(state: State) -> None:
     """Add the batches of the `history` days before now, at the rate of the simulation."""
     config, now = state.config, state.clock()
+    if state.journal and state.usage.count:
+        return
     events: list[Event] = []
     for number in range(1, int(config.history * DAY / config.interval) + 1):  # the latest first
-        if len(events) >= config.keep:
+        if len(events) >= state.usage.keep:
             log.warning("--keep ends the history after %.1f days", number * config.interval / DAY)
             break
         events += simulate_batch(int(now - number * config.interval), state.simulation.rng)
         if number % 1_000 == 0:
             await asyncio.sleep(0)  # a signal can end a long start
-    state.usage.add(events[config.keep - 1 :: -1])
+    await state.add(events[::-1])
 
 
 def next_due(due: float, now: float, interval: float) -> float:
@@ -724,7 +879,7 @@ async def run_simulation(state: State) -> None:
     due = now()
     while True:
         try:
-            tick(state, state.clock(), state.simulation.rng)
+            await tick(state, state.clock(), state.simulation.rng)
         except Exception:
             state.simulation.errors += 1
             log.exception("a simulated batch failed")
@@ -751,7 +906,7 @@ SAFETY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-STATUSES = {InvalidError: 400, MissingError: 404, KeyReusedError: 422}
+STATUSES = {InvalidError: 400, MissingError: 404, KeyReusedError: 422, StorageError: 503}
 
 GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permutations(NAMES, size))
 
@@ -993,11 +1148,13 @@ async def get_usage(request: web.Request) -> web.StreamResponse:
 
 
 async def get_health(request: web.Request) -> web.Response:
-    """Tell whether all is well: 503 when the simulation has stopped."""
+    """Tell whether all is well: 503 when the simulation has stopped or the last write failed."""
     state = request.app[STATE]
     age = time.monotonic() - state.simulation.last_batch
     running = state.config.simulate and age < max(LATE_SECONDS, 3 * state.config.interval)
-    healthy = running == state.config.simulate
+    journal = state.journal
+    healthy = running == state.config.simulate and not (journal and journal.failed)
+    commit_age = time.monotonic() - journal.last_commit if journal else math.inf
     value = {
         "status": "ok" if healthy else "degraded",
         "events": state.usage.count,
@@ -1006,7 +1163,10 @@ async def get_health(request: web.Request) -> web.Response:
             "last_batch_age": round(age, 1) if age < math.inf else None,
             "errors": state.simulation.errors,
         },
-        "storage": {"durable": False, "last_commit_age": None},
+        "storage": {
+            "durable": journal is not None,
+            "last_commit_age": round(commit_age, 1) if commit_age < math.inf else None,
+        },
     }
     return reply(200 if healthy else 503, encode(value))
 
@@ -1035,23 +1195,21 @@ async def get_streams(request: web.Request) -> web.Response:
 
 async def post_streams(request: web.Request) -> web.Response:
     """Store one event or an array of them: all or none, and once for an `Idempotency-Key`."""
-    usage = request.app[STATE].usage
+    state = request.app[STATE]
     key = request.headers.get("Idempotency-Key")
     if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
         raise InvalidError("Idempotency-Key must be 1 to 255 printable ASCII characters")
     value, body = await read_json(request)
-    events = parse_events(value, request.app[STATE].clock())
+    events = parse_events(value, state.clock())
     digest = hashlib.sha256(body).digest()
-    known, first_id = usage.keys.get(key or "", (None, 0))
-    if known is None:
-        usage.add(events)
-        if key:
-            usage.keys[key] = (digest, events[0].id)
-    elif known != digest:
-        raise KeyReusedError("this Idempotency-Key came with another body before")
-    for number, event in enumerate(events):
-        # The first answer is made again from the same body, whatever has become of the streams.
-        event.id = event.id or first_id + number
+    async with state.alone("key", key) if key else contextlib.nullcontext():
+        known, first_id = state.usage.keys.get(key or "", (None, 0))
+        if known is None:
+            await state.add(events, (key, digest) if key else None)
+        elif known != digest:
+            raise KeyReusedError("this Idempotency-Key came with another body before")
+        for number, event in enumerate(events if known else []):
+            event.id = first_id + number  # so the first answer is made again, whatever has become of them
     headers = {"Idempotent-Replayed": "true"} if known else {}
     if isinstance(value, list):
         data = b"[%b]" % b",".join(event.stream for event in events)
@@ -1075,20 +1233,25 @@ async def get_stream(request: web.Request) -> web.Response:
 
 async def change_stream(request: web.Request) -> web.Response:
     """Replace a stream (PUT), or change some of its fields (PATCH)."""
-    find_stream(request)
+    state, old = request.app[STATE], find_stream(request)
     fields, _ = await read_json(request)
-    old = find_stream(request)  # as it is now that the body has arrived
-    if request.method == hdrs.METH_PATCH and isinstance(fields, dict):
-        fields = {name: getattr(old, name) for name in FIELDS} | fields
-    new = parse_event(fields, request.app[STATE].clock())
-    request.app[STATE].usage.replace(old, new)
+    async with state.alone("stream", old.id):
+        old = find_stream(request)  # as it is now that the body has arrived
+        if request.method == hdrs.METH_PATCH and isinstance(fields, dict):
+            fields = {name: getattr(old, name) for name in FIELDS} | fields
+        new = parse_event(fields, state.clock())
+        new.id = old.id
+        stored = [(REPLACE_STREAM, [STREAM_CELLS(new)])]
+        await state.write(stored, lambda: state.usage.replace(old, new))
     return succeed("Stream Updated", new.stream)
 
 
 async def delete_stream(request: web.Request) -> web.Response:
     """Remove a stream."""
-    stream = find_stream(request)
-    request.app[STATE].usage.remove(stream)
+    state, stream = request.app[STATE], find_stream(request)
+    async with state.alone("stream", stream.id):
+        stream = find_stream(request)
+        await state.write([(DELETE_STREAM, [(stream.id,)])], lambda: state.usage.remove(stream))
     return succeed("Stream Removed", stream.stream)
 
 
@@ -1120,8 +1283,13 @@ async def put_user(request: web.Request) -> web.Response:
     """Set a user's subscription."""
     state, user = request.app[STATE], parse_user(request)
     value, _ = await read_json(request)
-    state.subscriptions[user] = parse_subscription(value)
-    state.usage.version += 1
+    subscription = parse_subscription(value)
+
+    def apply() -> None:
+        state.subscriptions[user] = subscription
+        state.usage.version += 1
+
+    await state.write([(SET_SUBSCRIPTION, [(user, *astuple(subscription), None)])], apply)
     users = describe_users(state.usage, state.subscriptions)
     return succeed("Subscription Set", encode(users[user]))
 
@@ -1180,6 +1348,7 @@ class Config:
     history: float = 0
     random_seed: int | None = None
     keep: int = 1_000_000
+    db: Path | None = None
     page: Path = PAGE
 
 
@@ -1191,8 +1360,43 @@ class State:
     usage: Usage
     subscriptions: dict[str, Subscription]
     simulation: Simulation
+    journal: Journal | None
     clock: Callable[[], float]
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of the long answers: see `pace`
+    locks: WeakValueDictionary[object, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+
+    def alone(self, *name: object) -> asyncio.Lock:
+        """Return the lock of what has this name, so that one change of it waits for the other."""
+        return self.locks.setdefault(name, asyncio.Lock())
+
+    async def write(self, statements: Statements, apply: Callable[[], None]) -> None:
+        """Make a change: stored first, visible second; raises StorageError."""
+        if self.journal:
+            await self.journal.store(statements, apply)
+        else:
+            apply()
+
+    async def add(self, events: Sequence[Event], key: tuple[str, bytes] | None = None) -> None:
+        """Number and keep `events`, and the idempotency key, with the body's hash, that they came with."""
+        self.usage.number(events)
+        keys = {key[0]: (key[1], events[0].id)} if key else {}
+
+        def apply() -> None:
+            self.usage.add(events)
+            self.usage.keys |= keys
+
+        rows = [(name, digest, first_id) for name, (digest, first_id) in keys.items()]
+        await self.write([(INSERT_STREAM, map(STREAM_CELLS, events)), (INSERT_KEY, rows)], apply)
+
+
+@contextlib.asynccontextmanager
+async def own_journal(app: web.Application) -> AsyncIterator[None]:
+    """Run the journal, and at the end store what still waits."""
+    journal = app[STATE].journal
+    task = asyncio.create_task(journal.run()) if journal else None
+    yield
+    if journal and task:
+        await journal.close(task)
 
 
 @contextlib.asynccontextmanager
@@ -1211,17 +1415,25 @@ async def own_simulation(app: web.Application) -> AsyncIterator[None]:
 def create_app(
     config: Config, imported: Import | None = None, clock: Callable[[], float] = time.time
 ) -> web.Application:
-    """Build the application; raises OSError if the page cannot be read."""
+    """Build the application; raises OSError for the page, StorageError for the database."""
     read_page(config.page)
     app = web.Application(middlewares=[answer_errors], client_max_size=BODY_BYTES)
-    usage = Usage(config.keep)
-    usage.add(imported.events if imported else [])
-    subscriptions = dict(imported.subscriptions if imported else SUBSCRIPTIONS)
+    journal = Journal(config.db) if config.db else None
+    usage = Usage() if journal else Usage(config.keep)
+    subscriptions = dict(SUBSCRIPTIONS)
+    if journal:
+        if imported:
+            journal.take_in(imported)
+        journal.load(usage, subscriptions)
+    elif imported:
+        subscriptions = dict(imported.subscriptions)
+        usage.number(imported.events)
+        usage.add(imported.events)
     simulation = Simulation(random.Random(config.random_seed))  # noqa: S311 - no secret comes of it
-    app[STATE] = State(config, usage, subscriptions, simulation, clock)
+    app[STATE] = State(config, usage, subscriptions, simulation, journal, clock)
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_safety_headers)
-    app.cleanup_ctx.append(own_simulation)
+    app.cleanup_ctx.extend((own_journal, own_simulation))
     return app
 
 
@@ -1263,6 +1475,7 @@ def build_parser(environment: Mapping[str, str]) -> Parser:
     add("--random-seed", type=int, metavar="N", help="make the simulation repeatable")
     add("--keep", default=Config.keep, type=between(int, 1, 10**9), metavar="N",
         help="keep N events at most (%(default)s)")
+    add("--db", type=Path, metavar="FILE", help="keep everything in an SQLite file")
     add("--import", dest="directory", type=Path, metavar="DIR",
         help="load users.csv, streaming.csv and tracks.json")
     add("--tracks", metavar="FILE_OR_URL", help="the tracks of an import (DIR/tracks.json)")
@@ -1330,6 +1543,8 @@ def main() -> None:
         app = create_app(Config(**options), imported)
     except OSError as error:
         parser.error(f"cannot read the page: {error}")
+    except StorageError as error:
+        parser.error(f"cannot use the database {options['db']}: {error}")
     try:
         listener = listen(host, port)
     except (OSError, UnicodeError) as error:

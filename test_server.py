@@ -16,8 +16,11 @@ import math
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import socket
+import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -64,6 +67,12 @@ def random_events(rng: random.Random, count: int) -> list[Event]:
     ]
 
 
+def add(usage: Usage, events: list[Event]) -> None:
+    """Number events and have them kept."""
+    usage.number(events)
+    usage.add(events)
+
+
 def flat(blocks: Iterable[list[Event]]) -> list[Event]:
     """Put blocks back together."""
     return list(itertools.chain.from_iterable(blocks))
@@ -80,7 +89,9 @@ def start(aiohttp_client: AiohttpClient) -> Start:
         **options: Any,
     ) -> Client:
         app = server.create_app(Config(**({"simulate": False} | options)), imported, clock)
-        app[server.STATE].usage.add(list(events))
+        given = list(events)
+        app[server.STATE].usage.number(given)
+        app[server.STATE].usage.add(given)
         return await aiohttp_client(app)
 
     return start_app
@@ -163,7 +174,7 @@ def test_usage_is_in_order_of_start_and_equal_starts_in_order_of_arrival(monkeyp
         usage, arrived = Usage(keep=1_000), list[Event]()
         for size in (rng.choice((0, 1, 2, 30)) for _ in range(rng.randrange(12))):
             batch = random_events(rng, size)
-            usage.add(batch)
+            add(usage, batch)
             arrived += batch
         assert [made.id for made in arrived] == list(range(1, len(arrived) + 1))
         assert flat(usage.by_start.blocks) == sorted(arrived, key=lambda made: made.stream_started_on)
@@ -176,7 +187,7 @@ def test_between_and_matching_find_what_a_naive_filter_finds(monkeypatch: pytest
     monkeypatch.setattr(server, "BLOCK_EVENTS", 8)
     rng = random.Random(2)
     usage = Usage(keep=1_000)
-    usage.add(random_events(rng, 300))
+    add(usage, random_events(rng, 300))
     everything = flat(usage.by_start.blocks)
     for _ in range(500):
         since, until = (rng.choice((None, NOW - rng.randrange(-10, 5_010))) for _ in range(2))
@@ -195,10 +206,10 @@ def test_between_and_matching_find_what_a_naive_filter_finds(monkeypatch: pytest
 
 def test_a_reader_keeps_the_moment_at_which_it_began() -> None:
     usage = Usage(keep=3_000)
-    usage.add(random_events(random.Random(3), 3_000))
+    add(usage, random_events(random.Random(3), 3_000))
     blocks = usage.started_between(None, None)
     before = flat(blocks)
-    usage.add(random_events(random.Random(4), 3_000))
+    add(usage, random_events(random.Random(4), 3_000))
     assert flat(blocks) == before
 
 
@@ -207,7 +218,7 @@ def test_the_oldest_events_go_first_with_one_warning(caplog: pytest.LogCaptureFi
     for size in (4, 5, 3, 1, 9, 0, 40):
         batch = random_events(rng, size)
         everything += batch
-        usage.add(batch)
+        add(usage, batch)
         everything = sorted(everything, key=server.ORDER)[-10:]
         assert flat(usage.by_start.blocks) == everything
         assert usage.count == len(everything)
@@ -282,7 +293,7 @@ def test_both_columns_agree_with_a_naive_calculation_over_10_000_ledgers() -> No
         }
         lengths = rng.choice(((0,), (0, 1), (60,), range(86_401)))
         usage = Usage(keep=1_000)
-        usage.add([
+        add(usage, [
             event(rng.choice(starts[: rng.choice((1, 4))]), rng.choice(lengths), rng.choice(users), label=rng.choice(labels))
             for _ in range(rng.choice((0, 1, 3, 20)) if labels else 0)
         ])
@@ -319,14 +330,14 @@ def test_three_equal_labels_share_100_euros_as_33_34_33_33_and_33_33() -> None:
 
 def test_a_subscriber_pays_once_however_many_streams_there_are() -> None:
     usage = Usage(keep=100)
-    usage.add([event(user_id="user1", label=f"label{number % 2}") for number in range(50)])
+    add(usage, [event(user_id="user1", label=f"label{number % 2}") for number in range(50)])
     data, _ = server.report(usage.months, {"user1": Subscription("premium", 799, "app_store")})
     assert (data["revenue"], data["distributed"]) == ("5.59", "5.59")
 
 
 def test_the_report_has_the_shape_of_the_contract() -> None:
     usage = Usage(keep=100)
-    usage.add([event(1_551_398_400, 600, "user1", label="a"), event(1_551_398_400, 400, "user2", label="b")])
+    add(usage, [event(1_551_398_400, 600, "user1", label="a"), event(1_551_398_400, 400, "user2", label="b")])
     data, lines = server.report(usage.months, server.SUBSCRIPTIONS)
     assert data == {
         "currency": "EUR", "months": ["2019-03"], "subscribers": 3, "revenue": "26.28", "distributed": "26.28",
@@ -373,13 +384,14 @@ def test_totals_stay_right_after_any_mix_of_changes(monkeypatch: pytest.MonkeyPa
             if model and (change := rng.randrange(3)) < 2:
                 old = usage.find(rng.choice(list(model)))
                 if change:
+                    made.id = old.id
                     usage.replace(old, made)
                     model[old.id] = made
                 else:
                     usage.remove(old)
                     del model[old.id]
             else:
-                usage.add([made])
+                add(usage, [made])
                 model[made.id] = made
                 for oldest in sorted(model.values(), key=server.ORDER)[:-25]:
                     del model[oldest.id]
@@ -480,6 +492,160 @@ def test_files_that_are_missing_or_no_text_are_named(tmp_path: Path) -> None:
         server.Import(tmp_path, b"[" * 100_000, NOW)
     named = [line.split(":")[0] for line in str(raised.value).splitlines()]
     assert {"users.csv", "streaming.csv", "tracks.json"} <= {name.split(",")[0] for name in named}
+
+
+# ── Storage ─────────────────────────────────────────────────────────────────────────────────────
+
+STREAM = {"user_id": "user1", "track_id": "track1", "label": "label1", "stream_started_on": NOW - 9, "seconds_streamed": 5}
+
+
+async def snapshot(client: Client) -> list[bytes]:
+    """Return all that the API tells."""
+    paths = ("/usage", "/api/v1/streams?limit=1000", "/api/v1/users", "/api/v1/report", "/api/v1/report?format=csv")
+    return [await (await client.get(path)).read() for path in paths]
+
+
+async def test_everything_is_there_again_after_a_restart(start: Start, tmp_path: Path) -> None:
+    client, rng = await start(db=tmp_path / "usage.db"), random.Random(28)
+    ids: list[int] = []
+    for number in range(200):
+        made = STREAM | {"label": f"label{rng.randrange(4)}", "stream_started_on": NOW - rng.randrange(9), "seconds_streamed": rng.randrange(99)}
+        change = rng.randrange(4)
+        if change == 0 or not ids:
+            answer = await client.post("/api/v1/streams", json=[made, made], headers={"Idempotency-Key": f"key {number}"})
+            ids += [stream["id"] for stream in (await answer.json())["data"]]
+        elif change == 1:
+            await client.put(f"/api/v1/streams/{rng.choice(ids)}", json=made)
+        elif change == 2:
+            await client.patch(f"/api/v1/streams/{rng.choice(ids)}", json={"label": "changed"})
+        else:
+            await client.delete(f"/api/v1/streams/{ids.pop()}")
+    await client.put("/api/v1/users/user1", json={"product_type": "none", "fee": "0.10", "origin": "web"})
+    last = (await (await client.post("/api/v1/streams", json=STREAM, headers={"Idempotency-Key": "last"})).json())["data"]["id"]
+    await client.delete(f"/api/v1/streams/{last}")
+    before = await snapshot(client)
+    await client.close()
+    client = await start(db=tmp_path / "usage.db")
+    assert await snapshot(client) == before
+    again = await client.post("/api/v1/streams", json=STREAM, headers={"Idempotency-Key": "last"})
+    assert (again.headers["Idempotent-Replayed"], (await again.json())["data"]["id"]) == ("true", last)
+    assert (await (await client.post("/api/v1/streams", json=STREAM)).json())["data"]["id"] == last + 1
+
+
+async def test_writers_that_wait_together_share_a_commit(start: Start, tmp_path: Path) -> None:
+    client = await start(db=tmp_path / "usage.db")
+    journal, sizes = client.app[server.STATE].journal, list[int]()
+    commit = journal.commit
+
+    def counting(statements: server.Statements) -> None:
+        sizes.append(len(statements))
+        commit(statements)
+
+    journal.commit = counting
+    answers = await asyncio.gather(*(client.post("/api/v1/streams", json=STREAM) for _ in range(60)))
+    assert {answer.status for answer in answers} == {201}
+    assert len(sizes) < 30
+    assert len(await (await client.get("/usage")).json()) == 60
+
+
+async def test_the_same_key_at_the_same_time_stores_once(start: Start, tmp_path: Path) -> None:
+    client, headers = await start(db=tmp_path / "usage.db"), {"Idempotency-Key": "k"}
+    answers = await asyncio.gather(*(client.post("/api/v1/streams", json=STREAM, headers=headers) for _ in range(20)))
+    assert {await answer.read() for answer in answers} == {await answers[0].read()}
+    assert sum("Idempotent-Replayed" in answer.headers for answer in answers) == 19
+    assert (await (await client.get("/health")).json())["events"] == 1
+
+
+async def test_changes_of_one_stream_at_the_same_time_lose_nothing(start: Start, tmp_path: Path) -> None:
+    client = await start(db=tmp_path / "usage.db")
+    await client.post("/api/v1/streams", json=STREAM)
+    changes = [{"label": "x"}, {"track_id": "y"}, {"user_id": "z"}, {"seconds_streamed": 9}]
+    answers = await asyncio.gather(*(client.patch("/api/v1/streams/1", json=change) for change in changes))
+    assert {answer.status for answer in answers} == {200}
+    changed = await (await client.get("/usage")).json()
+    assert changed == [STREAM | {"label": "x", "track_id": "y", "user_id": "z", "seconds_streamed": 9}]
+    answers = await asyncio.gather(*(client.delete("/api/v1/streams/1") for _ in range(5)))
+    assert sorted(answer.status for answer in answers) == [200, 404, 404, 404, 404]
+
+
+async def test_what_cannot_be_stored_is_503_and_not_visible(start: Start, tmp_path: Path) -> None:
+    client = await start(db=tmp_path / "usage.db")
+    await client.post("/api/v1/streams", json=STREAM)
+    before = await snapshot(client)
+    connection = client.app[server.STATE].journal.connection
+    connection.execute("PRAGMA query_only = ON")
+    key = {"Idempotency-Key": "k"}
+    for answer in (
+        await client.post("/api/v1/streams", json=[STREAM, STREAM], headers=key),
+        await client.put("/api/v1/streams/1", json=STREAM | {"label": "x"}),
+        await client.patch("/api/v1/streams/1", json={"label": "x"}),
+        await client.delete("/api/v1/streams/1"),
+        await client.put("/api/v1/users/user9", json={"product_type": "p", "fee": "1", "origin": "web"}),
+    ):
+        assert (answer.status, list(await answer.json())) == (503, ["error"])
+    health = await client.get("/health")
+    assert (health.status, (await health.json())["status"]) == (503, "degraded")
+    assert await snapshot(client) == before
+    connection.execute("PRAGMA query_only = OFF")
+    answer = await client.post("/api/v1/streams", json=[STREAM, STREAM], headers=key)
+    assert (answer.status, answer.headers.get("Idempotent-Replayed")) == (201, None)
+    assert (await client.get("/health")).status == 200
+
+
+async def test_simulated_events_are_stored_and_history_only_into_an_empty_file(start: Start, tmp_path: Path) -> None:
+    client = await start(db=tmp_path / "usage.db", history=0.1, simulate=True)
+    async with asyncio.timeout(10):
+        while (health := await (await client.get("/health")).json())["simulation"]["last_batch_age"] is None:
+            await asyncio.sleep(0.01)
+    assert health["storage"]["durable"] is True
+    assert health["storage"]["last_commit_age"] < 10
+    before = await snapshot(client)
+    await client.close()
+    client = await start(db=tmp_path / "usage.db", history=0.1)
+    assert (await snapshot(client))[0] == before[0]
+
+
+SCHEMA_1 = """
+    CREATE TABLE streams (
+        user_id TEXT NOT NULL, track_id TEXT NOT NULL, label TEXT NOT NULL,
+        stream_started_on INTEGER NOT NULL, seconds_streamed INTEGER NOT NULL,
+        id INTEGER PRIMARY KEY AUTOINCREMENT);
+    CREATE TABLE subscriptions (
+        user_id TEXT PRIMARY KEY, product_type TEXT NOT NULL, fee INTEGER NOT NULL, origin TEXT NOT NULL, import INTEGER);
+    CREATE TABLE keys (key TEXT PRIMARY KEY, hash BLOB NOT NULL, first_id INTEGER NOT NULL);
+    CREATE TABLE imports (id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, first_id INTEGER NOT NULL, size INTEGER NOT NULL);
+    INSERT INTO streams VALUES ('user1', 'track1', 'label1', 1546421951, 1290, 7);
+    INSERT INTO subscriptions VALUES ('user9', 'family', 1799, 'web', NULL);
+    PRAGMA application_id = 0x73656373; PRAGMA user_version = 1;
+"""
+
+
+async def test_a_file_of_every_earlier_version_is_opened(start: Start, tmp_path: Path) -> None:
+    for version, schema in enumerate(["", SCHEMA_1]):
+        path = tmp_path / f"{version}.db"
+        path.touch()
+        with contextlib.closing(sqlite3.connect(path)) as old:
+            old.executescript(schema)
+        client = await start(db=path)
+        events = await (await client.get("/usage")).json()
+        assert [made["seconds_streamed"] for made in events] == [1290] * version
+        assert (await (await client.post("/api/v1/streams", json=STREAM)).json())["data"]["id"] == (8 if version else 1)
+        assert (await client.get("/api/v1/users/user9")).status == (200 if version else 404)
+        await client.close()
+        with contextlib.closing(sqlite3.connect(path)) as new:
+            assert new.execute("PRAGMA user_version").fetchone() == (len(server.MIGRATIONS),)
+    assert version == len(server.MIGRATIONS)
+
+
+async def test_importing_the_same_directory_again_changes_nothing(start: Start, tmp_path: Path) -> None:
+    directory = write_import(tmp_path / "import")
+    client = await start(db=tmp_path / "usage.db", imported=read_import(directory))
+    await client.post("/api/v1/streams", json=STREAM)
+    before = await snapshot(client)
+    assert [user["user_id"] for user in json.loads(before[2])["data"] if user["subscription"]] == ["user 1", "user 2"]
+    await client.close()
+    client = await start(db=tmp_path / "usage.db", imported=read_import(directory))
+    assert await snapshot(client) == before
 
 
 # ── Simulation ──────────────────────────────────────────────────────────────────────────────────
@@ -747,7 +913,7 @@ async def test_an_answer_is_304_until_something_changes(start: Start) -> None:
     for known in (etag, etag.removeprefix("W/"), f'"other", {etag}', "*"):
         again = await client.get("/usage", headers={"If-None-Match": known})
         assert (again.status, await again.read(), again.headers["ETag"]) == (304, b"", etag)
-    client.app[server.STATE].usage.add([event()])
+    add(client.app[server.STATE].usage, [event()])
     changed = await client.get("/usage", headers={"If-None-Match": etag})
     assert changed.status == 200
     assert changed.headers["ETag"] != etag
@@ -913,9 +1079,6 @@ async def test_health_tells_the_events_and_the_simulation(start: Start) -> None:
     assert health["simulation"]["running"] is True
     assert 0 <= health["simulation"]["last_batch_age"] < 10
     assert 1 <= health["events"] <= 5
-
-
-STREAM = {"user_id": "user1", "track_id": "track1", "label": "label1", "stream_started_on": NOW - 9, "seconds_streamed": 5}
 
 
 async def test_a_stream_is_created_read_replaced_changed_and_removed(start: Start) -> None:
@@ -1436,6 +1599,230 @@ async def test_tracks_that_cannot_be_had_end_it_with_status_2_and_the_reason(tmp
             assert errors.decode().splitlines()[-1].startswith(f"server.py: cannot read the tracks from {source}: ")
             assert reason in errors.decode().splitlines()[-1]
             assert "Traceback" not in errors.decode()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"not a database, but a text that is longer than a hundred bytes " * 9, "it is no database of this program"),
+        (b"short", "it is no database of this program"),
+        ("CREATE TABLE songs (title)", "it is no database of this program"),
+        (f"{SCHEMA_1}; PRAGMA user_version = {len(server.MIGRATIONS) + 1}", "it is of version"),
+    ],
+)
+async def test_a_file_that_is_not_ours_is_refused_and_untouched(tmp_path: Path, content: bytes | str, said: str) -> None:
+    path = tmp_path / "usage.db"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.executescript(content)
+    before = path.read_bytes()
+    async with started("--db", str(path)) as program:
+        out, errors = await program.process.communicate()
+        assert (program.process.returncode, out) == (2, b"")
+        assert errors.decode().startswith(f"server.py: cannot use the database {path}: {said}")
+        assert errors.count(b"\n") == 1
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("path", "said"), [("/tmp", "Is a directory"), ("/sys/usage.db", "Permission denied"), ("/no/such/usage.db", "No such file")])  # noqa: S108
+async def test_a_database_that_cannot_be_opened_ends_it_with_status_2(path: str, said: str) -> None:
+    async with started("--db", path) as program:
+        _, errors = await program.process.communicate()
+        assert program.process.returncode == 2
+        assert errors.decode().startswith(f"server.py: cannot use the database {path}: {said}")
+        assert errors.count(b"\n") == 1
+
+
+async def test_a_second_process_on_the_same_file_is_refused(tmp_path: Path) -> None:
+    async with started("--db", str(tmp_path / "usage.db"), "--no-simulation") as first:
+        url = await first.url()
+        async with started("--db", str(tmp_path / "usage.db")) as second:
+            _, errors = await second.process.communicate()
+            assert second.process.returncode == 2
+            assert errors.decode().endswith("usage.db: another process uses it\n")
+        async with aiohttp.ClientSession() as session:
+            assert (await session.post(f"{url}/api/v1/streams", json=STREAM | {"stream_started_on": 1})).status == 201
+        assert await first.stop() == (0, "")
+
+
+class Writer:
+    """A client that posts, and knows what it was answered."""
+
+    def __init__(self, name: str) -> None:
+        """Begin with nothing."""
+        self.name = name
+        self.sent = 0
+        self.stored: dict[str, list[int]] = {}  # label -> ids
+        self.unanswered: list[dict[str, Any]] = []
+
+    async def post(self, session: aiohttp.ClientSession, url: str, streams: list[dict[str, Any]]) -> None:
+        """Post an array of streams, which share a label of their own, with that as the key."""
+        label = streams[0]["label"]
+        async with session.post(f"{url}/api/v1/streams", json=streams, headers={"Idempotency-Key": label}) as answer:
+            assert answer.status == 201
+            self.stored[label] = [stream["id"] for stream in (await answer.json())["data"]]
+
+    async def work(self, session: aiohttp.ClientSession, url: str, rng: random.Random) -> None:
+        """Post until the server has gone."""
+        while True:
+            self.sent += 1
+            stream = STREAM | {"label": f"{self.name} {self.sent}", "stream_started_on": rng.choice((1_551_398_399, 1_551_398_400))}
+            streams = [stream | {"track_id": f"track{number}"} for number in range(rng.choice((1, 1, 1, 20)))]
+            try:
+                await self.post(session, url, streams)
+            except (aiohttp.ClientError, OSError):
+                self.unanswered.append({"streams": streams})
+                return
+
+
+async def test_nothing_acknowledged_is_lost_in_100_kills(tmp_path: Path) -> None:
+    rng, writers, highest = random.Random(29), [Writer(f"w{number}") for number in range(8)], 0
+    before = set[str]()
+    for _ in range(101):
+        async with started("--db", str(tmp_path / "usage.db"), "--no-simulation") as program:
+            url = await program.url()
+            async with aiohttp.ClientSession() as session:
+                for writer in writers:
+                    for request in writer.unanswered:
+                        await writer.post(session, url, request["streams"])
+                    writer.unanswered.clear()
+                acknowledged = {label: ids for writer in writers for label, ids in writer.stored.items()}
+                found: dict[str, list[int]] = {}
+                after = 0
+                while after is not None:
+                    page = await get_json(f"{url}/api/v1/streams?limit=1000&after={after}")
+                    for stream in page["data"]:
+                        found.setdefault(stream["label"], []).append(stream["id"])
+                    after = page["next"]
+                assert found == acknowledged  # each once, none in part, nothing else, under the ids that were answered
+                ids = list(itertools.chain.from_iterable(found.values()))
+                assert len(ids) == len(set(ids))
+                assert all(number > highest for label in found.keys() - before for number in found[label])
+                report = (await get_json(f"{url}/api/v1/report"))["data"]
+                assert report["seconds_streamed"] == 5 * len(ids)
+                assert {row["label"]: row["streams"] for row in report["labels"]} == {label: len(of) for label, of in found.items()}
+                highest, before = max(ids, default=0), set(found)
+                working = [asyncio.create_task(writer.work(session, url, rng)) for writer in writers]
+                await asyncio.sleep(rng.random() * 0.15)
+                program.process.kill()
+                await asyncio.gather(*working)
+
+
+async def test_a_full_disk_is_503_and_it_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        body, statuses = [STREAM | {"stream_started_on": 1}] * 1_000, list[int]()
+
+        async def post() -> int:
+            async with session.post(f"{url}/api/v1/streams", json=body) as answer:
+                assert next(iter(await answer.json())) in ("message", "error")
+                return answer.status
+
+        limit = resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (400_000, limit[1]))
+        while statuses.count(503) < 3:
+            statuses.append(await post())
+        stored = statuses.count(201)
+        assert stored > 0
+        assert (await get_json(f"{url}/usage?group_by=label"))[0]["events"] == 1_000 * stored
+        async with session.get(f"{url}/health") as answer:
+            assert answer.status == 503
+        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, limit)
+        assert await post() == 201
+        assert (await get_json(f"{url}/health"))["events"] == 1_000 * (stored + 1)
+        program.process.kill()
+        await program.process.wait()
+    async with started("--db", str(path), "--no-simulation") as program:
+        assert (await get_json(f"{await program.url()}/health"))["events"] == 1_000 * (stored + 1)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None and not CI, reason="strace is not installed")
+async def test_each_answer_is_sent_after_a_sync_that_began_after_its_request_came(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    async with started("--db", str(tmp_path / "usage.db"), "--no-simulation") as program:
+        url = await program.url()
+        follow = ["-f", "-ttt", "-s", "16", "-e", "trace=recvfrom,sendto,fsync,fdatasync"]
+        tracer = await asyncio.create_subprocess_exec(
+            "strace", *follow, "-o", str(trace), "-p", str(program.process.pid), stderr=asyncio.subprocess.PIPE
+        )
+        assert tracer.stderr
+        assert b"attached" in await tracer.stderr.readline()
+
+        async def client() -> None:
+            async with aiohttp.ClientSession() as session:
+                for _ in range(10):
+                    async with session.post(f"{url}/api/v1/streams", json=STREAM | {"stream_started_on": 1}) as answer:
+                        assert answer.status == 201
+
+        await asyncio.gather(*(client() for _ in range(8)))
+        assert await program.stop() == (0, "")
+        await tracer.communicate()
+    syncs: list[tuple[float, float]] = []  # began, ended
+    begun: dict[str, float] = {}  # by thread
+    asked: dict[str, float] = {}  # by connection
+    answered = 0
+    for line in trace.read_text("utf-8").splitlines():
+        thread, at, call = line.split(maxsplit=2)
+        if re.match(r"f(data)?sync\(", call):
+            begun[thread] = float(at)
+        if "sync" in call and "= 0" in call:
+            syncs.append((begun[thread], float(at)))
+        if found := re.match(r'(recvfrom|sendto)\((\d+), "(POST|HTTP/1.1 201)', call):
+            if found[3] == "POST":
+                asked[found[2]] = float(at)
+            else:
+                answered += 1
+                assert any(asked[found[2]] < began and ended < float(at) for began, ended in syncs), line
+    assert answered == 80
+    assert len(syncs) < 80  # those who wait together share one
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_what_waits_for_the_disk_at_a_signal_is_stored_and_answered(tmp_path: Path, number: int) -> None:
+    statuses: list[int] = []
+    async with started("--db", str(tmp_path / "usage.db"), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+
+        async def post() -> None:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with session.post(f"{url}/api/v1/streams", json=[STREAM | {"stream_started_on": 1}] * 100) as answer:
+                    statuses.append(answer.status)
+
+        posts = [asyncio.create_task(post()) for _ in range(50)]
+        await asyncio.sleep(0.05)
+        assert await program.stop(number) == (0, "")
+        await asyncio.gather(*posts)
+    assert set(statuses) <= {201}
+    async with started("--db", str(tmp_path / "usage.db"), "--no-simulation") as program:
+        assert (await get_json(f"{await program.url()}/health"))["events"] >= 100 * len(statuses)
+
+
+async def test_the_readmes_backup_and_undo_work_as_they_stand(tmp_path: Path) -> None:
+    backup, undo = re.findall(r'^(python3 -c "import sqlite3.*")$', (HERE / "README.md").read_text("utf-8"), re.MULTILINE)
+    directory = write_import(tmp_path / "import")
+
+    async def shell(command: str) -> None:
+        process = await asyncio.create_subprocess_shell(command, cwd=tmp_path)
+        assert await process.wait() == 0
+
+    async with started("--db", str(tmp_path / "usage.db"), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        assert (await session.post(f"{url}/api/v1/streams", json=STREAM | {"stream_started_on": 1})).status == 201
+        before = await get_json(f"{url}/api/v1/users")
+        await shell(backup)
+        await program.stop()
+    async with started("--db", str(tmp_path / "backup.db"), "--no-simulation") as program:
+        assert await get_json(f"{await program.url()}/api/v1/users") == before
+    async with started("--db", str(tmp_path / "usage.db"), "--no-simulation", "--import", str(directory)) as program:
+        assert (await get_json(f"{await program.url()}/health"))["events"] == 4
+        await program.stop()
+    await shell(undo)
+    async with started("--db", str(tmp_path / "usage.db"), "--no-simulation") as program:
+        assert await get_json(f"{await program.url()}/api/v1/users") == before
 
 
 def test_the_inline_script_metadata_agrees_with_the_requirements() -> None:
