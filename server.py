@@ -44,8 +44,8 @@ import sqlite3
 import sys
 import time
 from bisect import bisect_left, bisect_right, insort
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -53,7 +53,7 @@ from heapq import nsmallest
 from operator import add, attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 from weakref import WeakValueDictionary
 
 import aiohttp
@@ -82,6 +82,7 @@ log = logging.getLogger("server")
 
 NAMES = ("user_id", "track_id", "label")
 FIELDS = (*NAMES, "stream_started_on", "seconds_streamed")
+EVENT_KEYS = frozenset(FIELDS)
 
 # Control characters forge log lines and break CSV; lone surrogates cannot be written as UTF-8.
 FORBIDDEN_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -102,10 +103,6 @@ class FromInFutureError(InvalidError):
 
 class MissingError(LookupError):
     """There is nothing under this id."""
-
-
-class KeyReusedError(ValueError):
-    """An idempotency key came again, with another body."""
 
 
 @dataclass(slots=True, eq=False)
@@ -163,16 +160,16 @@ def check_int(name: str, value: object, high: int) -> int:
     return value
 
 
-def check_keys(name: str, value: object, keys: Iterable[str]) -> dict[str, Any]:
+def check_keys(name: str, value: object, keys: Set[str]) -> dict[str, Any]:
     """Return `value` if it is a JSON object with just these keys."""
     if not isinstance(value, dict):
         raise InvalidError(f"{name} must be an object")
-    for key in value.keys() - set(keys):
-        raise InvalidError(f"{key[:TEXT_CHARACTERS]!r} is an unknown key of {name}")
-    for key in keys:
-        if key not in value:
-            raise InvalidError(f"{key} is missing in {name}")
-    return value
+    if value.keys() == keys:
+        return value
+    for key in value:
+        if key not in keys:
+            raise InvalidError(f"{key[:TEXT_CHARACTERS]!r} is an unknown key of {name}")
+    raise InvalidError(f"{min(keys - value.keys())} is missing in {name}")
 
 
 def parse_event(value: object, now: float) -> Event:
@@ -180,7 +177,7 @@ def parse_event(value: object, now: float) -> Event:
 
     Raises InvalidError, which names the field: the one validation of an event.
     """
-    fields = check_keys("the event", value, FIELDS)
+    fields = check_keys("the event", value, EVENT_KEYS)
     user, track, label = (check_text(name, fields[name]) for name in NAMES)
     started = check_int("stream_started_on", fields["stream_started_on"], int(now))
     return Event(user, track, label, started, check_int("seconds_streamed", fields["seconds_streamed"], DAY))
@@ -223,28 +220,23 @@ class Blocks:
 
     def add(self, events: Iterable[Event]) -> None:
         """Put each event in its place."""
-        pending = sorted(events, key=self.key)
-        if pending and not self.blocks:
-            self.blocks.append([])
-            self._replace(0, pending)
+        if not self.blocks:
+            self._replace(0, sorted(events, key=self.key))
             return
-        while pending:
-            at = max(0, self._find(pending[0]))
-            fit = len(pending)
-            if at + 1 < len(self.blocks):
-                fit = bisect_left(pending, self.key(self.blocks[at + 1][0]), key=self.key)
+        for at, group in self._by_block(events):
             block = self.blocks[at].copy()
-            for event in pending[:fit]:
-                insort(block, event, key=self.key)
+            if len(group) > len(block) // 16:  # sorting anew is quicker than finding so many places
+                block = sorted(block + group, key=self.key)
+            else:
+                for event in group:
+                    insort(block, event, key=self.key)
             self._replace(at, block)
-            pending = pending[fit:]
 
-    def remove(self, event: Event) -> None:
-        """Take out `event`, which is there."""
-        at = self._find(event)
-        block = self.blocks[at].copy()
-        del block[bisect_left(block, self.key(event), key=self.key)]
-        self._replace(at, block)
+    def remove(self, events: Iterable[Event]) -> None:
+        """Take out events that are there."""
+        for at, group in self._by_block(events):
+            gone = set(group)
+            self._replace(at, [event for event in self.blocks[at] if event not in gone])
 
     def between(self, low: Any = None, high: Any = None) -> list[list[Event]]:
         """Return the events with `low <= key < high`, in order, as blocks."""
@@ -260,27 +252,34 @@ class Blocks:
             found[-1] = found[-1][: bisect_left(found[-1], high, key=self.key)]
         return found
 
-    def _find(self, event: Event) -> int:
-        """Return the place of the block that `event` belongs to, -1 if it comes before all."""
-        return bisect_right(self.blocks, self.key(event), key=lambda block: self.key(block[0])) - 1
+    def _by_block(self, events: Iterable[Event]) -> Iterator[tuple[int, list[Event]]]:
+        """Yield the place of each block that events belong to, and these: the last first, so none moves."""
+        pending = sorted(events, key=self.key)
+        while pending:
+            last = self.key(pending[-1])
+            at = max(0, bisect_right(self.blocks, last, key=lambda block: self.key(block[0])) - 1)
+            first = bisect_left(pending, self.key(self.blocks[at][0]), key=self.key) if at else 0
+            yield at, pending[first:]
+            del pending[first:]
 
     def _replace(self, at: int, events: list[Event]) -> None:
         """Put `events` in the place of the block there, cut into blocks of about equal length."""
-        del self.blocks[at]
+        if self.blocks:
+            del self.blocks[at]
         parts = math.ceil(len(events) / BLOCK_EVENTS)
         for part in reversed(range(parts)):
             self.blocks.insert(at, events[len(events) * part // parts : len(events) * (part + 1) // parts])
 
 
-class Totals(dict[Any, list[int]]):
-    """Streams and seconds, as a list of the two, under a key each; what has no stream has no key."""
+class Totals(dict[Any, tuple[int, int]]):
+    """Streams and seconds under a key each; what has no stream has no key."""
 
     def count(self, key: Any, streams: int, seconds: int) -> None:
         """Add to what stands under `key`."""
-        total = self.setdefault(key, [0, 0])
-        total[0] += streams
-        total[1] += seconds
-        if not total[0]:
+        before = self.get(key, (0, 0))
+        if before[0] + streams:
+            self[key] = (before[0] + streams, before[1] + seconds)
+        else:
             del self[key]
 
 
@@ -319,12 +318,16 @@ class Usage:
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`."""
-        self._insert(events)
-        if self.count > self.keep and not self.warned:
+        self.by_start.add(events)
+        self.by_id.add(events)
+        self._count(events, 1)
+        if self.count <= self.keep:
+            return
+        if not self.warned:
             self.warned = True
             log.warning("there are more than %d events: from now on the oldest go (--keep, --db)", self.keep)
-        while self.count > self.keep:
-            self.remove(self.by_start.blocks[0][0])
+        oldest = itertools.chain.from_iterable(self.by_start.blocks)
+        self.remove(list(itertools.islice(oldest, int(self.count - self.keep))))
 
     def started_between(self, since: int | None, until: int | None) -> list[list[Event]]:
         """Return the events with `since <= stream_started_on < until`, in order, as blocks."""
@@ -332,26 +335,20 @@ class Usage:
 
     def find(self, stream_id: int) -> Event:
         """Return the event with this id; raises MissingError."""
-        for block in self.by_id.between(stream_id, stream_id + 1):
-            for event in block:
-                return event
+        for event in itertools.chain(*self.by_id.between(stream_id, stream_id + 1)):
+            return event
         raise MissingError(f"there is no stream {stream_id}")
 
     def replace(self, old: Event, new: Event) -> None:
         """Put `new` in the place of `old`, which has the same id."""
-        self.remove(old)
-        self._insert([new])
+        self.remove([old])
+        self.add([new])
 
-    def remove(self, event: Event) -> None:
-        """Forget `event`."""
-        self.by_start.remove(event)
-        self.by_id.remove(event)
-        self._count([event], -1)
-
-    def _insert(self, events: Sequence[Event]) -> None:
-        self.by_start.add(events)
-        self.by_id.add(events)
-        self._count(events, 1)
+    def remove(self, events: Sequence[Event]) -> None:
+        """Forget events that are there."""
+        self.by_start.remove(events)
+        self.by_id.remove(events)
+        self._count(events, -1)
 
     def _count(self, events: Sequence[Event], sign: int) -> None:
         self.version += 1
@@ -400,9 +397,8 @@ FACTORS = {"app_store": 70, "web": 90}  # per cent: what the store or the paymen
 FEE = re.compile(r"([0-9]{1,5})(?:\.([0-9]{1,2}))?")
 HIGHEST_FEE = 1_000_000  # cents
 CURRENCY = "EUR"
-REPORT_COLUMNS = (
-    "month", "currency", "label", "streams", "seconds_streamed", "share", "amount", "amount_user_centric",
-)
+LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", "amount", "amount_user_centric")
+REPORT_COLUMNS = ("month", "currency", *LABEL_COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,7 +424,7 @@ SUBSCRIPTIONS = {
 
 def parse_subscription(value: object) -> Subscription:
     """Return the subscription that `value`, parsed JSON, is; raises InvalidError, which names the field."""
-    fields = check_keys("the subscription", value, ("product_type", "fee", "origin"))
+    fields = check_keys("the subscription", value, {"product_type", "fee", "origin"})
     fee = FEE.fullmatch(check_text("fee", fields["fee"]))
     cents = int(fee[1]) * 100 + int((fee[2] or "").ljust(2, "0")) if fee else math.inf
     if cents > HIGHEST_FEE:
@@ -458,67 +454,58 @@ def share_out(cents: int, weights: Mapping[str, int]) -> dict[str, int]:
 
 
 def share_month(
-    totals: Mapping[tuple[str, str], list[int]], subscriptions: Mapping[str, Subscription]
-) -> tuple[int, dict[str, list[int]]]:
-    """Return the revenue of a month, in cents, and each label's streams, seconds, and cents owed.
+    revenue: int, totals: Mapping[tuple[str, str], tuple[int, int]], subscriptions: Mapping[str, Subscription]
+) -> dict[str, list[int]]:
+    """Return each label's streams and seconds in a month, and the cents of the revenue that it is owed.
 
     `totals` holds streams and seconds by user and label. The cents are owed pro rata, where a label's
     weight is its seconds, and user-centric, where it is what the label gets of each subscriber's net
     fee: fractions by that subscriber's seconds, which a common denominator makes ints.
     """
-    revenue = (sum(subscription.net for subscription in subscriptions.values()) + 50) // 100  # half up
-    labels, users = Totals(), Totals()
+    labels, heard = Totals(), Counter[str]()
     for (user, label), (streams, seconds) in totals.items():
         labels.count(label, streams, seconds)
-        users.count(user, streams, seconds)
+        heard[user] += seconds
     weights = {label: seconds for label, (_, seconds) in labels.items()}
-    whole = sum(weights.values()) or 1
-    listened = {user: users[user][1] for user in subscriptions.keys() & users.keys() if users[user][1]}
-    common = math.lcm(whole, *listened.values())
-    per_second = {user: subscriptions[user].net * (common // listened[user]) for user in listened}
-    silent = sum(subscription.net for user, subscription in subscriptions.items() if user not in listened)
+    whole = heard.total() or 1
+    paying = [user for user in subscriptions if heard[user]]
+    common = math.lcm(whole, *(heard[user] for user in paying))
+    per_second = {user: subscriptions[user].net * (common // heard[user]) for user in paying}
+    silent = sum(each.net for user, each in subscriptions.items() if not heard[user])
     claims = {label: silent * (common // whole) * seconds for label, seconds in weights.items()}
     for (user, label), (_, seconds) in totals.items():
         claims[label] += per_second.get(user, 0) * seconds
     pro_rata, user_centric = share_out(revenue, weights), share_out(revenue, claims)
-    return revenue, {label: [*labels[label], pro_rata[label], user_centric[label]] for label in labels}
+    return {label: [*labels[label], pro_rata[label], user_centric[label]] for label in labels}
 
 
 def write_shares(owed: Mapping[str, list[int]]) -> list[dict[str, Any]]:
     """Return the report's lines for what `share_month` found: highest amount first, then by name."""
     whole = sum(seconds for _, seconds, _, _ in owed.values()) or 1
-    return [
-        {
-            "label": label,
-            "streams": streams,
-            "seconds_streamed": seconds,
-            "share": round(seconds / whole, 6),  # no money, so a float will do
-            "amount": euros(amount),
-            "amount_user_centric": euros(user_centric),
-        }
-        for label, (streams, seconds, amount, user_centric) in sorted(
-            owed.items(), key=lambda item: (-item[1][2], item[0])
-        )
-    ]
+    lines = []
+    for label, (streams, seconds, *amounts) in sorted(owed.items(), key=lambda item: (-item[1][2], item[0])):
+        share = round(seconds / whole, 6)  # no money, so a float will do
+        cells = label, streams, seconds, share, *map(euros, amounts)
+        lines.append(dict(zip(LABEL_COLUMNS, cells, strict=True)))
+    return lines
 
 
 def report(
-    months: Mapping[str, Mapping[tuple[str, str], list[int]]], subscriptions: Mapping[str, Subscription]
+    months: Mapping[str, Mapping[tuple[str, str], tuple[int, int]]], subscriptions: Mapping[str, Subscription]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the report over `months`, each shared out on its own, and its lines by month and label."""
-    revenue, lines = 0, []
-    added: dict[str, list[int]] = {}
+    revenue = (sum(subscription.net for subscription in subscriptions.values()) + 50) // 100  # half up
+    added, lines = defaultdict[str, list[int]](lambda: [0, 0, 0, 0]), []
     for month in sorted(months):
-        cents, owed = share_month(months[month], subscriptions)
-        revenue += cents
+        owed = share_month(revenue, months[month], subscriptions)
         lines += [{"month": month, "currency": CURRENCY} | line for line in write_shares(owed)]
         for label, figures in owed.items():
-            added[label] = list(map(add, figures, added.get(label, [0, 0, 0, 0])))
+            added[label] = list(map(add, figures, added[label]))
     data = {
         "currency": CURRENCY,
         "months": sorted(months),
         "subscribers": len(subscriptions),
-        "revenue": euros(revenue),
+        "revenue": euros(revenue * len(months)),
         "distributed": euros(sum(amount for _, _, amount, _ in added.values())),
         "seconds_streamed": sum(seconds for _, seconds, _, _ in added.values()),
         "labels": write_shares(added),
@@ -526,19 +513,22 @@ def report(
     return data, lines
 
 
-def describe_users(usage: Usage, subscriptions: Mapping[str, Subscription]) -> dict[str, dict[str, Any]]:
-    """Return all who streamed or subscribe, in order of id, with their seconds by label and by track."""
+def describe_users(
+    tracks: Totals, months: Iterable[Totals], subscriptions: Mapping[str, Subscription], only: str | None
+) -> dict[str, dict[str, Any]]:
+    """Return who streamed or subscribes, all or `only` one, in order of id: seconds by label and track."""
     users: dict[str, dict[str, Any]] = {}
-    for user in sorted(subscriptions.keys() | {user for user, _ in usage.tracks}):
-        found = subscriptions.get(user)
-        users[user] = {"user_id": user, "streams": 0, "seconds_streamed": 0, "labels": {}, "tracks": {}}
-        users[user]["subscription"] = asdict(found) | {"fee": euros(found.fee)} if found else None
-    for (user, track), (streams, seconds) in sorted(usage.tracks.items()):
+    for user in sorted(subscriptions.keys() | {user for user, _ in tracks}):
+        if only in (None, user):
+            found = subscriptions.get(user)
+            users[user] = {"user_id": user, "streams": 0, "seconds_streamed": 0, "labels": {}, "tracks": {}}
+            users[user]["subscription"] = asdict(found) | {"fee": euros(found.fee)} if found else None
+    for (user, track), (streams, seconds) in sorted(item for item in tracks.items() if item[0][0] in users):
         users[user]["streams"] += streams
         users[user]["seconds_streamed"] += seconds
         users[user]["tracks"][track] = seconds
-    for totals in usage.months.values():
-        for (user, label), (_, seconds) in sorted(totals.items()):
+    for totals in months:
+        for (user, label), (_, seconds) in sorted(item for item in totals.items() if item[0][0] in users):
             users[user]["labels"][label] = users[user]["labels"].get(label, 0) + seconds
     return users
 
@@ -562,21 +552,15 @@ class Import:
 
     def __init__(self, directory: Path, tracks: bytes, now: float) -> None:
         """Read everything; raises ImportFailedError with the faults of all files together."""
-        self.faults: list[str] = []
+        self.now = now
         self.hash = hashlib.sha256(tracks).digest()
+        self.faults: list[str] = []
         self.labels: dict[str, str] = {}
         self.subscriptions: dict[str, Subscription] = {}
         self.events: list[Event] = []
         self._read_tracks(tracks)
-        for where, row in self._rows(directory / "users.csv", USER_COLUMNS):
-            with self._noting(where):
-                user = check_text("user_id", row.pop("user_id"))
-                if user in self.subscriptions:
-                    raise InvalidError(f"user {user!r} is there twice")
-                self.subscriptions[user] = parse_subscription(row | {"fee": row["fee"].replace(",", ".")})
-        for where, row in self._rows(directory / "streaming.csv", STREAM_COLUMNS):
-            with self._noting(where):
-                self.events.append(self._parse_stream(row, now))
+        self._read_rows(directory / "users.csv", USER_COLUMNS, self._add_user)
+        self._read_rows(directory / "streaming.csv", STREAM_COLUMNS, self._add_stream)
         if self.faults:
             raise ImportFailedError("\n".join(self.faults[:NAMED_FAULTS]))
 
@@ -590,57 +574,71 @@ class Import:
             self.faults.append(f"{where}: {error}")
 
     def _read_tracks(self, tracks: bytes) -> None:
-        items: object = []
         with self._noting("tracks.json"):
             items = json.loads(tracks.decode("utf-8-sig"))
             if not isinstance(items, list):
                 raise InvalidError("it must hold a list of tracks")
-        for number, item in enumerate(items if isinstance(items, list) else [], 1):
-            with self._noting(f"tracks.json, track {number}"):
-                if not isinstance(item, dict) or "track_id" not in item:
-                    raise InvalidError("track_id is missing")
-                keys = [key for key in item if key.startswith("label")]
-                key = "label" if "label" in keys or not keys else keys[0]
-                track, label = check_text("track_id", item["track_id"]), check_text(key, item.get(key))
-                if self.labels.setdefault(track, label) != label:
-                    raise InvalidError(f"track {track!r} is there twice, with another label")
+            for number, item in enumerate(items, 1):
+                with self._noting(f"tracks.json, track {number}"):
+                    self._add_track(item)
 
-    def _rows(self, path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-        """Yield `file:line` and the cells by column, for each row that has them all."""
+    def _add_track(self, item: object) -> None:
+        if not isinstance(item, dict) or "track_id" not in item:
+            raise InvalidError("track_id is missing")
+        key = min((key for key in item if key.startswith("label")), default="label")  # "label" if it is there
+        track, label = check_text("track_id", item["track_id"]), check_text(key, item.get(key))
+        if self.labels.setdefault(track, label) != label:
+            raise InvalidError(f"track {track!r} is there twice, with another label")
+
+    def _read_rows(self, path: Path, columns: Sequence[str], take: Callable[[dict[str, str]], None]) -> None:
+        """Give each row's cells, by column, to `take`, and note with its line what is wrong with it."""
         began = shown = time.monotonic()
-        with self._noting(path.name), path.open(encoding="utf-8-sig", newline="") as file:
+        with (
+            self._noting(path.name),
+            path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+        ):
             self.hash = hashlib.sha256(self.hash + path.read_bytes()).digest()
             delimiter = ";" if ";" in (header := file.readline()) else ","
-            header_cells = next(csv.reader([header], delimiter=delimiter), [])
-            names = [name.strip().replace(" ", "_") for name in header_cells]
+            cells = next(csv.reader([header], delimiter=delimiter), [])
+            names = [cell.strip().casefold().replace(" ", "_") for cell in cells]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
             reader = csv.reader(file, delimiter=delimiter, strict=True)
-            for cells in filter(None, reader):
-                where = f"{path.name}:{reader.line_num + 1}"
-                if len(cells) == len(names):
-                    yield where, dict(zip(names, cells, strict=True))
-                else:
-                    self.faults.append(f"{where}: {len(cells)} columns instead of {len(names)}")
+            end: list[str] = []
+            while cells is not end:
+                with self._noting(where := f"{path.name}:{reader.line_num + 2}"):
+                    cells = next(reader, end)
+                    if not "".join(cells).strip():
+                        continue
+                    if len(cells) != len(names):
+                        raise InvalidError(f"{len(cells)} columns instead of {len(names)}")
+                    take(dict(zip(names, map(str.strip, cells), strict=True)))
                 if sys.stderr.isatty() and (now := time.monotonic()) > shown + PROGRESS_SECONDS:
                     shown = now
-                    print(f"\r{where} after {now - began:.0f} s", end="", file=sys.stderr, flush=True)
-        if shown > began:
-            print(file=sys.stderr)
+                    print(f"{where} after {now - began:.0f} s", file=sys.stderr)
 
-    def _parse_stream(self, row: Mapping[str, str], now: float) -> Event:
+    def _add_user(self, row: dict[str, str]) -> None:
+        user = check_text("user_id", row.pop("user_id"))
+        if user in self.subscriptions:
+            raise InvalidError(f"user {user!r} is there twice")
+        self.subscriptions[user] = parse_subscription(row | {"fee": row["fee"].replace(",", ".")})
+
+    def _add_stream(self, row: dict[str, str]) -> None:
         if row["track_id"] not in self.labels:
             raise InvalidError(f"track {row['track_id']!r} is not among the tracks")
         if not INTEGER.fullmatch(row["seconds"]):
             raise InvalidError(f"seconds {row['seconds']!r} is no int")
+        started = midnight(row["date"])
+        if not 0 <= started <= self.now:
+            raise InvalidError(f"date {row['date']!r} is before 1970 or in the future")
         fields = {
             "user_id": row["user_id"],
             "track_id": row["track_id"],
             "label": self.labels[row["track_id"]],
-            "stream_started_on": midnight(row["date"]),
+            "stream_started_on": started,
             "seconds_streamed": int(row["seconds"]),
         }
-        return parse_event(fields, now)
+        self.events.append(parse_event(fields, self.now))
 
 
 @lru_cache(maxsize=4096)
@@ -657,19 +655,18 @@ def midnight(date: str) -> int:
 async def fetch_tracks(url: str) -> bytes:
     """Return what `url` answers; it is tried up to 5 times, the wait doubling from 0.5 s.
 
-    Raises aiohttp.ClientError or OSError (TimeoutError is one) for what went wrong the last time.
+    Raises aiohttp.ClientError, OSError or ValueError for what went wrong the last time.
     """
     async with aiohttp.ClientSession(raise_for_status=True, timeout=FETCH_TIMEOUT) as session:
-        for wait in (0.5, 1, 2, 4, None):
+        for wait in (0.5, 1, 2, 4):
             try:
-                async with session.get(url) as answer:
-                    return await answer.read()
+                return await (await session.get(url)).read()
+            except aiohttp.InvalidURL:
+                raise ValueError("it is no URL") from None
             except (aiohttp.ClientError, OSError) as error:
-                if wait is None:
-                    raise
                 log.warning("the tracks could not be fetched, next try in %s s: %s", wait, error or "timeout")
-                await asyncio.sleep(wait)
-    raise AssertionError  # the last try returns or raises
+            await asyncio.sleep(wait)
+        return await (await session.get(url)).read()
 
 
 # ── Storage ─────────────────────────────────────────────────────────────────────────────────────
@@ -906,7 +903,7 @@ SAFETY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-STATUSES = {InvalidError: 400, MissingError: 404, KeyReusedError: 422, StorageError: 503}
+STATUSES = {InvalidError: 400, FromInFutureError: 400, MissingError: 404, StorageError: 503}
 
 GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permutations(NAMES, size))
 
@@ -992,7 +989,7 @@ def write_rows(
 ) -> Iterator[bytes]:
     """Yield `blocks` of rows as json, ndjson or csv, piece by piece; b"" where a block has no rows."""
     yield {"json": b"[", "ndjson": b"", "csv": encode_csv([columns])}[kind]
-    separator: tuple[bytes, ...] = ()
+    comma_first: list[bytes] = []
     for block in blocks:
         if kind == "csv":
             for at in range(0, len(block), CSV_ROWS):
@@ -1000,18 +997,26 @@ def write_rows(
         elif kind == "ndjson":
             yield b"\n".join([*map(as_json, block), b""])
         else:
-            yield b",".join(itertools.chain(separator, map(as_json, block))) if block else b""
-            separator = (b"",) if block else separator
+            yield b",".join([*comma_first, *map(as_json, block)]) if block else b""
+            comma_first = [b""] if block else comma_first
     if kind == "json":
         yield b"]"
 
 
-async def pace(request: web.Request, pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
-    """Yield `pieces`, short ones joined to STREAM_BYTES, and let others in while they are made.
+async def let_others_in(request: web.Request) -> None:
+    """Wait for the turn to go on with a long answer; raises ConnectionResetError if the client has gone.
 
-    In one turn of the event loop only one of all long answers goes on, by one piece: so however many
-    there are, nobody waits for more than that. Raises ConnectionResetError when the client has gone.
+    In one turn of the event loop one of all long answers goes on, by one piece: so however many there
+    are, nobody waits for more than that.
     """
+    async with request.app[STATE].turn:
+        await asyncio.sleep(0)
+    if request.transport is None or request.transport.is_closing():
+        raise ConnectionResetError
+
+
+async def pace(request: web.Request, pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+    """Yield `pieces`, short ones joined to STREAM_BYTES, and let others in while they are made."""
     ready: list[bytes] = []
     size = 0
     for number, piece in enumerate(pieces):
@@ -1021,10 +1026,7 @@ async def pace(request: web.Request, pieces: Iterable[bytes]) -> AsyncIterator[b
             yield b"".join(ready)
             ready, size = [], 0
         if number > 1:  # a short answer has three pieces and is ready at once
-            async with request.app[STATE].turn:
-                await asyncio.sleep(0)
-            if request.transport is None or request.transport.is_closing():
-                raise ConnectionResetError
+            await let_others_in(request)
     yield b"".join(ready)
 
 
@@ -1036,19 +1038,16 @@ async def send(
     if any(known.value in (etag, "*") for known in request.if_none_match or ()):
         return web.Response(status=304, headers=headers)
     headers["Content-Type"] = CONTENT_TYPES[kind]
-    gzip = accepts_gzip(request)
     parts = pace(request, pieces)
     first = await anext(parts)
-    if len(first) < STREAM_BYTES:
-        whole = web.Response(body=first, headers=headers)
-        if gzip and len(first) >= GZIP_BYTES:
-            whole.enable_compression(web.ContentCoding.gzip)
-        return whole
-    response = web.StreamResponse(headers=headers)
-    if request.method == hdrs.METH_HEAD:
+    short = len(first) < STREAM_BYTES
+    response = web.Response(body=first, headers=headers) if short else web.StreamResponse(headers=headers)
+    if request.method == hdrs.METH_HEAD and not short:
         return response
-    if gzip:
+    if accepts_gzip(request) and len(first) >= GZIP_BYTES:
         response.enable_compression(web.ContentCoding.gzip)
+    if short:
+        return response
     if request.version < aiohttp.HttpVersion11:
         response.force_close()  # without chunks only the end of the connection ends the answer
     await response.prepare(request)
@@ -1081,8 +1080,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     try:
         return await handler(request)
     except tuple(STATUSES) as error:
-        status = next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
-        return reply(status, encode({"error": str(error)}))
+        return reply(STATUSES[type(error)], encode({"error": str(error)}))
     except web.HTTPException as error:
         allowed = {hdrs.ALLOW: error.headers[hdrs.ALLOW]} if hdrs.ALLOW in error.headers else {}
         return reply(error.status, encode({"error": error.reason}), **allowed)
@@ -1183,7 +1181,7 @@ async def get_streams(request: web.Request) -> web.Response:
             total += len(block)
             later = (event for event in block if event.id > after)
             page = nsmallest(limit + 1, itertools.chain(page, later), key=ID)
-            await asyncio.sleep(0)
+            await let_others_in(request)
     else:
         total = state.usage.count
         following = itertools.chain.from_iterable(state.usage.by_id.between(after + 1))
@@ -1207,7 +1205,7 @@ async def post_streams(request: web.Request) -> web.Response:
         if known is None:
             await state.add(events, (key, digest) if key else None)
         elif known != digest:
-            raise KeyReusedError("this Idempotency-Key came with another body before")
+            raise web.HTTPUnprocessableEntity(reason="this Idempotency-Key came with another body before")
         for number, event in enumerate(events if known else []):
             event.id = first_id + number  # so the first answer is made again, whatever has become of them
     headers = {"Idempotent-Replayed": "true"} if known else {}
@@ -1223,7 +1221,7 @@ def find_stream(request: web.Request) -> Event:
     text = request.match_info["id"]
     if not (text.isascii() and text.isdecimal()):
         raise InvalidError("Stream ID Invalid")
-    return request.app[STATE].usage.find(int(text[:100]))
+    return request.app[STATE].usage.find(int(text.lstrip("0")[:30] or "0"))
 
 
 async def get_stream(request: web.Request) -> web.Response:
@@ -1251,32 +1249,39 @@ async def delete_stream(request: web.Request) -> web.Response:
     state, stream = request.app[STATE], find_stream(request)
     async with state.alone("stream", stream.id):
         stream = find_stream(request)
-        await state.write([(DELETE_STREAM, [(stream.id,)])], lambda: state.usage.remove(stream))
+        await state.write([(DELETE_STREAM, [(stream.id,)])], lambda: state.usage.remove([stream]))
     return succeed("Stream Removed", stream.stream)
+
+
+async def describe(state: State, only: str | None = None) -> list[dict[str, Any]]:
+    """Return the users, or `only` one; in a thread, for there may be many; raises MissingError."""
+    months = [Totals(totals) for totals in state.usage.months.values()]
+    users = await asyncio.to_thread(
+        describe_users, Totals(state.usage.tracks), months, dict(state.subscriptions), only
+    )
+    if only is not None and not users:
+        raise MissingError(f"there is no user {only!r}")
+    return list(users.values())
 
 
 async def get_users(request: web.Request) -> web.Response:
     """List all who streamed or subscribe."""
-    state = request.app[STATE]
-    users = describe_users(state.usage, state.subscriptions)
-    return succeed("Found Users", encode(list(users.values())))
+    users = await describe(request.app[STATE])
+    return succeed("Found Users", await asyncio.to_thread(encode, users))
 
 
 def parse_user(request: web.Request) -> str:
     """Return the user that the path names; raises InvalidError."""
     try:
-        return check_text("user_id", request.match_info["user_id"])
-    except InvalidError:
+        return check_text("user_id", unquote(request.rel_url.raw_parts[-1], errors="strict"))
+    except ValueError:
         raise InvalidError("User ID Invalid") from None
 
 
 async def get_user(request: web.Request) -> web.Response:
     """Show what a user streamed and subscribes to."""
-    state, user = request.app[STATE], parse_user(request)
-    users = describe_users(state.usage, state.subscriptions)
-    if user not in users:
-        raise MissingError(f"there is no user {user!r}")
-    return succeed("Found User Stream Report", encode(users[user]))
+    (user,) = await describe(request.app[STATE], parse_user(request))
+    return succeed("Found User Stream Report", encode(user))
 
 
 async def put_user(request: web.Request) -> web.Response:
@@ -1290,8 +1295,8 @@ async def put_user(request: web.Request) -> web.Response:
         state.usage.version += 1
 
     await state.write([(SET_SUBSCRIPTION, [(user, *astuple(subscription), None)])], apply)
-    users = describe_users(state.usage, state.subscriptions)
-    return succeed("Subscription Set", encode(users[user]))
+    (described,) = await describe(state, user)
+    return succeed("Subscription Set", encode(described))
 
 
 async def get_report(request: web.Request) -> web.StreamResponse:
@@ -1300,24 +1305,19 @@ async def get_report(request: web.Request) -> web.StreamResponse:
     asked = parse_query(request.rel_url.raw_query_string, "month", "format")
     if asked.get("format") == "ndjson":
         raise InvalidError("format must be json or csv")
-    months = {month: totals for month, totals in state.usage.months.items() if totals}
+    months = {month: Totals(totals) for month, totals in state.usage.months.items() if totals}
     if month := asked.get("month"):
         months = {month: months.get(month, Totals())}
-    data, lines = report(months, state.subscriptions)
+    etag = state.usage.etag
+    # In a thread, for with many subscribers it takes seconds; on copies, for others go on writing.
+    data, lines = await asyncio.to_thread(report, months, dict(state.subscriptions))
     if asked.get("format") == "csv":
-        return await send(request, state.usage.etag, "csv", write_rows("csv", REPORT_COLUMNS, [lines]))
+        return await send(request, etag, "csv", write_rows("csv", REPORT_COLUMNS, [lines]))
     return succeed("Found Label Stream Report", encode(data))
 
 
-def stream_routes(path: str) -> list[web.RouteDef]:
-    """Return the routes of one stream under one of the two spellings of the path."""
-    return [
-        web.get(path, get_stream),
-        web.put(path, change_stream),
-        web.patch(path, change_stream),
-        web.delete(path, delete_stream),
-    ]
-
+STREAM_PATH = "/api/v1/{_:streams?}/{id}"  # the seed spells it both ways
+USER_PATH = "/api/v1/users/{user_id:[^/]+}"
 
 ROUTES = (
     web.get("/", get_page),
@@ -1325,11 +1325,13 @@ ROUTES = (
     web.get("/health", get_health),
     web.get("/api/v1/streams", get_streams),
     web.post("/api/v1/streams", post_streams),
-    *stream_routes("/api/v1/streams/{id}"),
-    *stream_routes("/api/v1/stream/{id}"),
+    web.get(STREAM_PATH, get_stream),
+    web.put(STREAM_PATH, change_stream),
+    web.patch(STREAM_PATH, change_stream),
+    web.delete(STREAM_PATH, delete_stream),
     web.get("/api/v1/users", get_users),
-    web.get("/api/v1/users/{user_id}", get_user),
-    web.put("/api/v1/users/{user_id}", put_user),
+    web.get(USER_PATH, get_user),
+    web.put(USER_PATH, put_user),
     web.get("/api/v1/report", get_report),
 )
 
@@ -1488,11 +1490,11 @@ def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> I
     if directory is None:
         return parser.error("--tracks goes with --import") if tracks else None
     source = tracks or str(directory / "tracks.json")
-    remote = source.startswith(("http://", "https://"))
+    remote = source.lower().startswith(("http://", "https://"))
     try:
         content = asyncio.run(fetch_tracks(source)) if remote else Path(source).read_bytes()
         return Import(directory, content, time.time())
-    except (OSError, aiohttp.ClientError) as error:
+    except (OSError, ValueError, aiohttp.ClientError) as error:
         parser.error(f"cannot read the tracks from {source}: {error or 'it took too long'}")
     except ImportFailedError as error:
         parser.exit(2, f"{error}\n")
@@ -1506,19 +1508,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 async def serve(app: web.Application, listener: socket.socket, url: str, verbose: bool) -> None:
     """Answer until the first signal; whatever signals follow, requests under way are answered first."""
-    main_task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    stopped = False
-
-    def stop() -> None:
-        nonlocal stopped
-        if main_task and not stopped:
-            main_task.cancel()
-        stopped = True
-
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, lambda: task and not task.cancelling() and task.cancel())
     access_log = logging.getLogger("aiohttp.access") if verbose else None
-    runner = web.AppRunner(app, access_log=access_log, shutdown_timeout=SHUTDOWN_SECONDS)
+    # A compressed body could hold a thousand times of what it may; none was promised, so none is unpacked.
+    runner = web.AppRunner(
+        app, access_log=access_log, shutdown_timeout=SHUTDOWN_SECONDS, auto_decompress=False
+    )
     try:
         await runner.setup()
         await web.SockSite(runner, listener, backlog=1024).start()
