@@ -43,14 +43,14 @@ import socket
 import sqlite3
 import sys
 import time
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from heapq import nsmallest
-from operator import add, attrgetter
+from operator import add, attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, unquote
@@ -67,6 +67,8 @@ GZIP_BYTES = 1024  # a shorter answer is not worth compressing
 BODY_BYTES = 1024 * 1024
 BODY_SECONDS = 10
 POST_EVENTS = 1_000
+GATHER_SECONDS = 0.001  # how long a commit waits for more to come with it
+TURN_SECONDS = 0.005  # how long the event loop may be kept at a stretch
 SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way; 5 s are promised
 LATE_SECONDS = 5  # a batch that is no later than this, or than three intervals, is not missed
 FETCH_TIMEOUT = aiohttp.ClientTimeout(total=30)
@@ -148,7 +150,7 @@ def check_text(name: str, value: object) -> str:
     """
     if not isinstance(value, str) or not 1 <= len(value) <= TEXT_CHARACTERS:
         raise InvalidError(f"{name} must be a text of 1 to {TEXT_CHARACTERS} characters")
-    if FORBIDDEN_CHARACTERS.search(value):
+    if not value.isprintable() and FORBIDDEN_CHARACTERS.search(value):  # the first is quick
         raise InvalidError(f"{name} must not contain control characters")
     return value
 
@@ -178,9 +180,13 @@ def parse_event(value: object, now: float) -> Event:
     Raises InvalidError, which names the field: the one validation of an event.
     """
     fields = check_keys("the event", value, EVENT_KEYS)
-    user, track, label = (check_text(name, fields[name]) for name in NAMES)
-    started = check_int("stream_started_on", fields["stream_started_on"], int(now))
-    return Event(user, track, label, started, check_int("seconds_streamed", fields["seconds_streamed"], DAY))
+    return Event(
+        check_text("user_id", fields["user_id"]),
+        check_text("track_id", fields["track_id"]),
+        check_text("label", fields["label"]),
+        check_int("stream_started_on", fields["stream_started_on"], int(now)),
+        check_int("seconds_streamed", fields["seconds_streamed"], DAY),
+    )
 
 
 def parse_events(value: object, now: float) -> list[Event]:
@@ -189,33 +195,31 @@ def parse_events(value: object, now: float) -> list[Event]:
         return [parse_event(value, now)]
     if not 1 <= len(value) <= POST_EVENTS:
         raise InvalidError(f"an array must hold 1 to {POST_EVENTS} events")
-    events = []
-    for index, item in enumerate(value):
-        try:
-            events.append(parse_event(item, now))
-        except InvalidError as error:
-            raise InvalidError(f"[{index}]: {error}") from None
+    events: list[Event] = []
+    try:
+        for item in value:
+            events.append(parse_event(item, now))  # noqa: PERF401 - its length is the index
+    except InvalidError as error:
+        raise InvalidError(f"[{len(events)}]: {error}") from None
     return events
 
 
 # ── Usage ───────────────────────────────────────────────────────────────────────────────────────
 # The events that are kept, and the questions that can be asked about them.
 
-ID = attrgetter("id")
-ORDER = attrgetter("stream_started_on", "id")  # equal starts keep the order of their arrival
-
 
 class Blocks:
-    """Events in order of a key, in a deque of blocks.
+    """Events in order of a field, equal ones in order of their ids, in a deque of blocks.
 
     A block is never changed: a writer puts a new one in its place. So whoever holds blocks sees one
     moment, however slowly it reads, without a copy of its own; and an event that belongs into the
     middle costs the copy of one block instead of shifting the whole deque.
     """
 
-    def __init__(self, key: Callable[[Event], Any]) -> None:
-        """Order by `key`, which no two events share."""
-        self.key = key
+    def __init__(self, field: str) -> None:
+        """Order by the field with this name, an int."""
+        self.rank = attrgetter(field)
+        self.key = attrgetter(field, "id")
         self.blocks: deque[list[Event]] = deque()
 
     def add(self, events: Iterable[Event]) -> None:
@@ -229,7 +233,10 @@ class Blocks:
                 block = sorted(block + group, key=self.key)
             else:
                 for event in group:
-                    insort(block, event, key=self.key)
+                    place = bisect_right(block, self.rank(event), key=self.rank)
+                    while place and self.key(block[place - 1]) > self.key(event):
+                        place -= 1
+                    block.insert(place, event)
             self._replace(at, block)
 
     def remove(self, events: Iterable[Event]) -> None:
@@ -238,18 +245,18 @@ class Blocks:
             gone = set(group)
             self._replace(at, [event for event in self.blocks[at] if event not in gone])
 
-    def between(self, low: Any = None, high: Any = None) -> list[list[Event]]:
-        """Return the events with `low <= key < high`, in order, as blocks."""
+    def between(self, low: int | None = None, high: int | None = None) -> list[list[Event]]:
+        """Return the events with `low <= field < high`, in order, as blocks."""
         first, end = 0, len(self.blocks)
         if low is not None:
-            first = bisect_left(self.blocks, low, key=lambda block: self.key(block[-1]))
+            first = bisect_left(self.blocks, low, key=lambda block: self.rank(block[-1]))
         if high is not None:
-            end = bisect_left(self.blocks, high, key=lambda block: self.key(block[0]))
+            end = bisect_left(self.blocks, high, key=lambda block: self.rank(block[0]))
         found = list(itertools.islice(self.blocks, first, end))
         if found and low is not None:
-            found[0] = found[0][bisect_left(found[0], low, key=self.key) :]
+            found[0] = found[0][bisect_left(found[0], low, key=self.rank) :]
         if found and high is not None:
-            found[-1] = found[-1][: bisect_left(found[-1], high, key=self.key)]
+            found[-1] = found[-1][: bisect_left(found[-1], high, key=self.rank)]
         return found
 
     def _by_block(self, events: Iterable[Event]) -> Iterator[tuple[int, list[Event]]]:
@@ -264,6 +271,9 @@ class Blocks:
 
     def _replace(self, at: int, events: list[Event]) -> None:
         """Put `events` in the place of the block there, cut into blocks of about equal length."""
+        if self.blocks and 0 < len(events) <= BLOCK_EVENTS:
+            self.blocks[at] = events
+            return
         if self.blocks:
             del self.blocks[at]
         parts = math.ceil(len(events) / BLOCK_EVENTS)
@@ -295,8 +305,8 @@ class Usage:
     def __init__(self, keep: float = math.inf) -> None:
         """Keep the `keep` events that started last."""
         self.keep = keep
-        self.by_start = Blocks(ORDER)
-        self.by_id = Blocks(ID)
+        self.by_start = Blocks("stream_started_on")
+        self.by_id = Blocks("id")
         self.months: defaultdict[str, Totals] = defaultdict(Totals)  # of each: (user_id, label)
         self.tracks = Totals()  # (user_id, track_id)
         self.keys: dict[str, tuple[bytes, int]] = {}  # idempotency key -> hash of the body, first id
@@ -328,10 +338,6 @@ class Usage:
             log.warning("there are more than %d events: from now on the oldest go (--keep, --db)", self.keep)
         oldest = itertools.chain.from_iterable(self.by_start.blocks)
         self.remove(list(itertools.islice(oldest, int(self.count - self.keep))))
-
-    def started_between(self, since: int | None, until: int | None) -> list[list[Event]]:
-        """Return the events with `since <= stream_started_on < until`, in order, as blocks."""
-        return self.by_start.between(*(None if time is None else (time, 0) for time in (since, until)))
 
     def find(self, stream_id: int) -> Event:
         """Return the event with this id; raises MissingError."""
@@ -687,19 +693,29 @@ MIGRATIONS = (
         id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, first_id INTEGER NOT NULL, size INTEGER NOT NULL);
     """,
 )
-INSERT_STREAM = "INSERT INTO streams VALUES (?, ?, ?, ?, ?, ?)"
-REPLACE_STREAM = INSERT_STREAM.replace("INSERT", "REPLACE")
+# A thousand rows in one step: between two steps the thread would wait for its turn with the event loop.
+SET_STREAMS = """
+    REPLACE INTO streams SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
+    json_extract(value, '$[2]'), json_extract(value, '$[3]'), json_extract(value, '$[4]'),
+    json_extract(value, '$[5]') FROM json_each(?)
+"""
 DELETE_STREAM = "DELETE FROM streams WHERE id = ?"
 INSERT_KEY = "INSERT INTO keys VALUES (?, ?, ?)"
 SET_SUBSCRIPTION = "INSERT OR REPLACE INTO subscriptions VALUES (?, ?, ?, ?, ?)"
 INSERT_IMPORT = "INSERT INTO imports VALUES (?, ?, ?, ?)"
-STREAM_CELLS = attrgetter(*FIELDS, "id")
 
-Statements = Sequence[tuple[str, Iterable[Sequence[object]]]]  # each with the rows that it is executed for
+Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows, SET_STREAMS with its events
 
 
 class StorageError(Exception):
     """The disk does not take what is to be stored, or the file cannot be used."""
+
+
+def as_rows(events: Iterable[Event]) -> Iterator[tuple[str]]:
+    """Yield what SET_STREAMS takes: the events' cells as JSON, a thousand at a time."""
+    cells = map(attrgetter(*FIELDS, "id"), events)
+    while rows := list(itertools.islice(cells, POST_EVENTS)):
+        yield (to_json(rows),)
 
 
 class Journal:
@@ -743,7 +759,7 @@ class Journal:
             event.id = stream_id
         users = ((user, *astuple(found), number) for user, found in imported.subscriptions.items())
         self.commit([
-            (INSERT_STREAM, map(STREAM_CELLS, imported.events)),
+            (SET_STREAMS, imported.events),
             (SET_SUBSCRIPTION, users),
             (INSERT_IMPORT, [(number, imported.hash, last_id + 1, len(imported.events))]),
         ])
@@ -768,7 +784,10 @@ class Journal:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
         try:
             with self.connection:
-                for statement, rows in statements:
+                for statement, group in itertools.groupby(statements, key=itemgetter(0)):
+                    rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
+                    if statement == SET_STREAMS:
+                        rows = as_rows(rows)
                     self.connection.executemany(statement, rows)
         except Exception as error:
             self.failed = True
@@ -788,6 +807,7 @@ class Journal:
         """Store what waits, all of it in one commit, until it is closed."""
         while not self.closing or self.waiting:
             await self.wanted.wait()
+            await asyncio.sleep(GATHER_SECONDS)
             self.wanted.clear()
             batch, self.waiting = self.waiting, []
             statements = [statement for of_one, _, _ in batch for statement in of_one]
@@ -797,9 +817,13 @@ class Journal:
                 for _, _, done in batch:
                     done.set_exception(error)
                 continue
+            began = time.monotonic()
             for _, apply, done in batch:
                 apply()
                 done.set_result(None)
+                if time.monotonic() > began + TURN_SECONDS:
+                    await asyncio.sleep(0)
+                    began = time.monotonic()
 
     async def close(self, running: asyncio.Task[None]) -> None:
         """End `run` when nothing waits any more, and close the file."""
@@ -950,7 +974,7 @@ def select(usage: Usage, asked: Mapping[str, Any], now: float) -> Iterator[list[
     if asked.get("from", now) > now:
         raise FromInFutureError("from is in the future")
     names = {name: asked[name] for name in NAMES if name in asked}
-    return matching(usage.started_between(asked.get("from"), asked.get("to")), names)
+    return matching(usage.by_start.between(asked.get("from"), asked.get("to")), names)
 
 
 async def read_json(request: web.Request) -> tuple[object, bytes]:
@@ -960,6 +984,8 @@ async def read_json(request: web.Request) -> tuple[object, bytes]:
     try:
         async with asyncio.timeout(BODY_SECONDS):
             body = await request.read()
+        if len(body) > STREAM_BYTES:
+            await let_others_in(request)
         return json.loads(body.decode()), body
     except TimeoutError:
         raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_SECONDS} s") from None
@@ -1180,7 +1206,7 @@ async def get_streams(request: web.Request) -> web.Response:
         for block in select(state.usage, asked, state.clock()):
             total += len(block)
             later = (event for event in block if event.id > after)
-            page = nsmallest(limit + 1, itertools.chain(page, later), key=ID)
+            page = nsmallest(limit + 1, itertools.chain(page, later), key=attrgetter("id"))
             await let_others_in(request)
     else:
         total = state.usage.count
@@ -1239,8 +1265,7 @@ async def change_stream(request: web.Request) -> web.Response:
             fields = {name: getattr(old, name) for name in FIELDS} | fields
         new = parse_event(fields, state.clock())
         new.id = old.id
-        stored = [(REPLACE_STREAM, [STREAM_CELLS(new)])]
-        await state.write(stored, lambda: state.usage.replace(old, new))
+        await state.write([(SET_STREAMS, [new])], lambda: state.usage.replace(old, new))
     return succeed("Stream Updated", new.stream)
 
 
@@ -1387,8 +1412,8 @@ class State:
             self.usage.add(events)
             self.usage.keys |= keys
 
-        rows = [(name, digest, first_id) for name, (digest, first_id) in keys.items()]
-        await self.write([(INSERT_STREAM, map(STREAM_CELLS, events)), (INSERT_KEY, rows)], apply)
+        rows = [(INSERT_KEY, [(name, digest, first_id)]) for name, (digest, first_id) in keys.items()]
+        await self.write([(SET_STREAMS, events), *rows], apply)
 
 
 @contextlib.asynccontextmanager

@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from fractions import Fraction
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -195,7 +196,7 @@ def test_between_and_matching_find_what_a_naive_filter_finds(monkeypatch: pytest
             name: frozenset(rng.choices((f"{name}0", f"{name}1", "nobody"), k=2))
             for name in rng.sample(server.NAMES, rng.randrange(3))
         }
-        assert flat(server.matching(usage.started_between(since, until), names)) == [
+        assert flat(server.matching(usage.by_start.between(since, until), names)) == [
             made
             for made in everything
             if (since is None or made.stream_started_on >= since)
@@ -207,7 +208,7 @@ def test_between_and_matching_find_what_a_naive_filter_finds(monkeypatch: pytest
 def test_a_reader_keeps_the_moment_at_which_it_began() -> None:
     usage = Usage(keep=3_000)
     add(usage, random_events(random.Random(3), 3_000))
-    blocks = usage.started_between(None, None)
+    blocks = usage.by_start.between(None, None)
     before = flat(blocks)
     add(usage, random_events(random.Random(4), 3_000))
     assert flat(blocks) == before
@@ -219,7 +220,7 @@ def test_the_oldest_events_go_first_with_one_warning(caplog: pytest.LogCaptureFi
         batch = random_events(rng, size)
         everything += batch
         add(usage, batch)
-        everything = sorted(everything, key=server.ORDER)[-10:]
+        everything = sorted(everything, key=attrgetter("stream_started_on", "id"))[-10:]
         assert flat(usage.by_start.blocks) == everything
         assert usage.count == len(everything)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -393,10 +394,10 @@ def test_totals_stay_right_after_any_mix_of_changes(monkeypatch: pytest.MonkeyPa
             else:
                 add(usage, [made])
                 model[made.id] = made
-                for oldest in sorted(model.values(), key=server.ORDER)[:-25]:
+                for oldest in sorted(model.values(), key=attrgetter("stream_started_on", "id"))[:-25]:
                     del model[oldest.id]
-        assert flat(usage.by_start.blocks) == sorted(model.values(), key=server.ORDER)
-        assert flat(usage.by_id.blocks) == sorted(model.values(), key=server.ID)
+        assert flat(usage.by_start.blocks) == sorted(model.values(), key=attrgetter("stream_started_on", "id"))
+        assert flat(usage.by_id.blocks) == sorted(model.values(), key=attrgetter("id"))
         fresh = Usage(keep=25)
         fresh._count(list(model.values()), 1)
         assert {month: totals for month, totals in usage.months.items() if totals} == fresh.months
@@ -986,14 +987,14 @@ async def test_work_for_a_client_that_has_gone_ends_without_a_word(
 ) -> None:
     client = await start(random_events(random.Random(20), 100_000))
     taken: list[int] = []
-    blocks = client.app[server.STATE].usage.started_between(None, None)
+    blocks = client.app[server.STATE].usage.by_start.between(None, None)
 
     def counting(*_: Any) -> Iterator[list[Event]]:
         for block in blocks:
             taken.append(len(block))
             yield block
 
-    client.app[server.STATE].usage.started_between = counting
+    client.app[server.STATE].usage.by_start.between = counting
     url = client.make_url("/usage?label=nobody")
     _, writer = await asyncio.open_connection(url.host, url.port)
     writer.write(b"GET /usage?label=nobody HTTP/1.1\r\nHost: localhost\r\n\r\n")
