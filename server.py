@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import calendar
 import contextlib
 import csv
 import fcntl
@@ -48,7 +49,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from heapq import nsmallest
 from operator import add, attrgetter, itemgetter
 from pathlib import Path
@@ -281,6 +282,9 @@ class Blocks:
             self.blocks.insert(at, events[len(events) * part // parts : len(events) * (part + 1) // parts])
 
 
+WINDOWS = {"minute": 60, "hour": 3_600, "day": DAY}  # and month, which has no fixed length
+
+
 class Totals(dict[Any, tuple[int, int]]):
     """Streams and seconds under a key each; what has no stream has no key."""
 
@@ -377,22 +381,39 @@ def matching(blocks: Iterable[list[Event]], names: Mapping[str, frozenset[str]])
         yield found
 
 
-def grouped(blocks: Iterable[list[Event]], by: tuple[str, ...]) -> Iterator[list[dict[str, Any]]]:
+def window_start(window: str, started: int) -> int:
+    """Return when the minute, hour, day or month in UTC began in which `started` lies."""
+    if window == "month":
+        return calendar.timegm(time.strptime(month_of(started // DAY), "%Y-%m"))
+    return started - started % WINDOWS[window]
+
+
+def grouped(
+    blocks: Iterable[list[Event]], by: tuple[str, ...], window: str | None
+) -> Iterator[list[dict[str, Any]]]:
     """Yield one row a combination of `by`: most seconds first, ties in order of the names.
 
-    The rows come at the end; an empty list comes after each block, for others to be let in.
+    With a `window` there are rows for each, in order of time. The rows come at the end; an empty list
+    comes after each block, for others to be let in.
     """
-    get = attrgetter(*by) if len(by) > 1 else lambda event: (getattr(event, by[0]),)
-    totals = Totals()
+    columns = ("window_start", *by) if window else by
+    events, seconds = Counter[Any](), defaultdict[Any, int](int)
+    floor = lru_cache(maxsize=4096)(partial(window_start, window or "day"))
     for block in blocks:
-        for event in block:
-            totals.count(get(event), 1, event.seconds_streamed)
+        cells = [map(attrgetter(name), block) for name in by]
+        if window:
+            cells.insert(0, map(floor, map(attrgetter("stream_started_on"), block)))
+        keys = list(zip(*cells, strict=True))
+        events.update(keys)
+        for key, streamed in zip(keys, map(attrgetter("seconds_streamed"), block), strict=True):
+            seconds[key] += streamed
         yield []
-    ranked = sorted(totals.items(), key=lambda item: (-item[1][1], item[0]))
+    names_from = len(columns) - len(by)
+    ranked = sorted(events, key=lambda key: (key[:names_from], -seconds[key], key))
     for at in range(0, len(ranked), BLOCK_EVENTS):
         yield [
-            dict(zip(by, key, strict=True), events=streams, seconds_streamed=seconds)
-            for key, (streams, seconds) in ranked[at : at + BLOCK_EVENTS]
+            dict(zip(columns, key, strict=True), events=events[key], seconds_streamed=seconds[key])
+            for key in ranked[at : at + BLOCK_EVENTS]
         ]
 
 
@@ -936,6 +957,7 @@ PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "from": (INTEGER.pattern, "an int", int),
     "to": (INTEGER.pattern, "an int", int),
     "group_by": (GROUP_BY, f"a comma list of {', '.join(NAMES)}", lambda text: tuple(text.split(","))),
+    "window": (r"minute|hour|day|month", "minute, hour, day or month", str),
     "format": (r"json|ndjson|csv", "json, ndjson or csv", str),
     "limit": (r"0*([1-9][0-9]{0,2}|1000)", "an int from 1 to 1000", int),
     "after": (r"[0-9]{1,100}", "an int, 0 or more", int),
@@ -1158,14 +1180,16 @@ async def get_page(request: web.Request) -> web.StreamResponse:
 async def get_usage(request: web.Request) -> web.StreamResponse:
     """List the events that are asked for, or their sums."""
     state = request.app[STATE]
-    asked = parse_query(request.rel_url.raw_query_string, *FILTERS, "group_by", "format")
+    asked = parse_query(request.rel_url.raw_query_string, *FILTERS, "group_by", "window", "format")
     try:
         events = select(state.usage, asked, state.clock())
     except FromInFutureError:
         return web.Response(status=400)  # with an empty body: the challenge wants it so
     kind = asked.get("format", "json")
-    if by := asked.get("group_by"):
-        pieces = write_rows(kind, (*by, "events", "seconds_streamed"), grouped(events, by))
+    by, window = asked.get("group_by", ()), asked.get("window")
+    if by or window:
+        columns = (*(["window_start"] if window else []), *by, "events", "seconds_streamed")
+        pieces = write_rows(kind, columns, grouped(events, by, window))
     else:
         pieces = write_rows(kind, FIELDS, events, attrgetter("json"), attrgetter(*FIELDS))
     return await send(request, state.usage.etag, kind, pieces)

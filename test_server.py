@@ -24,6 +24,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from fractions import Fraction
 from operator import attrgetter
 from pathlib import Path
@@ -232,7 +233,7 @@ def test_groups_come_by_seconds_and_then_by_name() -> None:
         event(seconds=5, label="b"), event(seconds=5, label="a"), event(seconds=9, label="c"),
         event(seconds=5, label="c", track_id="track2"), event(seconds=0, label="d"),
     ]
-    *nothing, rows = server.grouped([events[:2], events[2:]], ("label",))
+    *nothing, rows = server.grouped([events[:2], events[2:]], ("label",), None)
     assert nothing == [[], []]
     assert rows == [
         {"label": "c", "events": 2, "seconds_streamed": 14},
@@ -240,11 +241,50 @@ def test_groups_come_by_seconds_and_then_by_name() -> None:
         {"label": "b", "events": 1, "seconds_streamed": 5},
         {"label": "d", "events": 1, "seconds_streamed": 0},
     ]
-    *_, rows = server.grouped([events], ("track_id", "label"))
+    *_, rows = server.grouped([events], ("track_id", "label"), None)
     assert [list(row) for row in rows] == [["track_id", "label", "events", "seconds_streamed"]] * 5
     assert [(row["track_id"], row["label"]) for row in rows] == [
         ("track1", "c"), ("track1", "a"), ("track1", "b"), ("track2", "c"), ("track1", "d"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("window", "started", "began"),
+    [
+        ("minute", 1_551_398_399, 1_551_398_340), ("hour", 1_551_398_399, 1_551_394_800), ("day", 1_551_398_399, 1_551_312_000),
+        ("month", 1_551_398_399, 1_548_979_200), ("month", 1_551_398_400, 1_551_398_400), ("month", 0, 0), ("day", 0, 0),
+    ],
+)
+def test_a_window_begins_in_utc(window: str, started: int, began: int) -> None:
+    assert server.window_start(window, started) == began
+
+
+@pytest.mark.parametrize("window", [None, "minute", "hour", "day", "month"])
+@pytest.mark.parametrize("by", [(), ("label",), ("user_id", "label")])
+def test_groups_and_windows_add_up_to_what_a_naive_sum_finds(window: str | None, by: tuple[str, ...]) -> None:
+    if not by and not window:
+        return
+    events = random_events(random.Random(31), 900)
+    for made in events:
+        made.stream_started_on -= random.Random(made.json).randrange(3) * 86_400 * 20
+    *_, rows = server.grouped([events[:500], events[500:]], by, window)
+    naive: dict[tuple[Any, ...], list[int]] = {}
+    for made in events:
+        moment = datetime.fromtimestamp(made.stream_started_on, UTC)
+        start = moment.replace(second=0)
+        start = start.replace(minute=0) if window in ("hour", "day", "month") else start
+        start = start.replace(hour=0) if window in ("day", "month") else start
+        start = start.replace(day=1) if window == "month" else start
+        key = (*([int(start.timestamp())] if window else []), *(getattr(made, name) for name in by))
+        total = naive.setdefault(key, [0, 0])
+        total[0] += 1
+        total[1] += made.seconds_streamed
+    columns = [*(["window_start"] if window else []), *by]
+    assert {tuple(row[name] for name in columns): [row["events"], row["seconds_streamed"]] for row in rows} == naive
+    order = [(row.get("window_start", 0), -row["seconds_streamed"], [row[name] for name in by]) for row in rows]
+    assert order == sorted(order)
+    assert [list(row) for row in rows] == [[*columns, "events", "seconds_streamed"]] * len(naive)
+    assert len(naive) > 1
 
 
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
@@ -752,7 +792,7 @@ async def test_history_fills_no_more_than_keep(start: Start) -> None:
 def parse(**parameters: str | list[str]) -> dict[str, Any]:
     """Parse the parameters of /usage."""
     query = urlencode({name.rstrip("_"): value for name, value in parameters.items()}, doseq=True)
-    return server.parse_query(query, *server.FILTERS, "group_by", "format")
+    return server.parse_query(query, *server.FILTERS, "group_by", "window", "format")
 
 
 @pytest.mark.parametrize(
@@ -796,12 +836,15 @@ def test_a_from_in_the_future_is_an_error_of_its_own(since: int, future: bool) -
         ("group_by=label,", "group_by must"),
         ("group_by=label,label", "group_by must"),
         ("group_by=seconds_streamed", "group_by must"),
+        ("window=week", "window must"),
+        ("window=", "window must"),
+        ("window=day&window=day", "window is given more than once"),
         (f"from={10**18}&format=xml", "format must"),
     ],
 )
 def test_a_malformed_query_is_refused_by_name(query: str, named: str) -> None:
     with pytest.raises(InvalidError, match=f"^{re.escape(named)}") as raised:
-        server.parse_query(query, *server.FILTERS, "group_by", "format")
+        server.parse_query(query, *server.FILTERS, "group_by", "window", "format")
     assert not isinstance(raised.value, FromInFutureError)
 
 
@@ -874,7 +917,7 @@ async def test_a_malformed_from_is_400_and_named(start: Start, query: str) -> No
 HOSTILE = ['a,"b"', "=cmd|' /C calc'!A0", "☃ \u2028", "{{ 1 }}", "<img src=x onerror=alert(1)>", "\u202egnp"]
 
 
-@pytest.mark.parametrize("query", ["", "group_by=label,user_id", "group_by=track_id"])
+@pytest.mark.parametrize("query", ["", "group_by=label,user_id", "group_by=track_id", "window=minute", "window=hour&group_by=label"])
 async def test_every_format_says_the_same(start: Start, query: str) -> None:
     rng = random.Random(9)
     client = await start([
