@@ -16,7 +16,7 @@ The words, as the code uses them:
     batch         the 1 to 5 events that the simulation makes at a time
 
 Times are Unix seconds, durations are seconds, money is in cents. The limits: one process, one event
-loop; what it knows is in memory, and gone when it ends.
+loop; all events are in memory, and without --db gone when it ends.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ import secrets
 import signal
 import socket
 import sqlite3
+import stat
 import sys
 import time
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache, partial
@@ -68,6 +70,7 @@ GZIP_BYTES = 1024  # a shorter answer is not worth compressing
 BODY_BYTES = 1024 * 1024
 BODY_SECONDS = 10
 POST_EVENTS = 1_000
+BUSY_SECONDS = 1  # how long a commit waits for another process that has locked the file
 GATHER_SECONDS = 0.001  # how long a commit waits for more to come with it
 TURN_SECONDS = 0.005  # how long the event loop may be kept at a stretch
 SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way; 5 s are promised
@@ -746,17 +749,20 @@ class Journal:
         """Open the file, new or of any earlier version; raises StorageError and leaves others untouched."""
         self.waiting: list[tuple[Statements, Callable[[], None], asyncio.Future[None]]] = []
         self.wanted = asyncio.Event()
+        self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.closing = False
         self.failed = False
         self.last_commit = -math.inf
-        try:
-            self.lock = path.open("a+b")  # held to the end: closing it would drop SQLite's locks on the file
+        self.path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
+        with self._refusing():
+            self.lock = self.path.open("a+b")  # held to the end: closing it would drop SQLite's own locks
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check_file()
             self.lock.seek(0)
             header = self.lock.read(100)
             if header and not (header.startswith(b"SQLite format 3\0") and header[68:72] == APPLICATION_ID):
                 raise StorageError("it is no database of this program")
-            self.connection = sqlite3.connect(path, check_same_thread=False)
+            self.connection = sqlite3.connect(self.path, check_same_thread=False, timeout=BUSY_SECONDS)
             (version,) = self.connection.execute("PRAGMA user_version").fetchone()
             if version > len(MIGRATIONS):
                 raise StorageError(f"it is of version {version}, this program is of {len(MIGRATIONS)}")
@@ -764,25 +770,53 @@ class Journal:
                 of_file = f"PRAGMA application_id = 0x{APPLICATION_ID.hex()}; PRAGMA user_version = {number};"
                 self.connection.executescript(f"BEGIN; {migration} {of_file} COMMIT;")
             self.connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _refusing() -> Iterator[None]:
+        """Raise a StorageError for whatever makes the file unusable, damaged contents included."""
+        try:
+            yield
         except BlockingIOError:
             raise StorageError("another process uses it") from None
-        except (OSError, sqlite3.Error) as error:
-            raise StorageError(getattr(error, "strerror", None) or str(error)) from None
+        except OSError as error:
+            raise StorageError(str(error.strerror)) from None
+        except (sqlite3.Error, TypeError, ValueError, IndexError) as error:
+            raise StorageError(f"it is damaged or in use: {error}") from None
+
+    def _check_file(self) -> None:
+        """Raise a StorageError unless the path still leads to the file that was opened, and to it alone.
+
+        SQLite's log goes by the name: under a second one it would not be found.
+        """
+        opened = os.fstat(self.lock.fileno())
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            raise StorageError("the file has been removed") from None
+        if not os.path.samestat(opened, found):
+            raise StorageError("the file has been replaced")
+        if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:
+            raise StorageError("it must be a plain file with one name (no hard links)")
 
     def take_in(self, imported: Import) -> None:
         """Store what is imported, unless the same has been before; raises StorageError."""
-        if self.connection.execute("SELECT 1 FROM imports WHERE hash = ?", [imported.hash]).fetchone():
-            log.info("the import is stored already")
-            return
-        last_id = self.last_id()
-        (number,) = self.connection.execute("SELECT coalesce(max(id), 0) + 1 FROM imports").fetchone()
-        for stream_id, event in enumerate(imported.events, last_id + 1):
+        with self._refusing():
+            execute = self.connection.execute
+            if execute("SELECT 1 FROM imports WHERE hash = ?", [imported.hash]).fetchone():
+                log.info("the import is stored already")
+                return
+            (number,) = execute("SELECT coalesce(max(id), 0) + 1 FROM imports").fetchone()
+            first_id = self.last_id() + 1
+        if number > 1:
+            log.warning("this is import %d, beside those stored before: are there streams in both?", number)
+        for stream_id, event in enumerate(imported.events, first_id):
             event.id = stream_id
         users = ((user, *astuple(found), number) for user, found in imported.subscriptions.items())
         self.commit([
             (SET_STREAMS, imported.events),
             (SET_SUBSCRIPTION, users),
-            (INSERT_IMPORT, [(number, imported.hash, last_id + 1, len(imported.events))]),
+            (INSERT_IMPORT, [(number, imported.hash, first_id, len(imported.events))]),
         ])
 
     def last_id(self) -> int:
@@ -791,19 +825,21 @@ class Journal:
         return found[0][0] if found else 0
 
     def load(self, usage: Usage, subscriptions: dict[str, Subscription]) -> None:
-        """Put into `usage` and `subscriptions` what is stored."""
-        execute = self.connection.execute
-        usage.add([Event(*row) for row in execute("SELECT * FROM streams")])
-        usage.last_id = self.last_id()
-        usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
-        if execute("SELECT 1 FROM imports").fetchone():
-            subscriptions.clear()
-        for user, *cells, _ in execute("SELECT * FROM subscriptions"):
-            subscriptions[user] = Subscription(*cells)
+        """Put into `usage` and `subscriptions` what is stored; raises StorageError."""
+        with self._refusing():
+            execute = self.connection.execute
+            usage.add([Event(*row) for row in execute("SELECT * FROM streams")])
+            usage.last_id = self.last_id()
+            usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
+            if execute("SELECT 1 FROM imports").fetchone():
+                subscriptions.clear()
+            for user, *cells, _ in execute("SELECT * FROM subscriptions"):
+                subscriptions[user] = Subscription(*cells)
 
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
         try:
+            self._check_file()
             with self.connection:
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
@@ -812,7 +848,6 @@ class Journal:
                     self.connection.executemany(statement, rows)
         except Exception as error:
             self.failed = True
-            log.error("nothing can be stored: %s", error)
             raise StorageError(f"nothing can be stored: {error}") from None
         self.failed = False
         self.last_commit = time.monotonic()
@@ -820,6 +855,7 @@ class Journal:
     async def store(self, statements: Statements, apply: Callable[[], None]) -> None:
         """Have `statements` stored and then `apply` called; raises StorageError."""
         done = asyncio.get_running_loop().create_future()
+        done.add_done_callback(lambda done: done.exception())  # the client may have gone
         self.waiting.append((statements, apply, done))
         self.wanted.set()
         await asyncio.shield(done)
@@ -833,8 +869,9 @@ class Journal:
             batch, self.waiting = self.waiting, []
             statements = [statement for of_one, _, _ in batch for statement in of_one]
             try:
-                await asyncio.to_thread(self.commit, statements)
+                await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, statements)
             except StorageError as error:
+                log.error("%s", error)
                 for _, _, done in batch:
                     done.set_exception(error)
                 continue
@@ -851,6 +888,7 @@ class Journal:
         self.closing = True
         self.wanted.set()
         await running
+        self.thread.shutdown()
         self.connection.close()
         self.lock.close()
 
@@ -891,7 +929,7 @@ async def tick(state: State, now: float, rng: random.Random) -> None:
 async def simulate_history(state: State) -> None:
     """Add the batches of the `history` days before now, at the rate of the simulation."""
     config, now = state.config, state.clock()
-    if state.journal and state.usage.count:
+    if not config.history or (state.journal and state.usage.count):
         return
     events: list[Event] = []
     for number in range(1, int(config.history * DAY / config.interval) + 1):  # the latest first
@@ -935,6 +973,7 @@ async def run_simulation(state: State) -> None:
 
 INTEGER = re.compile(r"-?[0-9]{1,100}")
 IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
+SUCCESS = b'{"message":%b,"data":%b}'
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
 CONTENT_TYPES = {
@@ -1119,7 +1158,7 @@ def reply(status: int, body: bytes, **headers: str) -> web.Response:
 
 def succeed(message: str, data: bytes, status: int = 200, **headers: str) -> web.Response:
     """Answer as every success of the API does; `data` is JSON."""
-    return reply(status, b'{"message":%b,"data":%b}' % (encode(message), data), **headers)
+    return reply(status, SUCCESS % (encode(message), data), **headers)
 
 
 @web.middleware
@@ -1362,7 +1401,8 @@ async def get_report(request: web.Request) -> web.StreamResponse:
     data, lines = await asyncio.to_thread(report, months, dict(state.subscriptions))
     if asked.get("format") == "csv":
         return await send(request, etag, "csv", write_rows("csv", REPORT_COLUMNS, [lines]))
-    return succeed("Found Label Stream Report", encode(data))
+    body = SUCCESS % (encode("Found Label Stream Report"), encode(data))
+    return await send(request, etag, "json", [body])
 
 
 STREAM_PATH = "/api/v1/{_:streams?}/{id}"  # the seed spells it both ways
@@ -1440,14 +1480,24 @@ class State:
         await self.write([(SET_STREAMS, events), *rows], apply)
 
 
+def abort_if_failed(journal: asyncio.Task[None]) -> None:
+    """End the process as a kill does: what is stored and what is visible could differ from now on."""
+    if not journal.cancelled() and (error := journal.exception()):
+        log.critical("the journal has failed; start again, nothing stored is lost", exc_info=error)
+        os.abort()
+
+
 @contextlib.asynccontextmanager
 async def own_journal(app: web.Application) -> AsyncIterator[None]:
     """Run the journal, and at the end store what still waits."""
     journal = app[STATE].journal
-    task = asyncio.create_task(journal.run()) if journal else None
+    if not journal:
+        yield
+        return
+    task = asyncio.create_task(journal.run())
+    task.add_done_callback(abort_if_failed)
     yield
-    if journal and task:
-        await journal.close(task)
+    await journal.close(task)
 
 
 @contextlib.asynccontextmanager
@@ -1537,7 +1587,7 @@ def build_parser(environment: Mapping[str, str]) -> Parser:
 def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> Import | None:
     """Return what is to be imported, or exit with status 2 and what is wrong with it."""
     if directory is None:
-        return parser.error("--tracks goes with --import") if tracks else None
+        return None
     source = tracks or str(directory / "tracks.json")
     remote = source.lower().startswith(("http://", "https://"))
     try:
@@ -1571,6 +1621,8 @@ async def serve(app: web.Application, listener: socket.socket, url: str, verbose
         print(f"Listening on {url}", flush=True)
         await loop.create_future()
     except asyncio.CancelledError:
+        pass
+    finally:
         await runner.cleanup()
 
 
@@ -1584,19 +1636,25 @@ def main() -> None:
     parser = build_parser(os.environ)
     options = vars(parser.parse_args())
     host, port, verbose = options.pop("host"), options.pop("port"), options.pop("verbose")
-    imported = read_import(parser, options.pop("directory"), options.pop("tracks"))
+    directory, tracks = options.pop("directory"), options.pop("tracks")
+    if tracks and not directory:
+        parser.error("--tracks goes with --import")
+    try:
+        listener = listen(host, port)
+    except (OSError, UnicodeError) as error:
+        parser.error(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}")
+    imported = read_import(parser, directory, tracks)
     try:
         app = create_app(Config(**options), imported)
     except OSError as error:
         parser.error(f"cannot read the page: {error}")
     except StorageError as error:
         parser.error(f"cannot use the database {options['db']}: {error}")
-    try:
-        listener = listen(host, port)
-    except (OSError, UnicodeError) as error:
-        parser.error(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}")
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    asyncio.run(serve(app, listener, url, verbose))
+    try:
+        asyncio.run(serve(app, listener, url, verbose))
+    except StorageError as error:
+        parser.error(f"cannot fill the database {options['db']}: {error}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # it is ending already
 

@@ -539,6 +539,7 @@ def test_files_that_are_missing_or_no_text_are_named(tmp_path: Path) -> None:
 
 # ── Storage ─────────────────────────────────────────────────────────────────────────────────────
 
+HOSTILE = ['a,"b"', "=cmd|' /C calc'!A0", "☃ \u2028", "{{ 1 }}", "<img src=x onerror=alert(1)>", "\u202egnp"]
 STREAM = {"user_id": "user1", "track_id": "track1", "label": "label1", "stream_started_on": NOW - 9, "seconds_streamed": 5}
 
 
@@ -633,6 +634,43 @@ async def test_what_cannot_be_stored_is_503_and_not_visible(start: Start, tmp_pa
     answer = await client.post("/api/v1/streams", json=[STREAM, STREAM], headers=key)
     assert (answer.status, answer.headers.get("Idempotent-Replayed")) == (201, None)
     assert (await client.get("/health")).status == 200
+
+
+async def test_a_file_that_is_removed_or_replaced_takes_no_more_writes(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    client = await start(db=path)
+    assert (await client.post("/api/v1/streams", json=STREAM)).status == 201
+    path.rename(tmp_path / "other.db")
+    assert (await client.post("/api/v1/streams", json=STREAM)).status == 503
+    path.touch()
+    assert (await client.post("/api/v1/streams", json=STREAM)).status == 503
+    (tmp_path / "other.db").rename(path)
+    assert (await client.post("/api/v1/streams", json=STREAM)).status == 201
+    assert (await (await client.get("/health")).json())["events"] == 2
+
+
+async def test_names_are_stored_to_the_letter(start: Start, tmp_path: Path) -> None:
+    names = [*HOSTILE, "123", "1e5", "0.10", "null", "true", "'", '"', "\\", "[0]", "\U0001f3b5" * 64, "é", "e\u0301", "x" * 128]
+    client = await start(db=tmp_path / "usage.db")
+    assert (await client.post("/api/v1/streams", json=[STREAM | {"user_id": name, "label": name} for name in names])).status == 201
+    await client.close()
+    client = await start(db=tmp_path / "usage.db")
+    assert [made["label"] for made in await (await client.get("/usage")).json()] == names
+    assert {user["user_id"] for user in (await (await client.get("/api/v1/users")).json())["data"]} >= set(names)
+
+
+async def test_another_process_that_locks_the_file_costs_a_503_and_no_stall(start: Start, tmp_path: Path) -> None:
+    client = await start(db=tmp_path / "usage.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "usage.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        write, others = asyncio.create_task(client.post("/api/v1/streams", json=STREAM)), 0
+        while not write.done():
+            assert (await client.get("/usage")).status == 200
+            others += 1
+        assert (await write).status == 503
+        assert others > 20
+        other.execute("ROLLBACK")
+    assert (await client.post("/api/v1/streams", json=STREAM)).status == 201
 
 
 async def test_simulated_events_are_stored_and_history_only_into_an_empty_file(start: Start, tmp_path: Path) -> None:
@@ -914,7 +952,6 @@ async def test_a_malformed_from_is_400_and_named(start: Start, query: str) -> No
     assert re.match("from ", (await answer.json())["error"])
 
 
-HOSTILE = ['a,"b"', "=cmd|' /C calc'!A0", "☃ \u2028", "{{ 1 }}", "<img src=x onerror=alert(1)>", "\u202egnp"]
 
 
 @pytest.mark.parametrize("query", ["", "group_by=label,user_id", "group_by=track_id", "window=minute", "window=hour&group_by=label"])
@@ -1704,6 +1741,53 @@ async def test_a_database_that_cannot_be_opened_ends_it_with_status_2(path: str,
         assert program.process.returncode == 2
         assert errors.decode().startswith(f"server.py: cannot use the database {path}: {said}")
         assert errors.count(b"\n") == 1
+
+
+async def test_a_damaged_file_ends_it_with_status_2_and_one_line(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    client = await start([], db=path)
+    await client.post("/api/v1/streams", json=[STREAM] * 1_000)
+    await client.close()
+    whole = path.read_bytes()
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("UPDATE streams SET seconds_streamed = 99999 WHERE id = 5")
+        other.commit()
+    for damaged in (path.read_bytes(), whole[:-2_000], whole[:8_192] + b"\xaa" * 4_096 + whole[12_288:], whole[:4_096] + bytes(4_096) + whole[8_192:]):
+        path.write_bytes(damaged)
+        async with started("--db", str(path), "--no-simulation") as program:
+            _, errors = await program.process.communicate()
+            assert program.process.returncode == 2
+            assert errors.decode().startswith(f"server.py: cannot use the database {path}: it is damaged or in use: ")
+            assert errors.count(b"\n") == 1
+
+
+async def test_special_names_are_plain_files_and_hard_links_are_refused(tmp_path: Path) -> None:
+    for name in (":memory:", "file:x?mode=memory"):
+        for events in (0, 1):
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, HERE / "server.py", "--port=0", "--no-simulation", "--db", name, cwd=tmp_path, stdout=asyncio.subprocess.PIPE
+            )
+            program = Program(process)
+            url = await program.url()
+            assert (await get_json(f"{url}/health"))["events"] == events
+            async with aiohttp.ClientSession() as session:
+                assert (await session.post(f"{url}/api/v1/streams", json=STREAM | {"stream_started_on": 1})).status == 201
+            process.kill()
+            await process.communicate()
+    (tmp_path / "second.db").hardlink_to(tmp_path / ":memory:")
+    async with started("--db", str(tmp_path / "second.db")) as program:
+        _, errors = await program.process.communicate()
+        assert program.process.returncode == 2
+        assert b"no hard links" in errors
+
+
+async def test_history_that_a_full_disk_does_not_take_is_said_in_one_line(tmp_path: Path) -> None:
+    async with started("--db", str(tmp_path / "usage.db"), "--history=3", "--no-simulation") as program:
+        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        _, errors = await program.process.communicate()
+        assert program.process.returncode == 2
+        assert errors.decode().splitlines()[-1].startswith("server.py: cannot fill the database")
+        assert b"Traceback" not in errors
 
 
 async def test_a_second_process_on_the_same_file_is_refused(tmp_path: Path) -> None:
