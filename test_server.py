@@ -2026,10 +2026,10 @@ async def figures(page: Any) -> list[Any]:
     """Return the three figures of the challenge as the page shows them."""
     shown: list[Any] = await page.evaluate("""() => {
         const get = id => [...document.querySelectorAll(`[data-testid="${id}"]`)]
-        const number = element => Number(element.textContent.replaceAll(',', ''))
+        const number = element => Number(element?.textContent.replaceAll(',', ''))
         return [number(get('total-seconds')[0]),
             Object.fromEntries(get('label-row').map(row => [row.dataset.label, number(row.querySelector('[data-testid="label-seconds"]'))])),
-            get('top-track')[0].textContent]
+            get('top-track')[0]?.textContent]
     }""")
     return shown
 
@@ -2091,9 +2091,221 @@ async def test_the_page_of_an_empty_server_says_so(page: Any) -> None:
         assert await page.text_content('[data-testid="total-seconds"]') == "0"
 
 
+def label_row(name: str) -> str:
+    """Return the selector of a label's row."""
+    return f'[data-testid="label-row"][data-label="{name}"]'
+
+
+async def settle(page: Any, url: str, query: str) -> list[Any]:
+    """Wait until the page shows what /usage says for `query`, and return that."""
+    for _ in range(60):
+        shown, events = await figures(page), await get_json(f"{url}/usage?{query}")
+        labels, tracks = sums(events, "label"), sums(events, "track_id")
+        leaders = sorted(name for name, seconds in tracks.items() if seconds == max(tracks.values()))
+        if shown == [sum(labels.values()), labels, ", ".join(leaders)]:
+            return shown
+        await asyncio.sleep(0.2)
+    pytest.fail(f"{shown} is not what /usage says: {labels}, {tracks}")
+
+
+async def test_a_click_on_a_label_or_track_shows_only_that_one_and_escape_shows_all(page: Any) -> None:
+    async with started("--no-simulation", "--history=0.2") as program:
+        url = await program.url()
+        await page.goto(url)
+        everything = await settle(page, url, "")
+        await page.click(f"{label_row('label2')} button")
+        only = await settle(page, url, "label=label2")
+        assert list(only[1]) == ["label2"]
+        assert page.url.endswith("?label=label2")
+        assert await page.get_attribute(f"{label_row('label2')} button", "aria-pressed") == "true"
+        await page.click('[data-testid="track-row"][data-track="track1"] button')
+        await settle(page, url, "label=label2&track_id=track1")
+        assert {await row.get_attribute("data-track") for row in await page.query_selector_all('[data-testid="track-row"]')} == {"track1"}
+        await page.reload()
+        await page.wait_for_selector('[data-testid="label-row"]')
+        await settle(page, url, "label=label2&track_id=track1")
+        await page.keyboard.press("Escape")
+        assert await settle(page, url, "") == everything
+        await page.focus(f"{label_row('label1')} button")
+        await page.keyboard.press("Enter")
+        await settle(page, url, "label=label1")
+        await page.click(f"{label_row('label1')} button")
+        assert await settle(page, url, "") == everything
+        assert "?" not in page.url
+
+
+async def test_ranges_are_picked_by_click_key_and_url(page: Any) -> None:
+    async with started("--no-simulation", "--history=1.5") as program:
+        url = await program.url()
+        await page.goto(f"{url}?range=1h")
+        await page.wait_for_selector('[data-testid="label-row"]')
+        for act, picked, seconds, size in (
+            (None, "1h", 3_600, 60),
+            (page.click('[data-testid="range-15m"]'), "15m", 900, 60),
+            (page.keyboard.press("2"), "24h", 86_400, 3_600),
+            (page.keyboard.press("1"), "all", 0, 0),
+        ):
+            if act:
+                await act
+            assert await page.get_attribute(f'[data-testid="range-{picked}"]', "aria-pressed") == "true"
+            since = int(time.time() - seconds) // size * size if size else 0
+            await settle(page, url, f"from={since}")
+            assert (f"range={picked}" in page.url) == (picked != "all")
+        shown = await page.evaluate("document.querySelectorAll('[data-testid=chart] g').length")
+        hours = {made["stream_started_on"] // 3_600 for made in await get_json(f"{url}/usage")}
+        assert shown == max(hours) - min(hours) + 1
+
+
+async def test_the_money_is_that_of_the_report_and_the_links_lead_to_the_figures(page: Any) -> None:
+    async with started("--no-simulation", "--history=0.5") as program:
+        url = await program.url()
+        await page.goto(url)
+        await page.wait_for_selector('[data-testid="label-row"]')
+        report = (await get_json(f"{url}/api/v1/report?month={time.strftime('%Y-%m', time.gmtime())}"))["data"]
+        for row in report["labels"]:
+            assert await page.text_content(f"{label_row(row['label'])} [data-testid=label-amount]") == f"€{row['amount']}"
+            assert f"(€{row['amount_user_centric']})" in await page.text_content(label_row(row["label"]))
+        assert await page.text_content('[data-testid="distributed"]') == f"€{report['distributed']} of €{report['revenue']} distributed"
+        links = [await link.get_attribute("href") for link in await page.query_selector_all(".api a, [data-testid=download]")]
+        assert len(links) == 6
+        for link in links:
+            async with aiohttp.ClientSession() as session, session.get(f"{url}{link}") as answer:
+                assert answer.status == 200
+                assert await answer.read()
+
+
+async def test_the_chart_is_read_by_keyboard_pointer_and_table(page: Any) -> None:
+    async with started("--no-simulation", "--history=0.1") as program:
+        url = await program.url()
+        await page.goto(url)
+        await page.wait_for_selector('[data-testid="chart"] rect')
+        await asyncio.sleep(1)  # until the page has found the window that suits
+        rows = await get_json(url + await page.get_attribute(".chart .api a", "href"))
+        first = sum(row["seconds_streamed"] for row in rows if row["window_start"] == rows[0]["window_start"])
+        await page.focus('[data-testid="chart"]')
+        await page.keyboard.press("ArrowRight")
+        assert f": {first:,} s; " in await page.text_content("figcaption")
+        await page.keyboard.press("ArrowRight")
+        await page.keyboard.press("ArrowLeft")
+        assert f": {first:,} s; " in await page.text_content("figcaption")
+        box = await (await page.query_selector('[data-testid="chart"]')).bounding_box()
+        await page.mouse.move(box["x"] + 1, box["y"] + 5)
+        assert f": {first:,} s; " in await page.text_content("figcaption")
+        await page.click("summary")
+        cells = await page.evaluate("[...document.querySelectorAll('details td')].map(td => Number(td.textContent.replaceAll(',', '')))")
+        assert sum(cells) == sum(row["seconds_streamed"] for row in rows)
+
+
+async def test_pause_stops_the_polls_and_a_new_stream_arrives_after_it(page: Any) -> None:
+    asked: list[str] = []
+    async with started("--no-simulation", "--history=0.01") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        page.on("request", lambda request: asked.append(request.url))
+        await page.goto(url)
+        await page.wait_for_selector('[data-testid="event-row"]')
+        await page.click('[data-testid="pause"]')
+        assert await page.text_content('[data-testid="status"]') == "Paused"
+        before = len(asked)
+        stream = STREAM | {"stream_started_on": int(time.time()), "track_id": "brand new"}
+        assert (await session.post(f"{url}/api/v1/streams", json=stream)).status == 201
+        await asyncio.sleep(6)
+        assert len(asked) == before
+        await page.click('[data-testid="pause"]')
+        await page.wait_for_selector('[data-testid="event-row"]:first-child:has-text("brand new")')
+        quiet = len(asked)
+        await asyncio.sleep(11)
+        assert 2 <= len(asked) - quiet <= 3  # a poll of unchanged data is one request
+        assert len(asked) < 25
+
+
+async def test_a_hidden_page_does_not_poll(page: Any) -> None:
+    asked: list[str] = []
+    async with started("--no-simulation", "--history=0.01") as program:
+        await page.goto(await program.url())
+        await page.wait_for_selector('[data-testid="event-row"]')
+        await asyncio.sleep(1)
+        page.on("request", lambda request: asked.append(request.url))
+        hide = "hidden => { Object.defineProperty(document, 'hidden', { value: hidden, configurable: true }); document.dispatchEvent(new Event('visibilitychange')) }"
+        await page.evaluate(hide, True)
+        await asyncio.sleep(6)
+        assert asked == []
+        await page.evaluate(hide, False)
+        await asyncio.sleep(1)
+        assert len(asked) == 1
+
+
+async def test_hostile_names_many_labels_and_huge_numbers_are_shown_as_they_are(page: Any) -> None:
+    names = [*HOSTILE, "<img src=x onerror=document.title='owned'>", "{{ constructor.constructor('document.title=1')() }}", "x" * 128, "__proto__"]
+    async with started("--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        now = int(time.time())
+        many = [STREAM | {"stream_started_on": now - 60, "label": f"label {number:03}", "seconds_streamed": number} for number in range(300)]
+        odd = [STREAM | {"stream_started_on": now - 60, "label": name, "track_id": name, "seconds_streamed": 86_400 - at} for at, name in enumerate(names)]
+        assert (await session.post(f"{url}/api/v1/streams", json=odd + many)).status == 201
+        await page.set_viewport_size({"width": 320, "height": 640})
+        await page.goto(url)
+        await page.wait_for_selector('[data-testid="label-row"]')
+        shown = [await row.get_attribute("data-label") for row in await page.query_selector_all('[data-testid="label-row"]')]
+        assert shown == names[:10]
+        await page.click(f"text=/^{300 + len(names) - 10} more$/")
+        assert len(await page.query_selector_all('[data-testid="label-row"]')) == 300 + len(names)
+        assert await page.title() == "Seconds streamed"
+        assert await page.text_content('[data-testid="top-track"]') == names[0]
+        assert await page.evaluate("document.documentElement.scrollWidth") <= 320
+        await page.click('[data-testid="label-row"]:first-child button')
+        await settle(page, url, urlencode({"label": names[0]}))
+    assert await page.evaluate("[number(10 ** 12), duration(10 ** 12), euros(123456789)]") == ["1,000,000,000,000", "11,574,074 d 1 h 46 min", "€1,234,567.89"]
+
+
+async def test_the_page_says_what_to_do_when_a_range_is_empty(page: Any) -> None:
+    async with started("--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        assert (await session.post(f"{url}/api/v1/streams", json=STREAM | {"stream_started_on": 0})).status == 201
+        await page.goto(f"{url}?range=1h")
+        await page.wait_for_selector("text=No streams in this range")
+        await page.click("text=Show all")
+        await settle(page, url, "")
+
+
+async def test_the_page_of_a_server_restarted_empty_shows_that(page: Any) -> None:
+    async with started("--no-simulation", "--history=0.01") as program:
+        url = await program.url()
+        await page.goto(url)
+        await page.wait_for_selector('[data-testid="label-row"]')
+        await program.stop()
+    async with started("--no-simulation", f"--port={url.rsplit(':')[-1]}") as program:
+        await program.url()
+        await page.wait_for_selector("text=No streams yet", timeout=30_000)
+        await page.wait_for_selector('[data-testid="total-seconds"]:text-is("0")')
+
+
+async def test_the_page_works_by_keyboard_alone(page: Any) -> None:
+    async with started("--no-simulation", "--history=0.1") as program:
+        url = await program.url()
+        await page.goto(url)
+        await page.wait_for_selector('[data-testid="event-row"]')
+        reached: list[str] = []
+        for _ in range(40):
+            await page.keyboard.press("Tab")
+            reached.append(await page.evaluate("(document.activeElement.dataset.testid ?? '') + ' ' + document.activeElement.textContent.trim()"))
+        for wanted in ("range-all All", "pause Pause", "download CSV", " label1", " track1", "chart", " As a table"):
+            assert any(one.startswith(wanted) for one in reached), wanted
+
+
+async def test_the_page_without_javascript_says_what_to_do(page: Any) -> None:
+    async with started("--no-simulation") as program:
+        url = await program.url()
+        context = await page.context.browser.new_context(java_script_enabled=False)
+        plain = await context.new_page()
+        await plain.goto(url)
+        assert "curl" in await plain.inner_text("body")
+        assert not await plain.is_visible("#app")
+        await context.close()
+
+
 async def test_the_page_says_what_to_do_without_vue(page: Any) -> None:
     async with started("--no-simulation") as program:
         await page.route("https://**/*", lambda route: route.abort())
         await page.goto(url := await program.url())
-        await page.wait_for_selector(f"text=curl {url}/usage")
+        await page.wait_for_selector(f"text=curl '{url}/usage?group_by=label,track_id'")
         assert not await page.is_visible("#app")
