@@ -76,6 +76,7 @@ TURN_SECONDS = 0.005  # how long the event loop may be kept at a stretch
 SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way; 5 s are promised
 LATE_SECONDS = 5  # a batch that is no later than this, or than three intervals, is not missed
 FETCH_TIMEOUT = aiohttp.ClientTimeout(total=30)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DAY = 86_400
 
 STATE: web.AppKey[State] = web.AppKey("state")
@@ -1608,7 +1609,7 @@ def listen(host: str, port: int) -> socket.socket:
 async def serve(app: web.Application, listener: socket.socket, url: str, verbose: bool) -> None:
     """Answer until the first signal; whatever signals follow, requests under way are answered first."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         loop.add_signal_handler(number, lambda: task and not task.cancelling() and task.cancel())
     access_log = logging.getLogger("aiohttp.access") if verbose else None
     # A compressed body could hold a thousand times of what it may; none was promised, so none is unpacked.
@@ -1624,11 +1625,12 @@ async def serve(app: web.Application, listener: socket.socket, url: str, verbose
         pass
     finally:
         await runner.cleanup()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # it is ending already
 
 
 def main() -> None:
     """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # until the event loop takes them over
+    for number in SIGNALS:  # until the event loop takes them over
         signal.signal(number, lambda *_: sys.exit(0))
     # No event is garbage: a search for cycles among a million would hold everyone up for a second.
     gc.set_threshold(50_000, 20, 10_000)
@@ -1655,8 +1657,6 @@ def main() -> None:
         asyncio.run(serve(app, listener, url, verbose))
     except StorageError as error:
         parser.error(f"cannot fill the database {options['db']}: {error}")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # it is ending already
 
 
 if __name__ == "__main__":

@@ -2279,6 +2279,39 @@ async def test_the_page_of_a_server_restarted_empty_shows_that(page: Any) -> Non
         await page.wait_for_selector('[data-testid="total-seconds"]:text-is("0")')
 
 
+@pytest.mark.skipif("AXE_FILE" not in os.environ and not CI, reason="AXE_FILE does not say where axe-core is")
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_axe_finds_nothing_with_data_stale_or_empty(page: Any, scheme: str, width: int) -> None:
+    axe = Path(os.environ["AXE_FILE"]).read_text("utf-8")
+    await page.emulate_media(color_scheme=scheme)
+    await page.set_viewport_size({"width": width, "height": 800})
+
+    async def violations() -> list[str]:
+        await page.evaluate(axe)
+        found: list[str] = await page.evaluate("axe.run().then(found => found.violations.map(each => each.id + ': ' + each.nodes[0].html))")
+        return found
+
+    async with started("--no-simulation", "--history=0.5") as program:
+        url = await program.url()
+        await page.goto(url)
+        await page.wait_for_selector('[data-testid="event-row"]')
+        await asyncio.sleep(3)  # until the highlight of new rows has faded
+        assert await violations() == []
+        await page.click(f"{label_row('label1')} button")
+        await settle(page, url, "label=label1")
+        await asyncio.sleep(3)
+        assert await violations() == []
+        await page.keyboard.press("Escape")
+        await program.stop()
+    await page.wait_for_selector('[data-testid="status"]:has-text("Stale since")', timeout=15_000)
+    assert await violations() == []
+    async with started("--no-simulation", f"--port={url.rsplit(':')[-1]}") as program:
+        await program.url()
+        await page.wait_for_selector("text=No streams yet", timeout=30_000)
+        assert await violations() == []
+
+
 async def test_the_page_works_by_keyboard_alone(page: Any) -> None:
     async with started("--no-simulation", "--history=0.1") as program:
         url = await program.url()
