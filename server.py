@@ -30,7 +30,9 @@ import csv
 import fcntl
 import gc
 import hashlib
+import hmac
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -56,7 +58,7 @@ from heapq import nsmallest
 from operator import add, attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, unquote, urlsplit
 from weakref import WeakValueDictionary
 
 import aiohttp
@@ -117,7 +119,7 @@ class Event:
     """One play of one track by one user, with its JSON, which is encoded once and sent often.
 
     `stream_started_on` is in Unix seconds, `seconds_streamed` in seconds. `id`, from 1, is the order
-    of arrival: `Usage.add` gives it. From then on an event is never changed.
+    of arrival: `Usage.number` gives it. From then on an event is never changed.
     """
 
     user_id: str
@@ -286,9 +288,6 @@ class Blocks:
             self.blocks.insert(at, events[len(events) * part // parts : len(events) * (part + 1) // parts])
 
 
-WINDOWS = {"minute": 60, "hour": 3_600, "day": DAY}  # and month, which has no fixed length
-
-
 class Totals(dict[Any, tuple[int, int]]):
     """Streams and seconds under a key each; what has no stream has no key."""
 
@@ -383,6 +382,9 @@ def matching(blocks: Iterable[list[Event]], names: Mapping[str, frozenset[str]])
         for name, wanted in names.items():
             found = [event for event in found if getattr(event, name) in wanted]
         yield found
+
+
+WINDOWS = {"minute": 60, "hour": 3_600, "day": DAY}  # and month, which has no fixed length
 
 
 def window_start(window: str, started: int) -> int:
@@ -973,6 +975,7 @@ async def run_simulation(state: State) -> None:
 # else through `reply`; every error through `answer_errors`. The rules above know nothing of HTTP.
 
 INTEGER = re.compile(r"-?[0-9]{1,100}")
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]+)?")
 IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 SUCCESS = b'{"message":%b,"data":%b}'
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
@@ -1166,12 +1169,14 @@ def succeed(message: str, data: bytes, status: int = 200, **headers: str) -> web
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn what the rules and aiohttp raise into answers, none of them with a traceback."""
     try:
+        check_access(request, request.app[STATE].config)
         return await handler(request)
     except tuple(STATUSES) as error:
         return reply(STATUSES[type(error)], encode({"error": str(error)}))
     except web.HTTPException as error:
-        allowed = {hdrs.ALLOW: error.headers[hdrs.ALLOW]} if hdrs.ALLOW in error.headers else {}
-        return reply(error.status, encode({"error": error.reason}), **allowed)
+        names = {hdrs.ALLOW, hdrs.WWW_AUTHENTICATE} & error.headers.keys()
+        kept = {name: error.headers[name] for name in names}
+        return reply(error.status, encode({"error": error.reason}), **kept)
     except ConnectionError:
         return web.Response()  # goes nowhere: the client has gone
     except Exception:
@@ -1179,6 +1184,37 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         if request.writer.output_size:
             raise  # half an answer is out: it has to break off
         return reply(500, encode({"error": "internal error"}))
+
+
+def is_own_name(host: str, allowed: Iterable[str]) -> bool:
+    """Tell whether a Host may be ours: an IP address, localhost, *.localhost, or a name that is allowed.
+
+    Any other is a name that somebody made to lead here (DNS rebinding): pages under it could read all.
+    """
+    if not (found := HOST.fullmatch(host.lower())):
+        return False
+    name = found[1].strip("[]").removesuffix(".")
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return name == "localhost" or name.endswith(".localhost") or name in allowed
+
+
+def check_access(request: web.Request, config: Config) -> None:
+    """Raise an HTTPException for a foreign Host, a write from a foreign page, or one without the token."""
+    host = request.headers.get(hdrs.HOST, "")
+    if not is_own_name(host, config.allow_host):
+        raise web.HTTPMisdirectedRequest(reason="this Host is unknown here; --allow-host NAME makes it known")
+    if request.method in (hdrs.METH_GET, hdrs.METH_HEAD):
+        return
+    site, origin = request.headers.get("Sec-Fetch-Site", "none"), request.headers.get(hdrs.ORIGIN)
+    if site not in ("same-origin", "none") or (origin and urlsplit(origin).netloc.lower() != host.lower()):
+        raise web.HTTPForbidden(reason="a page of another origin may not write here")
+    scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    known = hmac.compare_digest(token.strip().encode("utf-8", "surrogateescape"), config.token.encode())
+    if config.token and not (known and scheme.lower() == "bearer"):
+        challenge = {hdrs.WWW_AUTHENTICATE: "Bearer"}
+        raise web.HTTPUnauthorized(reason="a write needs Authorization: Bearer TOKEN", headers=challenge)
 
 
 async def add_safety_headers(_: web.Request, response: web.StreamResponse) -> None:
@@ -1441,6 +1477,8 @@ class Config:
     random_seed: int | None = None
     keep: int = 1_000_000
     db: Path | None = None
+    allow_host: Sequence[str] = ()
+    token: str = field(default="", repr=False)  # empty: none is needed
     page: Path = PAGE
 
 
@@ -1581,6 +1619,8 @@ def build_parser(environment: Mapping[str, str]) -> Parser:
     add("--import", dest="directory", type=Path, metavar="DIR",
         help="load users.csv, streaming.csv and tracks.json")
     add("--tracks", metavar="FILE_OR_URL", help="the tracks of an import (DIR/tracks.json)")
+    add("--allow-host", action="append", default=[], type=str.lower, metavar="NAME",
+        help="a further name that requests may come in under; repeatable")
     add("-v", "--verbose", action="store_true", help="log each request")
     return parser
 
@@ -1639,6 +1679,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     host, port, verbose = options.pop("host"), options.pop("port"), options.pop("verbose")
     directory, tracks = options.pop("directory"), options.pop("tracks")
+    token = os.environ.get("USAGE_TOKEN", "")
     if tracks and not directory:
         parser.error("--tracks goes with --import")
     try:
@@ -1647,11 +1688,13 @@ def main() -> None:
         parser.error(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}")
     imported = read_import(parser, directory, tracks)
     try:
-        app = create_app(Config(**options), imported)
+        app = create_app(Config(**options, token=token), imported)
     except OSError as error:
         parser.error(f"cannot read the page: {error}")
     except StorageError as error:
         parser.error(f"cannot use the database {options['db']}: {error}")
+    if not token and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     try:
         asyncio.run(serve(app, listener, url, verbose))

@@ -1125,6 +1125,57 @@ async def test_every_answer_carries_the_safety_headers(start: Start, method: str
         assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
 
 
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [
+        ("localhost", True), ("LOCALHOST:80", True), ("localhost.", True), ("app.localhost:1", True), ("127.0.0.1:8080", True),
+        ("192.0.2.7", True), ("[::1]:8080", True), ("[::1]", True), ("known.example:80", True), ("Known.Example.", True),
+        ("", False), ("evil.example", False), ("localhost.evil.example", False), ("evillocalhost", False), ("127.0.0.1.evil.example", False),
+        ("user@localhost", False), ("localhost/evil", False), ("localhost:x", False), ("[::1", False), ("known.example.evil", False), ("a b", False),
+    ],
+)
+async def test_only_a_name_of_its_own_is_answered(start: Start, host: str, own: bool) -> None:
+    assert server.is_own_name(host, ["known.example"]) is own
+    client = await start(allow_host=["known.example"])
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    writer.write(f"GET /usage HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+    answer = await reader.read()
+    writer.close()
+    assert answer.split()[1] == (b"200" if own else b"421")
+    assert own or b"--allow-host" in answer
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 201), ({"Sec-Fetch-Site": "same-origin"}, 201), ({"Sec-Fetch-Site": "none"}, 201),
+        ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403), ({"Sec-Fetch-Site": ""}, 403),
+        ({"Origin": "http://{host}"}, 201), ({"Origin": "https://{host}"}, 201), ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403), ({"Origin": "http://localhost:1"}, 403), ({"Sec-Fetch-Site": "same-origin", "Origin": "http://evil.example"}, 403),
+    ],
+)
+async def test_a_page_of_another_origin_cannot_write(start: Start, headers: dict[str, str], status: int) -> None:
+    client = await start()
+    headers = {name: value.format(host=f"{client.host}:{client.port}") for name, value in headers.items()}
+    answer = await client.post("/api/v1/streams", json=STREAM, headers=headers)
+    assert answer.status == status
+    assert (await client.get("/usage", headers=headers)).status == 200
+    assert not [name for name in answer.headers if name.startswith("Access-Control")]
+
+
+@pytest.mark.parametrize(
+    ("authorization", "status"),
+    [("Bearer s3cret", 201), ("bearer s3cret", 201), ("Bearer wrong", 401), ("Bearer", 401), ("Basic s3cret", 401), ("s3cret", 401), (None, 401), ("Bearer s3cret2", 401)],
+)
+async def test_with_a_token_a_write_needs_it_and_reading_does_not(start: Start, authorization: str | None, status: int, caplog: pytest.LogCaptureFixture) -> None:
+    client = await start(token="s3cret")  # noqa: S106
+    headers = {"Authorization": authorization} if authorization else {}
+    answer = await client.post("/api/v1/streams", json=STREAM, headers=headers)
+    assert (answer.status, answer.headers.get("WWW-Authenticate")) == (status, "Bearer" if status == 401 else None)
+    assert (await client.get("/usage")).status == 200
+    assert "s3cret" not in caplog.text + repr(client.app[server.STATE].config)
+
+
 async def test_the_page_is_read_again_when_it_has_changed(start: Start, tmp_path: Path) -> None:
     page = tmp_path / "index.html"
     page.write_bytes(b"<style>a{}</style>\r\n<script>1</script>")
@@ -1625,6 +1676,14 @@ async def test_host_and_port_come_from_the_environment_and_options_win() -> None
 async def test_an_option_for_ipv6_prints_a_url_that_works() -> None:
     async with started("--no-simulation", "--host=::1") as program:
         assert await get_json(f"{await program.url()}/usage") == []
+
+
+async def test_listening_beyond_loopback_without_a_token_is_warned_of_once() -> None:
+    for token, lines in (("", 1), ("s3cret", 0)):
+        async with started("--no-simulation", "--host=0.0.0.0", USAGE_TOKEN=token) as program:
+            await program.url()
+            status, errors = await program.stop()
+            assert (status, errors.count("\n"), errors.count("USAGE_TOKEN")) == (0, lines, lines)
 
 
 async def test_verbose_logs_each_request_in_one_line() -> None:
