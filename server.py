@@ -218,9 +218,9 @@ def parse_events(value: object, now: float) -> list[Event]:
 class Blocks:
     """Events in order of a field, equal ones in order of their ids, in a deque of blocks.
 
-    A block is never changed: a writer puts a new one in its place. So whoever holds blocks sees one
-    moment, however slowly it reads, without a copy of its own; and an event that belongs into the
-    middle costs the copy of one block instead of shifting the whole deque.
+    A block that a reader has got is never changed again: a writer puts a new one in its place. So a
+    reader sees one moment, however slowly it reads, without a copy of its own; and an event that
+    belongs into the middle shifts one block instead of the whole deque.
     """
 
     def __init__(self, field: str) -> None:
@@ -228,6 +228,7 @@ class Blocks:
         self.rank = attrgetter(field)
         self.key = attrgetter(field, "id")
         self.blocks: deque[list[Event]] = deque()
+        self.lent: set[int] = set()  # the identities of blocks that a reader has got
 
     def add(self, events: Iterable[Event]) -> None:
         """Put each event in its place."""
@@ -235,7 +236,10 @@ class Blocks:
             self._replace(0, sorted(events, key=self.key))
             return
         for at, group in self._by_block(events):
-            block = self.blocks[at].copy()
+            block = self.blocks[at]
+            if id(block) in self.lent:
+                self.lent.discard(id(block))
+                block = block.copy()
             if len(group) > len(block) // 16:  # sorting anew is quicker than finding so many places
                 block = sorted(block + group, key=self.key)
             else:
@@ -260,6 +264,7 @@ class Blocks:
         if high is not None:
             end = bisect_left(self.blocks, high, key=lambda block: self.rank(block[0]))
         found = list(itertools.islice(self.blocks, first, end))
+        self.lent.update(map(id, found))
         if found and low is not None:
             found[0] = found[0][bisect_left(found[0], low, key=self.rank) :]
         if found and high is not None:
