@@ -238,7 +238,6 @@ class Blocks:
         for at, group in self._by_block(events):
             block = self.blocks[at]
             if id(block) in self.lent:
-                self.lent.discard(id(block))
                 block = block.copy()
             if len(group) > len(block) // 16:  # sorting anew is quicker than finding so many places
                 block = sorted(block + group, key=self.key)
@@ -286,10 +285,11 @@ class Blocks:
 
     def _replace(self, at: int, events: list[Event]) -> None:
         """Put `events` in the place of the block there, cut into blocks of about equal length."""
-        if self.blocks and 0 < len(events) <= BLOCK_EVENTS:
-            self.blocks[at] = events
-            return
         if self.blocks:
+            self.lent.discard(id(self.blocks[at]))
+            if 0 < len(events) <= BLOCK_EVENTS:
+                self.blocks[at] = events
+                return
             del self.blocks[at]
         parts = math.ceil(len(events) / BLOCK_EVENTS)
         for part in reversed(range(parts)):
@@ -1500,7 +1500,7 @@ class State:
     simulation: Simulation
     journal: Journal | None
     clock: Callable[[], float]
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of the long answers: see `pace`
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of the long answers: see `let_others_in`
     locks: WeakValueDictionary[object, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def alone(self, *name: object) -> asyncio.Lock:
