@@ -29,6 +29,7 @@ import contextlib
 import csv
 import fcntl
 import gc
+import gzip
 import hashlib
 import hmac
 import io
@@ -49,32 +50,39 @@ import sys
 import time
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache, partial
-from heapq import nsmallest
+from email.utils import formatdate
+from functools import lru_cache
+from heapq import merge, nsmallest
+from http import HTTPStatus
 from operator import add, attrgetter, itemgetter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 from weakref import WeakValueDictionary
 
 import aiohttp
 from aiohttp import hdrs, web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.typedefs import Handler
 
 BLOCK_EVENTS = 1024  # at most, in one block: about 100 kB of JSON and half a millisecond of work
-CSV_ROWS = 256  # as much work
 STREAM_BYTES = 64 * 1024  # a longer answer is streamed
 GZIP_BYTES = 1024  # a shorter answer is not worth compressing
+GZIP_LEVEL = 6
+KEPT_BYTES = 1024 * 1024  # a longer answer is made for each who asks
+KEPT_ANSWERS = 64
+SUMMING = 4  # how many answers may hold the sums of many groups at a time
+STALL_SECONDS = 60  # a client that takes nothing of a long answer for so long is cut off
 BODY_BYTES = 1024 * 1024
 BODY_SECONDS = 10
 POST_EVENTS = 1_000
 BUSY_SECONDS = 1  # how long a commit waits for another process that has locked the file
 GATHER_SECONDS = 0.001  # how long a commit waits for more to come with it
-TURN_SECONDS = 0.005  # how long the event loop may be kept at a stretch
+TURN_SECONDS = 0.002  # how long a long answer may keep the event loop at a stretch
 SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way; 5 s are promised
 LATE_SECONDS = 5  # a batch that is no later than this, or than three intervals, is not missed
 FETCH_TIMEOUT = aiohttp.ClientTimeout(total=30)
@@ -82,6 +90,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DAY = 86_400
 
 STATE: web.AppKey[State] = web.AppKey("state")
+
+T = TypeVar("T")
 
 log = logging.getLogger("server")
 
@@ -98,6 +108,8 @@ FORBIDDEN_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 TEXT_CHARACTERS = 128
 
 SECONDS = tuple(range(DAY + 1))  # what a stream can have lasted
+CSV_END = "\r\n"
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
@@ -143,11 +155,27 @@ class Event:
         """The JSON with the id before the five keys."""
         return b'{"id":%d,%b' % (self.id, self.json[1:])
 
+    @property
+    def csv(self) -> str:
+        """The line of a CSV file."""
+        names = encode_cells(self.user_id, self.track_id, self.label)
+        return f"{names},{self.stream_started_on},{self.seconds_streamed}{CSV_END}"
+
 
 @lru_cache(maxsize=4096)
 def encode_names(user_id: str, track_id: str, label: str) -> str:
     """Return the JSON of the first three fields, without braces."""
     return to_json({"user_id": user_id, "track_id": track_id, "label": label})[1:-1]
+
+
+@lru_cache(maxsize=4096)
+def encode_cells(*cells: object) -> str:
+    """Return a line as RFC 4180 has it, without its end, and with no cell that a spreadsheet runs."""
+    text = io.StringIO()
+    csv.writer(text).writerow(
+        f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell for cell in cells
+    )
+    return text.getvalue()[: -len(CSV_END)]
 
 
 def check_text(name: str, value: object) -> str:
@@ -215,20 +243,30 @@ def parse_events(value: object, now: float) -> list[Event]:
 # The events that are kept, and the questions that can be asked about them.
 
 
+class Block(list[Event]):
+    """Some events in order. It is never changed, so what has been found out about it stays true."""
+
+    __slots__ = ("sums",)
+
+    def __init__(self, events: Iterable[Event]) -> None:
+        """Hold `events`, of which nothing is known yet."""
+        super().__init__(events)
+        self.sums: dict[tuple[str, ...], Totals] = {}  # see `sum_up`
+
+
 class Blocks:
     """Events in order of a field, equal ones in order of their ids, in a deque of blocks.
 
-    A block that a reader has got is never changed again: a writer puts a new one in its place. So a
-    reader sees one moment, however slowly it reads, without a copy of its own; and an event that
-    belongs into the middle shifts one block instead of the whole deque.
+    A writer puts a new block in the place of an old one. So a reader that has got blocks sees one
+    moment, however slowly it reads, without a copy of its own; and an event that belongs into the
+    middle costs the copy of one block instead of shifting the whole deque.
     """
 
     def __init__(self, field: str) -> None:
         """Order by the field with this name, an int."""
         self.rank = attrgetter(field)
         self.key = attrgetter(field, "id")
-        self.blocks: deque[list[Event]] = deque()
-        self.lent: set[int] = set()  # the identities of blocks that a reader has got
+        self.blocks: deque[Block] = deque()
 
     def add(self, events: Iterable[Event]) -> None:
         """Put each event in its place."""
@@ -236,18 +274,16 @@ class Blocks:
             self._replace(0, sorted(events, key=self.key))
             return
         for at, group in self._by_block(events):
-            block = self.blocks[at]
-            if id(block) in self.lent:
-                block = block.copy()
-            if len(group) > len(block) // 16:  # sorting anew is quicker than finding so many places
-                block = sorted(block + group, key=self.key)
+            changed = [*self.blocks[at]]
+            if len(group) > len(changed) // 16:  # sorting anew is quicker than finding so many places
+                changed = sorted(changed + group, key=self.key)
             else:
                 for event in group:
-                    place = bisect_right(block, self.rank(event), key=self.rank)
-                    while place and self.key(block[place - 1]) > self.key(event):
+                    place = bisect_right(changed, self.rank(event), key=self.rank)
+                    while place and self.key(changed[place - 1]) > self.key(event):
                         place -= 1
-                    block.insert(place, event)
-            self._replace(at, block)
+                    changed.insert(place, event)
+            self._replace(at, changed)
 
     def remove(self, events: Iterable[Event]) -> None:
         """Take out events that are there."""
@@ -262,8 +298,7 @@ class Blocks:
             first = bisect_left(self.blocks, low, key=lambda block: self.rank(block[-1]))
         if high is not None:
             end = bisect_left(self.blocks, high, key=lambda block: self.rank(block[0]))
-        found = list(itertools.islice(self.blocks, first, end))
-        self.lent.update(map(id, found))
+        found: list[list[Event]] = list(itertools.islice(self.blocks, first, end))
         if found and low is not None:
             found[0] = found[0][bisect_left(found[0], low, key=self.rank) :]
         if found and high is not None:
@@ -286,14 +321,11 @@ class Blocks:
     def _replace(self, at: int, events: list[Event]) -> None:
         """Put `events` in the place of the block there, cut into blocks of about equal length."""
         if self.blocks:
-            self.lent.discard(id(self.blocks[at]))
-            if 0 < len(events) <= BLOCK_EVENTS:
-                self.blocks[at] = events
-                return
             del self.blocks[at]
         parts = math.ceil(len(events) / BLOCK_EVENTS)
         for part in reversed(range(parts)):
-            self.blocks.insert(at, events[len(events) * part // parts : len(events) * (part + 1) // parts])
+            ends = (len(events) * each // parts for each in (part, part + 1))
+            self.blocks.insert(at, Block(events[slice(*ends)]))
 
 
 class Totals(dict[Any, tuple[int, int]]):
@@ -383,6 +415,13 @@ class Usage:
             self.tracks.count((user, track), streams, seconds)
 
 
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of `size` items; the last may be shorter."""
+    rest = iter(items)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch
+
+
 def matching(blocks: Iterable[list[Event]], names: Mapping[str, frozenset[str]]) -> Iterator[list[Event]]:
     """Yield each block without the events whose user, track or label is none of those asked for."""
     for block in blocks:
@@ -402,33 +441,72 @@ def window_start(window: str, started: int) -> int:
     return started - started % WINDOWS[window]
 
 
-def grouped(
-    blocks: Iterable[list[Event]], by: tuple[str, ...], window: str | None
-) -> Iterator[list[dict[str, Any]]]:
-    """Yield one row a combination of `by`: most seconds first, ties in order of the names.
+def in_windows(events: list[Event], window: str) -> Iterator[tuple[int, list[Event]]]:
+    """Yield each window that `events`, in order of start, lie in: when it began, and its events."""
 
-    With a `window` there are rows for each, in order of time. The rows come at the end; an empty list
-    comes after each block, for others to be let in.
+    def began(event: Event) -> int:
+        return window_start(window, event.stream_started_on)
+
+    at = 0
+    while at < len(events):
+        start = began(events[at])
+        if at == 0 and began(events[-1]) == start:
+            yield start, events  # as it is, for it may know its sums
+            return
+        end = bisect_right(events, start, at, key=began)
+        yield start, events[at:end]
+        at = end
+
+
+def sum_up(events: list[Event], by: tuple[str, ...]) -> Totals:
+    """Return the totals of each combination of `by`; a block remembers them, if they are few."""
+    known = events.sums if isinstance(events, Block) else {}
+    if by in known:
+        return known[by]
+    seconds: defaultdict[Any, list[int]] = defaultdict(list)
+    keys = zip(*(map(attrgetter(name), events) for name in by), strict=True) if by else itertools.repeat(())
+    for key, streamed in zip(keys, map(attrgetter("seconds_streamed"), events), strict=False):
+        seconds[key].append(streamed)
+    sums = Totals((key, (len(each), sum(each))) for key, each in seconds.items())
+    if len(sums) <= len(events) // 16:
+        known[by] = sums
+    return sums
+
+
+def rank(sums: Totals, columns: Sequence[str], *first: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield a row for each key, most seconds first, ties in order of the names.
+
+    There may be a million: so they are sorted in runs, which are merged, with a step after each.
     """
-    columns = ("window_start", *by) if window else by
-    events, seconds = Counter[Any](), defaultdict[Any, int](int)
-    floor = lru_cache(maxsize=4096)(partial(window_start, window or "day"))
-    for block in blocks:
-        cells = [map(attrgetter(name), block) for name in by]
-        if window:
-            cells.insert(0, map(floor, map(attrgetter("stream_started_on"), block)))
-        keys = list(zip(*cells, strict=True))
-        events.update(keys)
-        for key, streamed in zip(keys, map(attrgetter("seconds_streamed"), block), strict=True):
-            seconds[key] += streamed
+
+    def place(key: Any) -> tuple[int, Any]:
+        return -sums[key][1], key
+
+    runs = []
+    for keys in batched(sums, BLOCK_EVENTS):
+        runs.append(sorted(keys, key=place))
         yield []
-    names_from = len(columns) - len(by)
-    ranked = sorted(events, key=lambda key: (key[:names_from], -seconds[key], key))
-    for at in range(0, len(ranked), BLOCK_EVENTS):
-        yield [
-            dict(zip(columns, key, strict=True), events=events[key], seconds_streamed=seconds[key])
-            for key in ranked[at : at + BLOCK_EVENTS]
-        ]
+    for keys in batched(merge(*runs, key=place), BLOCK_EVENTS):
+        yield [dict(zip(columns, (*first, *key, *sums[key]), strict=True)) for key in keys]
+
+
+def grouped(
+    blocks: Iterable[list[Event]], by: tuple[str, ...], window: str | None, columns: Sequence[str]
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows of the combinations of `by`, with a `window` those of each, in order of time.
+
+    Lists of rows come in steps, many of them empty, so that others can be let in between.
+    """
+    sums, began = Totals(), -1
+    for block in blocks:
+        for start, events in in_windows(block, window) if window else [(began, block)]:
+            if start != began:
+                yield from rank(sums, columns, began)
+                sums, began = Totals(), start
+            for key, (streams, seconds) in sum_up(events, by).items():
+                sums.count(key, streams, seconds)
+        yield []
+    yield from rank(sums, columns, *([began] if window else []))
 
 
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
@@ -748,8 +826,7 @@ class StorageError(Exception):
 
 def as_rows(events: Iterable[Event]) -> Iterator[tuple[str]]:
     """Yield what SET_STREAMS takes: the events' cells as JSON, a thousand at a time."""
-    cells = map(attrgetter(*FIELDS, "id"), events)
-    while rows := list(itertools.islice(cells, POST_EVENTS)):
+    for rows in batched(map(attrgetter(*FIELDS, "id"), events), POST_EVENTS):
         yield (to_json(rows),)
 
 
@@ -979,14 +1056,14 @@ async def run_simulation(state: State) -> None:
 
 
 # ── HTTP: parsing, errors, safety ───────────────────────────────────────────────────────────────
-# What comes in is parsed here; an answer goes out through `send` if it depends on the data alone,
-# else through `reply`; every error through `answer_errors`. The rules above know nothing of HTTP.
+# What comes in is parsed here; an answer goes out through `send` if it depends on the data alone (or
+# through `stream`, if it is long), else through `reply`; every error through `answer_errors`. The rules
+# above know nothing of HTTP.
 
 INTEGER = re.compile(r"-?[0-9]{1,100}")
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]+)?")
 IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 SUCCESS = b'{"message":%b,"data":%b}'
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
 CONTENT_TYPES = {
     "json": "application/json; charset=utf-8",
@@ -1017,7 +1094,8 @@ PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
 FILTERS = ("from", "to", *NAMES)
 
 
-def parse_query(query: str, *parameters: str) -> dict[str, Any]:
+@lru_cache(maxsize=1024)
+def parse_query(query: str, *parameters: str) -> Mapping[str, Any]:
     """Parse a query string; the values of a name, which may come more than once, are returned as a set.
 
     Raises InvalidError, which names the parameter.
@@ -1042,10 +1120,14 @@ def parse_query(query: str, *parameters: str) -> dict[str, Any]:
     return asked
 
 
-def select(usage: Usage, asked: Mapping[str, Any], now: float) -> Iterator[list[Event]]:
-    """Return the events that the parameters in FILTERS ask for; raises FromInFutureError."""
+def check_from(asked: Mapping[str, Any], now: float) -> None:
+    """Raise FromInFutureError if `from` is."""
     if asked.get("from", now) > now:
         raise FromInFutureError("from is in the future")
+
+
+def select(usage: Usage, asked: Mapping[str, Any]) -> Iterator[list[Event]]:
+    """Return the events that the parameters in FILTERS ask for."""
     names = {name: asked[name] for name in NAMES if name in asked}
     return matching(usage.by_start.between(asked.get("from"), asked.get("to")), names)
 
@@ -1058,7 +1140,7 @@ async def read_json(request: web.Request) -> tuple[object, bytes]:
         async with asyncio.timeout(BODY_SECONDS):
             body = await request.read()
         if len(body) > STREAM_BYTES:
-            await let_others_in(request)
+            await let_others_in(request.app[STATE].turn)
         return json.loads(body.decode()), body
     except TimeoutError:
         raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_SECONDS} s") from None
@@ -1071,95 +1153,239 @@ def encode(value: Any) -> bytes:
     return to_json(value).encode()
 
 
-def encode_csv(rows: Iterable[Iterable[object]]) -> bytes:
-    """Return lines as RFC 4180 has them, with no cell that a spreadsheet runs as a formula."""
-    text = io.StringIO()
-    safe = ([f"'{x}" if isinstance(x, str) and x.startswith(FORMULA) else x for x in row] for row in rows)
-    csv.writer(text).writerows(safe)
-    return text.getvalue().encode()
-
-
 def write_rows(
     kind: str,
     columns: Iterable[str],
     blocks: Iterable[list[Any]],
     as_json: Callable[[Any], bytes] = encode,
-    as_cells: Callable[[Any], Iterable[object]] = dict.values,
+    as_csv: Callable[[Any], str] = lambda row: encode_cells(*row.values()) + CSV_END,
 ) -> Iterator[bytes]:
     """Yield `blocks` of rows as json, ndjson or csv, piece by piece; b"" where a block has no rows."""
-    yield {"json": b"[", "ndjson": b"", "csv": encode_csv([columns])}[kind]
-    comma_first: list[bytes] = []
-    for block in blocks:
-        if kind == "csv":
-            for at in range(0, len(block), CSV_ROWS):
-                yield encode_csv(map(as_cells, block[at : at + CSV_ROWS]))
-        elif kind == "ndjson":
+    if kind == "csv":
+        yield (encode_cells(*columns) + CSV_END).encode()
+        for block in blocks:
+            yield "".join(map(as_csv, block)).encode()
+    elif kind == "ndjson":
+        for block in blocks:
             yield b"\n".join([*map(as_json, block), b""])
-        else:
+    else:
+        yield b"["
+        comma_first: list[bytes] = []
+        for block in blocks:
             yield b",".join([*comma_first, *map(as_json, block)]) if block else b""
             comma_first = [b""] if block else comma_first
-    if kind == "json":
         yield b"]"
 
 
-async def let_others_in(request: web.Request) -> None:
-    """Wait for the turn to go on with a long answer; raises ConnectionResetError if the client has gone.
+async def let_others_in(turn: asyncio.Lock) -> None:
+    """Wait for the turn to go on with something long.
 
-    In one turn of the event loop one of all long answers goes on, by one piece: so however many there
-    are, nobody waits for more than that.
+    In one turn of the event loop one of all that is long goes on, for about TURN_SECONDS: so however
+    much there is, nobody waits for more than that.
     """
-    async with request.app[STATE].turn:
+    async with turn:
         await asyncio.sleep(0)
-    if request.transport is None or request.transport.is_closing():
-        raise ConnectionResetError
 
 
-async def pace(request: web.Request, pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
-    """Yield `pieces`, short ones joined to STREAM_BYTES, and let others in while they are made."""
+async def in_turns(turn: asyncio.Lock, steps: Iterable[T]) -> AsyncIterator[T]:
+    """Yield `steps`, and let others in while they are made."""
+    began = time.monotonic()
+    for step in steps:
+        yield step
+        if time.monotonic() > began + TURN_SECONDS:
+            await let_others_in(turn)
+            began = time.monotonic()
+
+
+def has_gone(request: web.Request) -> bool:
+    """Tell whether nobody waits for the answer any more."""
+    return request.transport is None or request.transport.is_closing()
+
+
+@dataclass(eq=False)
+class Answer:
+    """What is made once for all who ask for it while its etag stays the same."""
+
+    etag: str
+    askers: list[web.Request]
+    made: asyncio.Task[bytes]
+
+    @property
+    def broken_off(self) -> bool:
+        """Tell whether it was not made to its end."""
+        error = self.made.exception() if self.made.done() else None
+        return error is not None and not isinstance(error, TooLongError)
+
+
+Make = Callable[[Sequence[web.Request]], Coroutine[Any, Any, bytes]]  # an answer, for those who ask
+
+
+class TooLongError(Exception):
+    """An answer is too long to be kept: it has to be streamed to each who asks."""
+
+
+async def share(request: web.Request, name: object, etag: str, make: Make) -> bytes:
+    """Return what `make` returns, which is called once for all who share under this name.
+
+    KEPT_ANSWERS are kept, the latest: so a client that asks for ever other ones does not fill the memory.
+    """
+    answers = request.app[STATE].answers
+    answer = answers.get(name)
+    if not answer or answer.etag != etag or answer.broken_off:
+        answers.pop(name, None)
+        if len(answers) >= KEPT_ANSWERS:
+            del answers[next(iter(answers))]
+        askers: list[web.Request] = []
+        answer = answers[name] = Answer(etag, askers, asyncio.create_task(make(askers)))
+    if not answer.made.done():
+        answer.askers.append(request)
+        await asyncio.shield(answer.made)
+    return answer.made.result()
+
+
+async def gather(state: State, askers: Sequence[web.Request], pieces: Iterable[bytes]) -> bytes:
+    """Return `pieces` as one.
+
+    Raises TooLongError for more than KEPT_BYTES, ConnectionResetError as soon as all who asked have gone.
+    """
     ready: list[bytes] = []
     size = 0
-    for number, piece in enumerate(pieces):
-        ready.append(piece)
-        size += len(piece)
-        if size >= STREAM_BYTES:
-            yield b"".join(ready)
-            ready, size = [], 0
-        if number > 1:  # a short answer has three pieces and is ready at once
-            await let_others_in(request)
-    yield b"".join(ready)
+    async with state.gathering:
+        async for piece in in_turns(state.turn, pieces):
+            ready.append(piece)
+            size += len(piece)
+            if size > KEPT_BYTES:
+                raise TooLongError
+            if all(map(has_gone, askers)):
+                raise ConnectionResetError
+    return b"".join(ready)
+
+
+@lru_cache(maxsize=1024)
+def cache_headers(etag: str, kind: str, *more: tuple[str, str]) -> Mapping[str, str]:
+    """Return what tells a client how long it may keep an answer, and what it is."""
+    return {
+        "ETag": f'W/"{etag}"',
+        "Cache-Control": "no-cache",
+        "Vary": "Accept-Encoding",
+        "Content-Type": CONTENT_TYPES[kind],
+        **dict(more),
+    }
 
 
 async def send(
-    request: web.Request, etag: str, kind: str, pieces: Iterable[bytes], **headers: str
+    request: web.Request, etag: str, kind: str, make: Make, *more: tuple[str, str]
 ) -> web.StreamResponse:
-    """Answer with 304 if the client has this already, with a whole body if it is short, else streamed."""
-    headers |= {"ETag": f'W/"{etag}"', "Cache-Control": "no-cache", "Vary": "Accept-Encoding"}
+    """Answer with 304 if the client has this already, else with what `make` returns; raises what it raises.
+
+    `more` are further headers.
+    """
     if any(known.value in (etag, "*") for known in request.if_none_match or ()):
-        return web.Response(status=304, headers=headers)
-    headers["Content-Type"] = CONTENT_TYPES[kind]
-    parts = pace(request, pieces)
-    first = await anext(parts)
-    short = len(first) < STREAM_BYTES
-    response = web.Response(body=first, headers=headers) if short else web.StreamResponse(headers=headers)
-    if request.method == hdrs.METH_HEAD and not short:
+        return respond(request, 304, b"", etag, kind, *more)
+    body = plain = await share(request, request.raw_path, etag, make)
+    if len(plain) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
+        name = (request.raw_path, hdrs.CONTENT_ENCODING)
+        body = await share(request, name, etag, lambda _: asyncio.to_thread(gzip.compress, plain, GZIP_LEVEL))
+        more += (("Content-Encoding", "gzip"),)
+    if len(body) <= STREAM_BYTES:
+        return respond(request, 200, body, etag, kind, *more)
+    # Piece by piece, so that no connection holds all of it as its own.
+    pieces = (body[at : at + STREAM_BYTES] for at in range(0, len(body), STREAM_BYTES))
+    headers = cache_headers(etag, kind, ("Content-Length", str(len(body))), *more)
+    return await stream(request, pieces, headers)
+
+
+def respond(
+    request: web.Request, status: int, body: bytes, etag: str, kind: str, *more: tuple[str, str]
+) -> web.StreamResponse:
+    """Answer with a body that is there."""
+    if request.method == hdrs.METH_GET and request.version == aiohttp.HttpVersion11 and request.keep_alive:
+        return Ready(status, write_head(status, len(body), etag, kind, *more), body)
+    return web.Response(status=status, body=body, headers=cache_headers(etag, kind, *more))
+
+
+@lru_cache(maxsize=1024)
+def write_head(status: int, length: int, etag: str, kind: str, *more: tuple[str, str]) -> bytes:
+    """Write the head of an answer to a GET, without its first two lines."""
+    headers = {**cache_headers(etag, kind, *more), **SAFETY_HEADERS}
+    if status == HTTPStatus.OK:
+        headers["Content-Length"] = str(length)
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode() + b"\r\n"
+
+
+@lru_cache(maxsize=8)
+def first_lines(status: int, now: int) -> bytes:
+    """Write the first two lines of an answer, the second of which is the date."""
+    date = formatdate(now, usegmt=True)
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nDate: {date}\r\n".encode()
+
+
+class Ready(web.StreamResponse):
+    """An answer that is there, to a GET over HTTP/1.1 after which the connection stays open.
+
+    Head and body are sent as they are: making the head anew would take as long again as all the rest.
+    """
+
+    keep_alive = True
+    body_length = 0
+
+    def __init__(self, status: int, head: bytes, body: bytes) -> None:
+        """Put the answer together, but do not send it yet."""
+        super().__init__(status=status)
+        self.body_length = len(body)  # for the log
+        self.whole = first_lines(status, int(time.time())) + head + body
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
+        """Send it."""
+        await request.writer.write(self.whole)
+        return request.writer
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Send nothing more."""
+
+
+async def stream(
+    request: web.Request, pieces: Iterable[bytes], headers: Mapping[str, str]
+) -> web.StreamResponse:
+    """Answer piece by piece, and let others in between; cut off a client that takes nothing."""
+    response = web.StreamResponse(headers=headers)
+    if request.method == hdrs.METH_HEAD:
         return response
-    if accepts_gzip(request) and len(first) >= GZIP_BYTES:
+    if accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")) and hdrs.CONTENT_ENCODING not in headers:
         response.enable_compression(web.ContentCoding.gzip)
-    if short:
-        return response
     if request.version < aiohttp.HttpVersion11:
         response.force_close()  # without chunks only the end of the connection ends the answer
     await response.prepare(request)
-    await response.write(first)
-    async for part in parts:
-        await response.write(part)
+    ready: list[bytes] = []
+    size = 0
+    async for piece in in_turns(request.app[STATE].turn, pieces):
+        ready.append(piece)
+        size += len(piece)
+        if size >= STREAM_BYTES:
+            await write(request, response, b"".join(ready))
+            ready, size = [], 0
+        elif has_gone(request):
+            raise ConnectionResetError
+    await write(request, response, b"".join(ready))
     return response
 
 
-def accepts_gzip(request: web.Request) -> bool:
-    """Tell whether the client takes gzip: `gzip;q=0` says that it does not."""
-    codings = request.headers.get(hdrs.ACCEPT_ENCODING, "").lower().replace(" ", "").split(",")
-    return any(re.fullmatch(r"gzip(;q=(1|0\.0*[1-9]).*)?", coding) for coding in codings)
+async def write(request: web.Request, response: web.StreamResponse, part: bytes) -> None:
+    """Write a part of an answer; raises ConnectionResetError if the client takes nothing or has gone."""
+    try:
+        async with asyncio.timeout(STALL_SECONDS):
+            await response.write(part)
+    except TimeoutError:
+        if request.transport:
+            request.transport.abort()
+        raise ConnectionResetError from None
+
+
+@lru_cache(maxsize=1024)
+def accepts_gzip(codings: str) -> bool:
+    """Tell whether a client with this Accept-Encoding takes gzip: `gzip;q=0` says that it does not."""
+    each = codings.lower().replace(" ", "").split(",")
+    return any(re.fullmatch(r"gzip(;q=(1|0\.0*[1-9]).*)?", coding) for coding in each)
 
 
 def reply(status: int, body: bytes, **headers: str) -> web.Response:
@@ -1194,7 +1420,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return reply(500, encode({"error": "internal error"}))
 
 
-def is_own_name(host: str, allowed: Iterable[str]) -> bool:
+@lru_cache(maxsize=1024)
+def is_own_name(host: str, allowed: tuple[str, ...]) -> bool:
     """Tell whether a Host may be ours: an IP address, localhost, *.localhost, or a name that is allowed.
 
     Any other is a name that somebody made to lead here (DNS rebinding): pages under it could read all.
@@ -1258,7 +1485,11 @@ async def get_page(request: web.Request) -> web.StreamResponse:
     """Show the page."""
     page, policy = read_page(request.app[STATE].config.page)
     etag = hashlib.sha256(page).hexdigest()[:16]
-    return await send(request, etag, "html", [page], **{"Content-Security-Policy": policy})
+
+    async def make(_: object) -> bytes:
+        return page
+
+    return await send(request, etag, "html", make, ("Content-Security-Policy", policy))
 
 
 async def get_usage(request: web.Request) -> web.StreamResponse:
@@ -1266,17 +1497,26 @@ async def get_usage(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
     asked = parse_query(request.rel_url.raw_query_string, *FILTERS, "group_by", "window", "format")
     try:
-        events = select(state.usage, asked, state.clock())
+        check_from(asked, state.clock())
     except FromInFutureError:
         return web.Response(status=400)  # with an empty body: the challenge wants it so
-    kind = asked.get("format", "json")
-    by, window = asked.get("group_by", ()), asked.get("window")
-    if by or window:
+    kind, by, window = asked.get("format", "json"), asked.get("group_by", ()), asked.get("window")
+
+    def write_usage() -> Iterator[bytes]:
+        events = select(state.usage, asked)
+        if not (by or window):
+            return write_rows(kind, FIELDS, events, attrgetter("json"), attrgetter("csv"))
         columns = (*(["window_start"] if window else []), *by, "events", "seconds_streamed")
-        pieces = write_rows(kind, columns, grouped(events, by, window))
-    else:
-        pieces = write_rows(kind, FIELDS, events, attrgetter("json"), attrgetter(*FIELDS))
-    return await send(request, state.usage.etag, kind, pieces)
+        return write_rows(kind, columns, grouped(events, by, window, columns))
+
+    def make(askers: Sequence[web.Request]) -> Coroutine[Any, Any, bytes]:
+        return gather(state, askers, write_usage())
+
+    try:
+        return await send(request, state.usage.etag, kind, make)
+    except TooLongError:
+        async with state.summing if by and not window else contextlib.nullcontext():
+            return await stream(request, write_usage(), cache_headers(state.usage.etag, kind))
 
 
 async def get_health(request: web.Request) -> web.Response:
@@ -1306,16 +1546,16 @@ async def get_health(request: web.Request) -> web.Response:
 async def get_streams(request: web.Request) -> web.Response:
     """List a page of streams in order of id."""
     state = request.app[STATE]
-    asked = parse_query(request.rel_url.raw_query_string, *FILTERS, "limit", "after")
+    asked = dict(parse_query(request.rel_url.raw_query_string, *FILTERS, "limit", "after"))
     limit, after = asked.pop("limit", 100), asked.pop("after", 0)
     page: list[Event] = []
     if asked:
         total = 0
-        for block in select(state.usage, asked, state.clock()):
+        check_from(asked, state.clock())
+        async for block in in_turns(state.turn, select(state.usage, asked)):
             total += len(block)
             later = (event for event in block if event.id > after)
             page = nsmallest(limit + 1, itertools.chain(page, later), key=attrgetter("id"))
-            await let_others_in(request)
     else:
         total = state.usage.count
         following = itertools.chain.from_iterable(state.usage.by_id.between(after + 1))
@@ -1438,16 +1678,19 @@ async def get_report(request: web.Request) -> web.StreamResponse:
     asked = parse_query(request.rel_url.raw_query_string, "month", "format")
     if asked.get("format") == "ndjson":
         raise InvalidError("format must be json or csv")
-    months = {month: Totals(totals) for month, totals in state.usage.months.items() if totals}
-    if month := asked.get("month"):
-        months = {month: months.get(month, Totals())}
-    etag = state.usage.etag
-    # In a thread, for with many subscribers it takes seconds; on copies, for others go on writing.
-    data, lines = await asyncio.to_thread(report, months, dict(state.subscriptions))
-    if asked.get("format") == "csv":
-        return await send(request, etag, "csv", write_rows("csv", REPORT_COLUMNS, [lines]))
-    body = SUCCESS % (encode("Found Label Stream Report"), encode(data))
-    return await send(request, etag, "json", [body])
+    kind = asked.get("format", "json")
+
+    async def make(_: object) -> bytes:
+        months = {month: Totals(totals) for month, totals in state.usage.months.items() if totals}
+        if month := asked.get("month"):
+            months = {month: months.get(month, Totals())}
+        # In a thread, for with many subscribers it takes seconds; on copies, for others go on writing.
+        data, lines = await asyncio.to_thread(report, months, dict(state.subscriptions))
+        if kind == "csv":
+            return b"".join(write_rows("csv", REPORT_COLUMNS, [lines]))
+        return SUCCESS % (encode("Found Label Stream Report"), encode(data))
+
+    return await send(request, state.usage.etag, kind, make)
 
 
 STREAM_PATH = "/api/v1/{_:streams?}/{id}"  # the seed spells it both ways
@@ -1485,7 +1728,7 @@ class Config:
     random_seed: int | None = None
     keep: int = 1_000_000
     db: Path | None = None
-    allow_host: Sequence[str] = ()
+    allow_host: tuple[str, ...] = ()
     token: str = field(default="", repr=False)  # empty: none is needed
     page: Path = PAGE
 
@@ -1500,7 +1743,10 @@ class State:
     simulation: Simulation
     journal: Journal | None
     clock: Callable[[], float]
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of the long answers: see `let_others_in`
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of all that is long: see `let_others_in`
+    answers: dict[object, Answer] = field(default_factory=dict)  # see `share`
+    gathering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(SUMMING))
+    summing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(SUMMING))
     locks: WeakValueDictionary[object, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def alone(self, *name: object) -> asyncio.Lock:
@@ -1687,6 +1933,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     host, port, verbose = options.pop("host"), options.pop("port"), options.pop("verbose")
     directory, tracks = options.pop("directory"), options.pop("tracks")
+    options["allow_host"] = tuple(options["allow_host"])
     token = os.environ.get("USAGE_TOKEN", "")
     if tracks and not directory:
         parser.error("--tracks goes with --import")

@@ -23,7 +23,7 @@ import socket
 import sqlite3
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from fractions import Fraction
 from operator import attrgetter
@@ -228,20 +228,23 @@ def test_the_oldest_events_go_first_with_one_warning(caplog: pytest.LogCaptureFi
     assert "--keep" in caplog.text
 
 
+FIGURES = ("events", "seconds_streamed")
+
+
 def test_groups_come_by_seconds_and_then_by_name() -> None:
     events = [
         event(seconds=5, label="b"), event(seconds=5, label="a"), event(seconds=9, label="c"),
         event(seconds=5, label="c", track_id="track2"), event(seconds=0, label="d"),
     ]
-    *nothing, rows = server.grouped([events[:2], events[2:]], ("label",), None)
-    assert nothing == [[], []]
+    *nothing, rows = server.grouped([events[:2], events[2:]], ("label",), None, ("label", *FIGURES))
+    assert not any(nothing)
     assert rows == [
         {"label": "c", "events": 2, "seconds_streamed": 14},
         {"label": "a", "events": 1, "seconds_streamed": 5},
         {"label": "b", "events": 1, "seconds_streamed": 5},
         {"label": "d", "events": 1, "seconds_streamed": 0},
     ]
-    *_, rows = server.grouped([events], ("track_id", "label"), None)
+    *_, rows = server.grouped([events], ("track_id", "label"), None, ("track_id", "label", *FIGURES))
     assert [list(row) for row in rows] == [["track_id", "label", "events", "seconds_streamed"]] * 5
     assert [(row["track_id"], row["label"]) for row in rows] == [
         ("track1", "c"), ("track1", "a"), ("track1", "b"), ("track2", "c"), ("track1", "d"),
@@ -267,7 +270,11 @@ def test_groups_and_windows_add_up_to_what_a_naive_sum_finds(window: str | None,
     events = random_events(random.Random(31), 900)
     for made in events:
         made.stream_started_on -= random.Random(made.json).randrange(3) * 86_400 * 20
-    *_, rows = server.grouped([events[:500], events[500:]], by, window)
+    events.sort(key=attrgetter("stream_started_on"))
+    columns = [*(["window_start"] if window else []), *by]
+    blocks = [events[:40], *(server.Block(events[at : at + 100]) for at in range(40, 900, 100))]
+    for _ in range(2):  # the second time the blocks know their sums
+        rows = list(itertools.chain.from_iterable(server.grouped(blocks, by, window, [*columns, *FIGURES])))
     naive: dict[tuple[Any, ...], list[int]] = {}
     for made in events:
         moment = datetime.fromtimestamp(made.stream_started_on, UTC)
@@ -279,7 +286,6 @@ def test_groups_and_windows_add_up_to_what_a_naive_sum_finds(window: str | None,
         total = naive.setdefault(key, [0, 0])
         total[0] += 1
         total[1] += made.seconds_streamed
-    columns = [*(["window_start"] if window else []), *by]
     assert {tuple(row[name] for name in columns): [row["events"], row["seconds_streamed"]] for row in rows} == naive
     order = [(row.get("window_start", 0), -row["seconds_streamed"], [row[name] for name in by]) for row in rows]
     assert order == sorted(order)
@@ -827,7 +833,7 @@ async def test_history_fills_no_more_than_keep(start: Start) -> None:
 # ── HTTP: parsing, errors, safety ───────────────────────────────────────────────────────────────
 
 
-def parse(**parameters: str | list[str]) -> dict[str, Any]:
+def parse(**parameters: str | list[str]) -> Mapping[str, Any]:
     """Parse the parameters of /usage."""
     query = urlencode({name.rstrip("_"): value for name, value in parameters.items()}, doseq=True)
     return server.parse_query(query, *server.FILTERS, "group_by", "window", "format")
@@ -854,7 +860,7 @@ def test_a_from_or_to_that_is_no_int_is_refused_by_name(name: str, text: str) ->
 def test_a_from_in_the_future_is_an_error_of_its_own(since: int, future: bool) -> None:
     raised = contextlib.nullcontext() if not future else pytest.raises(FromInFutureError)
     with raised:
-        server.select(Usage(keep=1), {"from": since}, NOW + 0.9)
+        server.check_from({"from": since}, NOW + 0.9)
 
 
 @pytest.mark.parametrize(
@@ -897,11 +903,11 @@ def test_group_by_takes_the_names_in_any_order(by: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
 def test_a_csv_cell_that_a_spreadsheet_would_run_is_defused(cell: str) -> None:
-    assert next(csv.reader(io.StringIO(server.encode_csv([["a", cell]]).decode(), newline=""))) == ["a", f"'{cell}"]
+    assert next(csv.reader(io.StringIO(server.encode_cells("a", cell), newline=""))) == ["a", f"'{cell}"]
 
 
 def test_a_csv_number_below_zero_stays_a_number() -> None:
-    assert server.encode_csv([[-1, "b"]]) == b"-1,b\r\n"
+    assert server.encode_cells(-1, "b") == "-1,b"
 
 
 async def test_usage_answers_with_the_events_in_order(start: Start) -> None:
@@ -1034,7 +1040,8 @@ async def test_an_answer_that_is_worth_it_is_gzipped_on_request(start: Start, ac
 
 
 @pytest.mark.parametrize("query", ["group_by=label", "label=nobody", "label=label1", "format=csv"])
-async def test_a_large_answer_lets_other_requests_in(start: Start, query: str) -> None:
+async def test_a_large_answer_lets_other_requests_in(start: Start, query: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "TURN_SECONDS", 0)
     client = await start(random_events(random.Random(13), 60_000))
 
     async def download() -> bytes:
@@ -1056,15 +1063,104 @@ async def test_many_large_answers_take_turns(start: Start) -> None:
 
 
 async def test_a_long_answer_is_streamed_and_a_short_one_is_whole(start: Start) -> None:
-    client = await start(random_events(random.Random(19), 5_000))
+    client = await start(random_events(random.Random(19), 20_000))
     long, short = await client.get("/usage"), await client.get("/usage?to=0")
     assert long.headers["Transfer-Encoding"] == "chunked"
     assert (short.headers["Content-Length"], await short.read()) == ("2", b"[]")
 
 
+class Blocks(server.Blocks):
+    """Blocks that count how many of them have been read."""
+
+    read = 0
+
+    def between(self, low: int | None = None, high: int | None = None) -> Any:
+        """Yield the blocks."""
+        for block in super().between(low, high):
+            self.read += 1
+            yield block
+
+
+@pytest.mark.parametrize("query", ["", "?group_by=label,track_id", "?window=day", "?label=nobody", "?format=csv&to=9"])
+async def test_an_answer_is_made_once_for_all_who_ask_until_something_changes(start: Start, query: str) -> None:
+    client = await start()
+    usage = client.app[server.STATE].usage
+    usage.by_start = blocks = Blocks("stream_started_on")
+    add(usage, [event(label="label1"), event(label="label2")])
+
+    async def ask(**headers: str) -> str:
+        return await (await client.get(f"/usage{query}", headers=headers)).text()
+
+    first = await asyncio.gather(*(ask() for _ in range(20)), *(ask(**{"Accept-Encoding": "gzip"}) for _ in range(20)))
+    assert set(first) == {await ask()}
+    assert blocks.read <= 1
+    add(usage, [event(1), event(2), event(NOW, label="label3")])
+    assert await ask() != first[0] or query == "?label=nobody"
+    assert blocks.read <= 2
+
+
+async def test_a_long_answer_is_made_for_each_and_holds_no_other_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "KEPT_BYTES", 9_000)
+    monkeypatch.setattr(server, "STREAM_BYTES", 3_000)
+    events = [event(NOW - 9_999 + number, user_id=f"user{number}") for number in range(300)]
+    client = await start(events)
+    for query, count in (("", 300), ("group_by=user_id", 300), ("group_by=user_id&window=day", 300), ("to=1", 0)):
+        for _ in range(2):
+            answers = await asyncio.gather(*(client.get(f"/usage?{query}") for _ in range(9)))
+            assert {len(await answer.json()) for answer in answers} == {count}
+
+
+async def test_no_more_answers_are_kept_than_fit_and_the_latest_ones(start: Start) -> None:
+    client = await start([event(NOW - number) for number in range(30)])
+    for number in range(3 * server.KEPT_ANSWERS):
+        await client.get(f"/usage?to={NOW - number}")
+    answers = client.app[server.STATE].answers
+    assert len(answers) == server.KEPT_ANSWERS
+    assert f"/usage?to={NOW - 3 * server.KEPT_ANSWERS + 1}" in answers
+
+
+async def test_an_answer_that_failed_is_made_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = await start([event()])
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "write_rows", Mock(side_effect=RuntimeError))
+        assert (await client.get("/usage")).status == 500
+        patch.setattr(server, "gather", Mock(side_effect=RuntimeError))
+        assert (await client.get("/usage?to=9")).status == 500
+    assert (await client.get("/usage")).status == 200
+    assert (await client.get("/usage?to=9")).status == 200
+
+
+@pytest.mark.parametrize("known", [None, "*"])
+async def test_an_answer_has_the_same_head_however_the_connection_goes_on(start: Start, known: str | None) -> None:
+    client = await start([event()])
+    heads = []
+    for closing in ("keep-alive", "close"):
+        headers = {"Connection": closing} | ({"If-None-Match": known} if known else {})
+        answer = await client.get("/usage", headers=headers)
+        assert answer.status == (304 if known else 200)
+        heads.append({name: value for name, value in answer.headers.items() if name not in ("Connection", "Server", "Date")})
+        assert datetime.strptime(answer.headers["Date"], "%a, %d %b %Y %H:%M:%S GMT").replace(tzinfo=UTC)
+        heads[-1]["body"] = await answer.text()
+    assert heads[0] == heads[1]
+
+
+async def test_a_client_that_takes_nothing_is_cut_off(start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(server, "STALL_SECONDS", 0.2)
+    client = await start(random_events(random.Random(22), 200_000))
+    url = client.make_url("/usage")
+    reader, writer = await asyncio.open_connection(url.host, url.port, limit=1)
+    writer.write(b"GET /usage HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await asyncio.sleep(2)
+    async with asyncio.timeout(10):
+        assert not (await reader.read()).endswith(b"\r\n0\r\n\r\n")
+    writer.close()
+    assert caplog.text == ""
+
+
 async def test_work_for_a_client_that_has_gone_ends_without_a_word(
-    start: Start, caplog: pytest.LogCaptureFixture
+    start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(server, "TURN_SECONDS", 0)
     client = await start(random_events(random.Random(20), 100_000))
     taken: list[int] = []
     blocks = client.app[server.STATE].usage.by_start.between(None, None)
@@ -1135,8 +1231,8 @@ async def test_every_answer_carries_the_safety_headers(start: Start, method: str
     ],
 )
 async def test_only_a_name_of_its_own_is_answered(start: Start, host: str, own: bool) -> None:
-    assert server.is_own_name(host, ["known.example"]) is own
-    client = await start(allow_host=["known.example"])
+    assert server.is_own_name(host, ("known.example",)) is own
+    client = await start(allow_host=("known.example",))
     reader, writer = await asyncio.open_connection(client.host, client.port)
     writer.write(f"GET /usage HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
     answer = await reader.read()
