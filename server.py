@@ -112,6 +112,7 @@ CSV_END = "\r\n"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+quote = json.encoder.encode_basestring  # what `to_json` does with a text
 
 
 class InvalidError(ValueError):
@@ -128,7 +129,7 @@ class MissingError(LookupError):
 
 @dataclass(slots=True, eq=False)
 class Event:
-    """One play of one track by one user, with its JSON, which is encoded once and sent often.
+    """One play of one track by one user.
 
     `stream_started_on` is in Unix seconds, `seconds_streamed` in seconds. `id`, from 1, is the order
     of arrival: `Usage.number` gives it. From then on an event is never changed.
@@ -140,15 +141,19 @@ class Event:
     stream_started_on: int
     seconds_streamed: int
     id: int = 0
-    json: bytes = field(init=False)
 
     def __post_init__(self) -> None:
         # The same few names and numbers come again and again: one object of each takes half the memory.
         self.user_id, self.track_id = sys.intern(self.user_id), sys.intern(self.track_id)
         self.label, self.seconds_streamed = sys.intern(self.label), SECONDS[self.seconds_streamed]
-        names = encode_names(self.user_id, self.track_id, self.label)
-        figures = f'"stream_started_on":{self.stream_started_on},"seconds_streamed":{self.seconds_streamed}'
-        self.json = f"{{{names},{figures}}}".encode()
+
+    @property
+    def json(self) -> bytes:
+        """The five fields as compact JSON."""
+        return (
+            f'{{"user_id":{quote(self.user_id)},"track_id":{quote(self.track_id)},"label":{quote(self.label)},'
+            f'"stream_started_on":{self.stream_started_on},"seconds_streamed":{self.seconds_streamed}}}'
+        ).encode()
 
     @property
     def stream(self) -> bytes:
@@ -160,12 +165,6 @@ class Event:
         """The line of a CSV file."""
         names = encode_cells(self.user_id, self.track_id, self.label)
         return f"{names},{self.stream_started_on},{self.seconds_streamed}{CSV_END}"
-
-
-@lru_cache(maxsize=4096)
-def encode_names(user_id: str, track_id: str, label: str) -> str:
-    """Return the JSON of the first three fields, without braces."""
-    return to_json({"user_id": user_id, "track_id": track_id, "label": label})[1:-1]
 
 
 @lru_cache(maxsize=4096)
@@ -246,12 +245,23 @@ def parse_events(value: object, now: float) -> list[Event]:
 class Block(list[Event]):
     """Some events in order. It is never changed, so what has been found out about it stays true."""
 
-    __slots__ = ("sums",)
+    __slots__ = ("json", "sums")
 
     def __init__(self, events: Iterable[Event]) -> None:
         """Hold `events`, of which nothing is known yet."""
         super().__init__(events)
+        self.json: bytes | None = None  # see `encode_events`
         self.sums: dict[tuple[str, ...], Totals] = {}  # see `sum_up`
+
+
+def encode_events(events: list[Event]) -> bytes:
+    """Return their JSON, each with a comma before it; a block is encoded once and sent often."""
+    if isinstance(events, Block) and events.json is not None:
+        return events.json
+    encoded = b"".join([b"," + event.json for event in events])
+    if isinstance(events, Block):
+        events.json = encoded
+    return encoded
 
 
 class Blocks:
@@ -422,10 +432,14 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def matching(blocks: Iterable[list[Event]], names: Mapping[str, frozenset[str]]) -> Iterator[list[Event]]:
-    """Yield each block without the events whose user, track or label is none of those asked for."""
-    for block in blocks:
-        found = block
+def matching(blocks: list[list[Event]], names: Mapping[str, Set[str]]) -> Iterator[list[Event]]:
+    """Yield each block without the events whose user, track or label is none of those asked for.
+
+    `blocks` is used up, so that a slow reader holds only what it has yet to read.
+    """
+    blocks.reverse()
+    while blocks:
+        found = blocks.pop()
         for name, wanted in names.items():
             found = [event for event in found if getattr(event, name) in wanted]
         yield found
@@ -1153,11 +1167,18 @@ def encode(value: Any) -> bytes:
     return to_json(value).encode()
 
 
+def encode_rows(rows: Iterable[dict[str, Any]]) -> bytes:
+    """Return their JSON, each with a comma before it."""
+    return "".join([f",{to_json(row)}" for row in rows]).encode()
+
+
 def write_rows(
     kind: str,
     columns: Iterable[str],
     blocks: Iterable[list[Any]],
-    as_json: Callable[[Any], bytes] = encode,
+    *,
+    as_json: Callable[[list[Any]], bytes] = encode_rows,
+    as_line: Callable[[Any], bytes] = encode,
     as_csv: Callable[[Any], str] = lambda row: encode_cells(*row.values()) + CSV_END,
 ) -> Iterator[bytes]:
     """Yield `blocks` of rows as json, ndjson or csv, piece by piece; b"" where a block has no rows."""
@@ -1167,14 +1188,16 @@ def write_rows(
             yield "".join(map(as_csv, block)).encode()
     elif kind == "ndjson":
         for block in blocks:
-            yield b"\n".join([*map(as_json, block), b""])
+            yield b"\n".join([*map(as_line, block), b""])
     else:
-        yield b"["
-        comma_first: list[bytes] = []
-        for block in blocks:
-            yield b",".join([*comma_first, *map(as_json, block)]) if block else b""
-            comma_first = [b""] if block else comma_first
-        yield b"]"
+        opening = b"["
+        for piece in map(as_json, blocks):
+            if opening and piece:
+                yield opening + piece[1:]
+                opening = b""
+            else:
+                yield piece
+        yield opening + b"]"
 
 
 async def let_others_in(turn: asyncio.Lock) -> None:
@@ -1505,7 +1528,8 @@ async def get_usage(request: web.Request) -> web.StreamResponse:
     def write_usage() -> Iterator[bytes]:
         events = select(state.usage, asked)
         if not (by or window):
-            return write_rows(kind, FIELDS, events, attrgetter("json"), attrgetter("csv"))
+            as_line, as_csv = attrgetter("json"), attrgetter("csv")
+            return write_rows(kind, FIELDS, events, as_json=encode_events, as_line=as_line, as_csv=as_csv)
         columns = (*(["window_start"] if window else []), *by, "events", "seconds_streamed")
         return write_rows(kind, columns, grouped(events, by, window, columns))
 
