@@ -2337,7 +2337,7 @@ async def test_the_money_is_that_of_the_report_and_the_links_lead_to_the_figures
             assert f"(€{row['amount_user_centric']})" in await page.text_content(label_row(row["label"]))
         assert await page.text_content('[data-testid="distributed"]') == f"€{report['distributed']} of €{report['revenue']} distributed"
         links = [await link.get_attribute("href") for link in await page.query_selector_all(".api a, [data-testid=download]")]
-        assert len(links) == 6
+        assert len(links) == 7
         for link in links:
             async with aiohttp.ClientSession() as session, session.get(f"{url}{link}") as answer:
                 assert answer.status == 200
@@ -2382,10 +2382,6 @@ async def test_pause_stops_the_polls_and_a_new_stream_arrives_after_it(page: Any
         assert len(asked) == before
         await page.click('[data-testid="pause"]')
         await page.wait_for_selector('[data-testid="event-row"]:first-child:has-text("brand new")')
-        quiet = len(asked)
-        await asyncio.sleep(11)
-        assert 2 <= len(asked) - quiet <= 3  # a poll of unchanged data is one request
-        assert len(asked) < 25
 
 
 async def test_a_hidden_page_does_not_poll(page: Any) -> None:
@@ -2435,6 +2431,7 @@ async def test_the_page_says_what_to_do_when_a_range_is_empty(page: Any) -> None
         await page.wait_for_selector("text=No streams in this range")
         await page.click("text=Show all")
         await settle(page, url, "")
+        assert len(await page.query_selector_all('[data-testid="event-row"]')) == 1  # however long ago it was
 
 
 async def test_the_page_of_a_server_restarted_empty_shows_that(page: Any) -> None:
@@ -2511,3 +2508,60 @@ async def test_the_page_says_what_to_do_without_vue(page: Any) -> None:
         await page.goto(url := await program.url())
         await page.wait_for_selector(f"text=curl '{url}/usage?group_by=label,track_id'")
         assert not await page.is_visible("#app")
+
+
+POLLS = int(os.environ.get("POLLS", "40"))  # 500 is a page that hung on the wall for 42 minutes
+
+
+async def test_a_page_left_open_holds_its_memory_and_asks_for_three_small_answers_at_most(page: Any, start: Start) -> None:
+    now = NOW + 600  # the hour does not end before the polls do, so the chart keeps its bars
+    client = await start(clock=lambda: now, history=1, random_seed=1)
+    state = client.app[server.STATE]
+    browser = await page.context.new_cdp_session(page)
+    for domain in ("Network", "Performance", "HeapProfiler"):
+        await browser.send(f"{domain}.enable")
+    statuses: list[int] = []
+    sizes: list[float] = []
+    browser.on("Network.responseReceivedExtraInfo", lambda told: statuses.append(told["statusCode"]))
+    browser.on("Network.loadingFinished", lambda told: sizes.append(told["encodedDataLength"]))
+    await page.clock.install(time=now - 1)
+    await page.clock.pause_at(now)
+    await page.goto(str(client.make_url("/")))
+    await page.wait_for_selector('[data-testid="event-row"]')
+    await page.unroute_all()  # a route keeps the browser from using its cache
+
+    async def poll() -> list[int]:
+        """Let 5 s pass and return the statuses of the answers to the page."""
+        nonlocal now
+        statuses.clear()
+        now += 5
+        await page.clock.run_for(5_000)
+        await page.wait_for_selector('[data-testid="status"]:has-text("updated 0 s ago")')
+        return [*statuses]
+
+    async def held() -> tuple[float, float]:
+        """Return the bytes and the nodes that the page holds after a garbage collection."""
+        await browser.send("HeapProfiler.collectGarbage")
+        metrics = {each["name"]: each["value"] for each in (await browser.send("Performance.getMetrics"))["metrics"]}
+        return metrics["JSHeapUsedSize"], metrics["Nodes"]
+
+    changed: list[list[int]] = []
+    same: list[list[int]] = []
+    for number in range(20 + POLLS):  # a batch every second poll, as with the default interval of 10 s
+        if number == 20:
+            before = await held()  # the engine has warmed up
+            sizes.clear()
+        if number % 2:
+            same.append(await poll())
+        else:
+            await server.tick(state, now, state.simulation.rng)
+            changed.append(await poll())
+    after = await held()
+    answers = list(itertools.chain.from_iterable([*changed[10:], *same[10:]]))
+    print(f"{before=} {after=} answers={len(answers)} unchanged={answers.count(304)} {max(sizes)=} {sum(sizes)=}")
+    assert changed[10:] == [[200] * 3] * (POLLS // 2)
+    assert same[10:] == [[304, 200]] * (POLLS // 2)
+    assert [await poll(), await poll()] == [[304], [304]]
+    assert max(sizes) < 5_000
+    assert after[1] <= before[1]
+    assert after[0] <= before[0] + 500_000
