@@ -2336,12 +2336,17 @@ async def test_the_money_is_that_of_the_report_and_the_links_lead_to_the_figures
             assert await page.text_content(f"{label_row(row['label'])} [data-testid=label-amount]") == f"€{row['amount']}"
             assert f"(€{row['amount_user_centric']})" in await page.text_content(label_row(row["label"]))
         assert await page.text_content('[data-testid="distributed"]') == f"€{report['distributed']} of €{report['revenue']} distributed"
-        links = [await link.get_attribute("href") for link in await page.query_selector_all(".api a, [data-testid=download]")]
-        assert len(links) == 7
-        for link in links:
-            async with aiohttp.ClientSession() as session, session.get(f"{url}{link}") as answer:
-                assert answer.status == 200
-                assert await answer.read()
+        links = await page.evaluate("[...document.querySelectorAll('.api a')].map(link => link.getAttribute('href'))")
+        total, by_label, owed, by_track, chart, latest = [await get_json(url + link) for link in links]
+        shown = await figures(page)
+        assert total == by_label
+        assert {row["label"]: row["seconds_streamed"] for row in by_label} == shown[1] == sums(chart, "label")
+        assert owed["data"] == report
+        assert by_track[0]["track_id"] == shown[2]
+        rows = [await row.inner_text() for row in await page.query_selector_all('[data-testid="event-row"]')]
+        assert len(rows) == len(latest[-12:])
+        for row, made in zip(rows, reversed(latest), strict=False):
+            assert f"{made['track_id']} · {made['label']}" in row
 
 
 async def test_the_chart_is_read_by_keyboard_pointer_and_table(page: Any) -> None:
@@ -2496,10 +2501,13 @@ async def test_the_page_without_javascript_says_what_to_do(page: Any) -> None:
         url = await program.url()
         context = await page.context.browser.new_context(java_script_enabled=False)
         plain = await context.new_page()
+        complaints: list[str] = []
+        plain.on("console", lambda message: complaints.append(message.text))
         await plain.goto(url)
         assert "curl" in await plain.inner_text("body")
         assert not await plain.is_visible("#app")
         await context.close()
+        assert complaints == []
 
 
 async def test_the_page_says_what_to_do_without_vue(page: Any) -> None:
@@ -2508,6 +2516,118 @@ async def test_the_page_says_what_to_do_without_vue(page: Any) -> None:
         await page.goto(url := await program.url())
         await page.wait_for_selector(f"text=curl '{url}/usage?group_by=label,track_id'")
         assert not await page.is_visible("#app")
+
+
+# From here on the page's time is the test's: it stands still until `pass_time`, and the server's clock goes with it.
+
+
+async def open_at(page: Any, client: Client, now: float, path: str = "/") -> None:
+    """Open the page at a time that stands still."""
+    await page.clock.install(time=now - 1)
+    await page.clock.pause_at(now)
+    await page.goto(str(client.make_url(path)))
+    await page.wait_for_selector('[data-testid="status"]:has-text("updated 0 s ago")')
+
+
+async def pass_time(page: Any, seconds: float = 5) -> None:
+    """Let time pass until the page has polled."""
+    await page.clock.run_for(1_000 * seconds)
+    await page.wait_for_selector('[data-testid="status"]:has-text("updated 0 s ago")')
+
+
+async def test_the_wait_doubles_to_a_minute_while_the_server_is_away(page: Any, start: Start) -> None:
+    client = await start([event()])
+    await open_at(page, client, NOW)
+    await client.server.close()
+    passed = 5
+    for wait in (5, 10, 20, 40, 60, 60):
+        await page.clock.run_for(1_000 * passed)
+        await page.wait_for_selector(f'[data-testid="status"]:text-matches("retrying in {wait} s$")')
+        passed = wait
+
+
+async def test_polls_never_overlap_however_slowly_the_server_answers(
+    page: Any, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering, asked, send = asyncio.Event(), list[str](), server.send
+
+    async def send_slowly(request: web.Request, *given: Any, **headers: Any) -> web.StreamResponse:
+        if request.path != "/":
+            asked.append(request.path_qs)
+            await answering.wait()
+        return await send(request, *given, **headers)
+
+    monkeypatch.setattr(server, "send", send_slowly)
+    client = await start([event()])
+    opening = asyncio.create_task(open_at(page, client, NOW))
+    await page.wait_for_selector("text=Loading the streams")
+    answering.set()
+    await opening
+    answering.clear()
+    asked.clear()
+    await page.clock.run_for(5_000)
+    while not asked:
+        await asyncio.sleep(0.01)
+    await page.clock.run_for(9_000)
+    await asyncio.sleep(0.2)
+    answering.set()
+    assert len(asked) == 1
+    await page.wait_for_selector('[data-testid="status"]:has-text("updated 0 s ago")')
+
+
+@pytest.mark.parametrize(("motion", "width"), [("no-preference", 1280), ("no-preference", 390), ("reduce", 1280)])
+async def test_numbers_change_without_a_shift_the_total_counts_up_and_no_motion_is_a_choice(
+    page: Any, start: Start, motion: str, width: int
+) -> None:
+    now = NOW
+    client = await start([event(NOW - 60 * number) for number in range(1, 14)], clock=lambda: now, random_seed=1)
+    state = client.app[server.STATE]
+    await page.emulate_media(reduced_motion=motion)
+    await page.set_viewport_size({"width": width, "height": 800})
+    await open_at(page, client, now)
+    for _ in range(3):  # until all three labels and tracks are there: a row more is a row more
+        now += 5
+        await server.tick(state, now, state.simulation.rng)
+        await pass_time(page)
+    await page.clock.run_for(1_000)
+    await page.evaluate("""() => {
+        window.shifts = []
+        window.moved = 0
+        new PerformanceObserver(list => shifts.push(...list.getEntries().map(each => each.value))).observe({ type: 'layout-shift' })
+    }""")
+    orders = set[tuple[str, ...]]()
+    for _ in range(12):
+        before, labels, _ = await figures(page)
+        orders.add(tuple(labels))
+        now += 5
+        await server.tick(state, now, state.simulation.rng)
+        await page.clock.run_for(4_000)
+        await page.wait_for_function("document.querySelector('[data-testid=status]').textContent.includes('updated 0 s ago')")
+        after = sum(made.seconds_streamed for made in flat(state.usage.by_start.blocks))
+        moving = await page.evaluate("document.getAnimations().length")
+        if motion == "reduce":
+            assert (moving, (await figures(page))[0]) == (0, after)
+        else:
+            assert moving > 0
+            assert (await figures(page))[0] == before
+            await page.clock.run_for(300)
+            assert before < (await figures(page))[0] < after
+        await page.clock.run_for(1_000)
+        assert (await figures(page))[0] == after
+    assert len(orders) > 1  # labels have overtaken each other
+    assert await page.evaluate("shifts") == []
+
+
+async def test_the_download_holds_what_the_page_shows(page: Any, start: Start) -> None:
+    rng = random.Random(3)
+    client = await start(event(NOW - rng.randrange(9_000), label=f"label{rng.randrange(3)}") for _ in range(200))
+    await open_at(page, client, NOW, "/?range=1h&label=label1")
+    async with page.expect_download() as download:
+        await page.click('[data-testid="download"]')
+    rows = list(csv.DictReader(io.StringIO((await (await download.value).path()).read_text("utf-8"))))
+    assert {row["label"] for row in rows} == {"label1"}
+    assert 0 < len(rows) < 60
+    assert sum(int(row["seconds_streamed"]) for row in rows) == (await figures(page))[0]
 
 
 POLLS = int(os.environ.get("POLLS", "40"))  # 500 is a page that hung on the wall for 42 minutes
@@ -2524,10 +2644,7 @@ async def test_a_page_left_open_holds_its_memory_and_asks_for_three_small_answer
     sizes: list[float] = []
     browser.on("Network.responseReceivedExtraInfo", lambda told: statuses.append(told["statusCode"]))
     browser.on("Network.loadingFinished", lambda told: sizes.append(told["encodedDataLength"]))
-    await page.clock.install(time=now - 1)
-    await page.clock.pause_at(now)
-    await page.goto(str(client.make_url("/")))
-    await page.wait_for_selector('[data-testid="event-row"]')
+    await open_at(page, client, now)
     await page.unroute_all()  # a route keeps the browser from using its cache
 
     async def poll() -> list[int]:
@@ -2535,8 +2652,7 @@ async def test_a_page_left_open_holds_its_memory_and_asks_for_three_small_answer
         nonlocal now
         statuses.clear()
         now += 5
-        await page.clock.run_for(5_000)
-        await page.wait_for_selector('[data-testid="status"]:has-text("updated 0 s ago")')
+        await pass_time(page)
         return [*statuses]
 
     async def held() -> tuple[float, float]:
