@@ -65,7 +65,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from weakref import WeakValueDictionary
 
 import aiohttp
-from aiohttp import hdrs, web
+from aiohttp import hdrs, http_exceptions, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.typedefs import Handler
 
@@ -1924,12 +1924,18 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server(address, family=family, backlog=1024)
 
 
+def is_no_fault_of_a_client(record: logging.LogRecord) -> bool:
+    """Tell whether a log line is about us: what is no HTTP gets a 400, and no traceback into our log."""
+    return not (record.exc_info and isinstance(record.exc_info[1], http_exceptions.HttpProcessingError))
+
+
 async def serve(app: web.Application, listener: socket.socket, url: str, verbose: bool) -> None:
     """Answer until the first signal; whatever signals follow, requests under way are answered first."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     for number in SIGNALS:
         loop.add_signal_handler(number, lambda: task and not task.cancelling() and task.cancel())
     access_log = logging.getLogger("aiohttp.access") if verbose else None
+    logging.getLogger("aiohttp.server").addFilter(is_no_fault_of_a_client)
     # A compressed body could hold a thousand times of what it may; none was promised, so none is unpacked.
     runner = web.AppRunner(
         app, access_log=access_log, shutdown_timeout=SHUTDOWN_SECONDS, auto_decompress=False

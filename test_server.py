@@ -1842,6 +1842,36 @@ async def test_a_compressed_body_is_refused_and_not_unpacked() -> None:
         assert await program.stop() == (0, "")
 
 
+async def read_answer(reader: asyncio.StreamReader, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
+    """Read one answer off a socket: the status, the headers with their names in lower case, the body."""
+    first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").rstrip("\r\n").split("\r\n")
+    status = int(first.split()[1])
+    if status == 100:
+        return await read_answer(reader, method)
+    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    if method == "HEAD" or status in (204, 304):
+        return status, headers, b""
+    if headers.get("transfer-encoding") == "chunked":
+        body = b""
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            body += await reader.readexactly(size)
+            await reader.readexactly(2)
+        await reader.readexactly(2)
+        return status, headers, body
+    return status, headers, await reader.readexactly(int(headers["content-length"]))
+
+
+async def test_what_is_no_http_is_400_and_leaves_no_traceback_in_the_log() -> None:
+    async with started("--no-simulation") as program:
+        address = (await program.url()).removeprefix("http://").split(":")
+        for message in (b"GET /\xff HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nno header\r\n\r\n", b"\x16\x03\x01\r\n\r\n", b"GET /" + b"x" * 65_536 + b" HTTP/1.1\r\n\r\n"):
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(message)
+            assert (await read_answer(reader))[0] == 400
+            writer.close()
+        assert await program.stop() == (0, "")
+
+
 async def test_a_bad_import_prints_20_faults_and_ends_with_status_2(tmp_path: Path) -> None:
     rows = list(itertools.islice(itertools.cycle(BAD_ROWS), 25))
     async with started("--import", str(write_import(tmp_path, streams=STREAMS + "\n".join(rows)))) as program:
