@@ -23,6 +23,7 @@ import socket
 import sqlite3
 import sys
 import time
+import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -30,7 +31,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import aiohttp
 import pytest
@@ -1870,6 +1871,407 @@ async def test_what_is_no_http_is_400_and_leaves_no_traceback_in_the_log() -> No
             assert (await read_answer(reader))[0] == 400
             writer.close()
         assert await program.stop() == (0, "")
+
+
+class Model:
+    """The API in the contract's words, as plain as can be: what it holds, and what a request gets."""
+
+    def __init__(self, keep: float) -> None:
+        """Begin with nothing but the three subscribers."""
+        self.keep = keep
+        self.streams: dict[int, dict[str, Any]] = {}
+        self.last_id = 0
+        self.keys: dict[str, tuple[bytes, Any]] = {}
+        self.subscriptions = {
+            "user1": {"product_type": "premium", "fee": "7.99", "origin": "app_store"},
+            "user2": {"product_type": "platinum", "fee": "14.99", "origin": "web"},
+            "user3": {"product_type": "premium", "fee": "7.99", "origin": "web"},
+        }
+        self.changes = 0
+
+    @staticmethod
+    def is_text(value: object) -> bool:
+        """Tell whether this is an identifier."""
+        return isinstance(value, str) and 1 <= len(value) <= 128 and not {unicodedata.category(c) for c in value} & {"Cc", "Cs"}
+
+    def is_event(self, value: object) -> bool:
+        """Tell whether this is an event."""
+        return (
+            isinstance(value, dict)
+            and value.keys() == set(STREAM)
+            and all(self.is_text(value[name]) for name in server.NAMES)
+            and type(value["stream_started_on"]) is int
+            and 0 <= value["stream_started_on"] <= time.time()
+            and type(value["seconds_streamed"]) is int
+            and 0 <= value["seconds_streamed"] <= 86_400
+        )
+
+    def is_subscription(self, value: object) -> bool:
+        """Tell whether this is a subscription."""
+        return (
+            isinstance(value, dict)
+            and value.keys() == {"product_type", "fee", "origin"}
+            and self.is_text(value["product_type"])
+            and isinstance(value["fee"], str)
+            and re.fullmatch("[0-9]+([.][0-9]{1,2})?", value["fee"]) is not None
+            and Fraction(value["fee"]) <= 10_000
+            and value["origin"] in ("app_store", "web")
+        )
+
+    def predict(self, method: str, path: list[str], query: list[tuple[str, str]], key: str | None, body: bytes) -> tuple[int, Any]:
+        """Do what is asked, and return the status and what the answer says."""
+        asked: dict[str, Any] = {}
+        for name, text in query:
+            asked.setdefault(name, []).append(text)
+        if path == ["usage"]:
+            return self.usage(asked)
+        if path == ["report"]:
+            return 200, self.report(asked["month"][0])
+        if path == ["users"]:
+            return 200, [self.user(user) for user in sorted({*self.subscriptions, *(each["user_id"] for each in self.streams.values())})]
+        value: Any = None
+        if method in ("POST", "PUT", "PATCH"):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(body.decode())
+        if path[0] == "users":
+            return self.put_user(path[1], value) if method == "PUT" else (200, self.user(path[1]))
+        if path == ["streams"]:
+            return self.post(value, key, body) if method == "POST" else self.page(asked)
+        stream = self.streams.get(int(path[1]))
+        if stream is None:
+            return 404, None
+        if method == "GET":
+            return 200, stream
+        if method == "DELETE":
+            self.changes += 1
+            return 200, self.streams.pop(int(path[1]))
+        if method == "PATCH" and isinstance(value, dict):
+            value = {name: stream[name] for name in STREAM} | value
+        if not self.is_event(value):
+            return 400, None
+        self.changes += 1
+        changed: dict[str, Any] = {"id": stream["id"]} | {name: value[name] for name in STREAM}
+        self.streams[stream["id"]] = changed
+        return 200, changed
+
+    def post(self, value: Any, key: str | None, body: bytes) -> tuple[int, Any]:
+        """Store one event or some."""
+        events = value if isinstance(value, list) else [value]
+        if not 1 <= len(events) <= 1_000 or not all(map(self.is_event, events)):
+            return 400, None
+        if key in self.keys:
+            return (201, self.keys[key][1]) if self.keys[key][0] == body else (422, None)
+        made = [{"id": self.last_id + at} | {name: each[name] for name in STREAM} for at, each in enumerate(events, 1)]
+        self.last_id += len(made)
+        self.changes += 1
+        self.streams |= {each["id"]: each for each in made}
+        while len(self.streams) > self.keep:
+            del self.streams[min(self.streams, key=lambda number: (self.streams[number]["stream_started_on"], number))]
+        answer = made if isinstance(value, list) else made[0]
+        if key is not None:
+            self.keys[key] = body, answer
+        return 201, answer
+
+    def put_user(self, user: str, value: Any) -> tuple[int, Any]:
+        """Set a subscription."""
+        if not self.is_subscription(value):
+            return 400, None
+        self.changes += 1
+        self.subscriptions[user] = value | {"fee": f"{float(value['fee']):.2f}"}
+        return 200, self.user(user)
+
+    def user(self, user: str) -> Any:
+        """Return what a user streamed."""
+        mine = [each for each in self.streams.values() if each["user_id"] == user]
+        return {
+            "user_id": user, "streams": len(mine), "seconds_streamed": sum(each["seconds_streamed"] for each in mine),
+            "labels": sums(mine, "label"), "tracks": sums(mine, "track_id"), "subscription": self.subscriptions.get(user),
+        }
+
+    def filtered(self, asked: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the streams that are asked for, in order of id."""
+        low, high = (int(asked[name][0]) if name in asked else end for name, end in (("from", -math.inf), ("to", math.inf)))
+        return [
+            each for _, each in sorted(self.streams.items())
+            if low <= each["stream_started_on"] < high and all(each[name] in asked.get(name, [each[name]]) for name in server.NAMES)
+        ]
+
+    def page(self, asked: dict[str, Any]) -> tuple[int, Any]:
+        """Return a page of streams, their number, and what comes next."""
+        found, limit = self.filtered(asked), int(asked["limit"][0])
+        later = [each for each in found if each["id"] > int(asked["after"][0])]
+        return 200, [later[:limit], len(found), later[limit - 1]["id"] if len(later) > limit else None]
+
+    def usage(self, asked: dict[str, Any]) -> tuple[int, Any]:
+        """Return the events, or the sums over them, as rows."""
+        events = sorted(self.filtered(asked), key=lambda each: each["stream_started_on"])
+        window, by = asked.get("window", [None])[0], [name for name in asked.get("group_by", [""])[0].split(",") if name]
+        if not window and not by:
+            return 200, [{name: each[name] for name in STREAM} for each in events]
+        rows: dict[tuple[Any, ...], list[int]] = {}
+        for each in events:
+            began = datetime.fromtimestamp(each["stream_started_on"], UTC).replace(second=0)
+            for unit, field, lowest in (("minute", "minute", 0), ("hour", "hour", 0), ("day", "day", 1)):
+                if window and window != unit:
+                    began = began.replace(**{field: lowest})  # type: ignore[arg-type]
+                else:
+                    break
+            row = rows.setdefault((*([int(began.timestamp())] if window else []), *(each[name] for name in by)), [0, 0])
+            row[0] += 1
+            row[1] += each["seconds_streamed"]
+        columns = [*(["window_start"] if window else []), *by]
+        listed: list[dict[str, Any]] = [
+            dict(zip(columns, of, strict=True)) | {"events": row[0], "seconds_streamed": row[1]} for of, row in rows.items()
+        ]
+        return 200, sorted(listed, key=lambda row: (row.get("window_start"), -row["seconds_streamed"], [row[name] for name in by]))
+
+    def report(self, month: str) -> Any:
+        """Return the revenue of a month, and what the labels are owed."""
+        streams = [each for each in self.streams.values() if time.strftime("%Y-%m", time.gmtime(each["stream_started_on"])) == month]
+        subscriptions = {
+            user: Subscription("", round(100 * Fraction(of["fee"])), of["origin"]) for user, of in self.subscriptions.items()
+        }
+        revenue, pro_rata, centric = naive_month([event(*(each[name] for name in ("stream_started_on", "seconds_streamed", *server.NAMES))) for each in streams], subscriptions)
+        return [server.euros(revenue), {label: [server.euros(cents), server.euros(centric[label])] for label, cents in pro_rata.items()}]
+
+
+HEAD_TOKENS = [
+    b"\r\n", b"\n", b"\0", b"\xff", b":", b" ", b"%", b"%00", b"%2e%2e/", b"/", b"?", b"#", b"[", b"A" * 9_000, b"HTTP/9.9", b"\x16\x03\x01\x02\x00\x01", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: gzip\r\n", b"Content-Length: 7\r\n", b"Content-Length: -1\r\n", b"Content-Length: 99999999999999999999\r\n", b"Content-Encoding: br\r\n",
+    b"Expect: 100-continue\r\n", b"Expect: 2\r\n", b"Host: x\r\n", b'Cookie: "=\\\r\n', b"Upgrade: websocket\r\nConnection: Upgrade\r\n", b"If-None-Match: \"\r\n", b"If-None-Match: *\r\n",
+    b"Range: bytes=9-1\r\n", b"Accept-Encoding: gzip;q=x\r\n", b"Authorization: \xff\r\n",
+]
+BODY_TOKENS = [b"\0", b"\n", b"\xff", b"\xef\xbb\xbf", b"[", b"{", b'"', b"\\", b"\\ud800", b",", b"NaN", b"1e999", b"-0", b"1.0", b"true", b"null", b"9" * 5_000, b"[" * 5_000]
+ODD_VALUES: list[Any] = [True, False, None, 1.0, -1, 86_401, 10**12, 10**30, "", "1", "x" * 129, "a\n", "\x85", "\ud800", [], {}, ["web"], "10000.01", "7.999", "1e3", "-1"]
+REFUSED_HEADERS = [
+    ({"Host": "evil.example"}, 421), ({"Origin": "http://evil.example"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403),
+    ({"Content-Type": "text/plain"}, 415), ({"Content-Type": ""}, 415), ({"Idempotency-Key": "k" * 256}, 400), ({"Idempotency-Key": "a\tb"}, 400),
+]
+REFUSED_PARAMETERS = [("from", "x"), ("limit", "0"), ("after", "-1"), ("month", "2019-13"), ("group_by", "id"), ("", ""), ("label", ""), ("to", "1.0")]
+
+
+def mutate(rng: random.Random, text: bytes, tokens: list[bytes]) -> bytes:
+    """Change some bytes: one is another, or some are gone, there twice, or between new ones."""
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at = rng.randrange(len(text) + 1)
+        end = at + rng.choice((1, 1, 4, 40))
+        new = rng.choice((bytes([rng.randrange(256)]), b"", 2 * text[at:end], text[at:end] + rng.choice(tokens), rng.choice(tokens)))
+        text = text[:at] + new + text[end:]
+    return text
+
+
+class Fuzzer:
+    """A client that asks for anything, and knows from the model what it has to get."""
+
+    def __init__(self, url: str, rng: random.Random, model: Model) -> None:
+        """Take the address of the server."""
+        self.address = url.removeprefix("http://").split(":")
+        self.rng = rng
+        self.model = model
+        self.connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self.etag = ("", -1)  # and how many changes there had been
+
+    def stream(self) -> dict[str, Any]:
+        """Make a stream of few names and starts; some of the starts are at the edge of a month."""
+        names = {name: self.rng.choice(["user1", "b", "☃ ", "=1+1", "x" * 128]) for name in server.NAMES}
+        started = self.rng.choice([1_551_398_399, 1_551_398_400, self.rng.randrange(1_551_000_000, 1_552_000_000)])
+        return names | {"stream_started_on": started, "seconds_streamed": self.rng.choice([0, 60, self.rng.randrange(86_401)])}
+
+    def filters(self) -> list[tuple[str, str]]:
+        """Make some of the parameters that both lists of streams have."""
+        rng = self.rng
+        found = [(name, rng.choice(["user1", "b", "☃ ", "nobody"])) for name in rng.choices(server.NAMES, k=rng.choice((0, 0, 1, 3)))]
+        return found + [(name, str(rng.randrange(1_551_000_000, 1_552_000_000))) for name in ("from", "to") if rng.random() < 0.3]
+
+    def read(self) -> tuple[list[str], list[tuple[str, str]]]:
+        """Make a path and a query."""
+        rng = self.rng
+        if (kind := rng.random()) < 0.6:
+            query = self.filters() + [("format", rng.choice(["json", "ndjson", "csv"]))] * (rng.random() < 0.7)
+            if rng.random() < 0.6:
+                query += [("group_by", ",".join(rng.sample(server.NAMES, rng.randint(1, 3))))]
+            if rng.random() < 0.4:
+                query += [("window", rng.choice(["minute", "hour", "day", "month"]))]
+            return ["usage"], query
+        if kind < 0.8:
+            return ["streams"], [*self.filters(), ("limit", str(rng.randint(1, 50))), ("after", str(rng.randrange(self.model.last_id + 9)))]
+        if kind < 0.9:
+            return rng.choice([["users"], ["users", "user1"], ["users", "user2"]]), []
+        return ["report"], [("month", rng.choice(["2019-02", "2019-03", "2019-04"]))]
+
+    def write(self) -> tuple[str, list[str], str | None, bytes]:
+        """Make a method, a path, an idempotency key and a body, many of the bodies not quite right."""
+        rng, known = self.rng, self.model.streams
+        number = str(rng.choice([*known, 0, self.model.last_id + 9, 10**30]) if known else 1)
+        value: Any = self.stream()
+        key, path = None, ["streams", number]
+        method = rng.choice(["POST", "POST", "PUT", "PATCH", "DELETE" if len(known) < 400 else "POST"])
+        if len(known) > 300 and rng.random() < 0.5:
+            method = "DELETE"
+        elif method == "POST":
+            path = ["streams"]
+            value = rng.choice([value, value, [self.stream() for _ in range(rng.choice((0, 1, 5, 20)))]])
+            key = rng.choice([None, None, f"key {rng.randrange(10**9)}", rng.choice([*self.model.keys, "key"])])
+        elif method == "PATCH":
+            value = {name: value[name] for name in rng.sample(list(value), rng.randrange(6))}
+        elif method == "PUT" and rng.random() < 0.3:
+            path = ["users", rng.choice(["user1", "b", "☃ ", "new"])]
+            value = {"product_type": "p", "fee": f"{rng.randrange(9_999)}.{rng.randrange(100):02}", "origin": rng.choice(["web", "app_store"])}
+        if isinstance(value, dict) and value and rng.random() < 0.25:
+            value[rng.choice([*value, *value, "more"])] = rng.choice(ODD_VALUES)
+        body = json.dumps(value, ensure_ascii=rng.random() < 0.5).encode(errors="surrogatepass")
+        if key in self.model.keys and rng.random() < 0.7:
+            body = self.model.keys[key][0]
+        elif rng.random() < 0.3:
+            body = rng.choice([mutate(rng, body, BODY_TOKENS), rng.choice(BODY_TOKENS)])
+        return method, path, key, b"" if method == "DELETE" else body
+
+    async def send(self, method: str, target: str, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Send a request in one of the ways that HTTP has for it, and return the answer."""
+        rng = self.rng
+        headers = {"Host": "localhost", "Content-Type": "application/json"} | headers
+        if rng.random() < 0.3:
+            headers["Transfer-Encoding"] = "chunked"
+            cut = rng.randrange(len(body) + 1)
+            body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:cut], body[cut:]) if part) + b"0\r\n\r\n"
+        else:
+            headers["Content-Length"] = str(len(body))
+        if rng.random() < 0.1:
+            headers["Expect"] = "100-continue"
+        change: Any = rng.choice([str, str.lower, str.upper])
+        pairs = rng.sample(list(headers.items()), len(headers))
+        head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{change(name)}: {value}\r\n" for name, value in pairs)
+        message = head.encode() + b"\r\n" + body
+        reader, writer = self.connection or await asyncio.open_connection(*self.address)
+        cut = rng.randrange(len(message)) if rng.random() < 0.2 else 0
+        for part in (message[:cut], message[cut:]):
+            writer.write(part)
+            await asyncio.sleep(0.001 if cut else 0)
+        answer = await read_answer(reader, method)
+        self.connection = reader, writer
+        if answer[0] >= 400:
+            writer.close()
+            self.connection = None
+        return answer
+
+    async def ask(self) -> None:
+        """Send what is proper HTTP, and check the answer against the model's."""
+        rng, before = self.rng, self.model.changes
+        key, body, method, headers, query = None, b"", "GET", dict[str, str](), list[tuple[str, str]]()
+        if rng.random() < 0.5:
+            path, query = self.read()
+        else:
+            method, path, key, body = self.write()
+        kind = dict(query).get("format", "json")
+        if key:
+            headers["Idempotency-Key"] = key
+        if method == "POST" and rng.random() < 0.1:
+            fault, status = rng.choice(REFUSED_HEADERS)
+            headers |= fault
+        elif query and rng.random() < 0.1:
+            query, status = [*query, rng.choice(REFUSED_PARAMETERS)], 400
+        else:
+            status, wanted = self.model.predict(method, path, query, key, body)
+            method = "HEAD" if method == "GET" and rng.random() < 0.1 else method
+        if path == ["usage"] and status == 200 and rng.random() < 0.3:
+            headers["If-None-Match"], changes = self.etag
+            status = 304 if changes == before else 200
+        target = ("/" if path == ["usage"] else "/api/v1/") + "/".join(quote(part, safe="") for part in path)
+        asked = f"{method} {target} {query} {headers} {body[:500]!r}"
+        try:
+            async with asyncio.timeout(5):
+                found, answer, text = await self.send(method, f"{target}?{urlencode(query)}", headers, body)
+        except TimeoutError:
+            pytest.fail(f"no answer within 5 s: {asked}")
+        assert found == status, f"{asked}: {text!r}"
+        if path == ["usage"] and status == 200:
+            self.etag = answer["etag"], before
+        if method != "HEAD" and status in (200, 201):
+            assert self.parse(path, kind, text) == (as_cells(wanted) if kind == "csv" else wanted), asked
+        elif status >= 400 and method != "HEAD":
+            assert list(json.loads(text)) == ["error"], asked
+
+    @staticmethod
+    def parse(path: list[str], kind: str, text: bytes) -> Any:
+        """Return what an answer says, in the model's words."""
+        if kind == "ndjson":
+            return [json.loads(line) for line in text.splitlines()]
+        if kind == "csv":
+            return [*csv.reader(io.StringIO(text.decode(), newline=""))][1:]
+        value = json.loads(text)
+        if path == ["usage"]:
+            return value
+        if "total" in value:
+            return [value["data"], value["total"], value["next"]]
+        if path == ["report"]:
+            data = value["data"]
+            return [data["revenue"], {row["label"]: [row["amount"], row["amount_user_centric"]] for row in data["labels"]}]
+        return value["data"]
+
+    async def break_http(self, rng: random.Random) -> None:
+        """Send what is no proper HTTP, or half of it: nothing that could change anything, and no 5xx."""
+        body = b"{broken" * rng.randrange(2)
+        method = rng.choice(["GET", "HEAD", "OPTIONS", "TRACE", "CONNECT", "POST", "PUT", "PATCH"])
+        target = rng.choice(["/", "/usage?from=1&format=csv", "/usage?group_by=label&window=day", "/health", "/api/v1/streams?limit=9", "/api/v1/streams/1", "/api/v1/users/user1", "/api/v1/report?month=2019-03"])
+        head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        message = mutate(rng, head.encode(), HEAD_TOKENS) + body
+        reader, writer = await asyncio.open_connection(*self.address)
+        writer.write(message)
+        received = b""
+        with contextlib.suppress(OSError):  # TimeoutError is one: it may wait for the other half
+            async with asyncio.timeout(rng.choice((0, 0.1, 0.5))):
+                while part := await reader.read(65_536):
+                    received += part
+        rng.choice([writer.close, writer.transport.abort])()
+        statuses = re.findall(rb"^HTTP/1\.[01] ([0-9]{3}) ", received, re.MULTILINE)
+        assert not [status for status in statuses if status[:1] not in b"1234"], (message[:500], received[:500])
+        assert b"Traceback" not in received
+
+    async def compare(self) -> None:
+        """Check everything that is held against the model's."""
+        for path, query, whole in (
+            (["usage"], [], lambda answer: answer),
+            (["streams"], [("limit", "1000"), ("after", "0")], lambda answer: [answer["data"], answer["total"], answer["next"]]),
+            (["users"], [], lambda answer: answer["data"]),
+        ):
+            url = f"http://{':'.join(self.address)}{'/' if path == ['usage'] else '/api/v1/'}{path[0]}?{urlencode(query)}"
+            assert whole(await get_json(url)) == self.model.predict("GET", path, query, None, b"")[1]
+
+
+def as_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Write rows as the cells of a CSV, no text a formula."""
+    return [[f"'{cell}" if isinstance(cell, str) and cell[0] in "=+-@\t\r" else str(cell) for cell in row.values()] for row in rows]
+
+
+@pytest.mark.parametrize("durable", [False, True])
+async def test_whatever_is_sent_gets_what_a_plain_model_says_and_never_a_5xx(tmp_path: Path, durable: bool) -> None:
+    options, keep = (["--db", str(tmp_path / "usage.db")], math.inf) if durable else (["--keep=200"], 200)
+    rng, number = random.Random(33), int(os.environ.get("FUZZ_REQUESTS", "1500"))
+    async with started("--no-simulation", *options) as program:
+        fuzzer = Fuzzer(await program.url(), rng, Model(keep))
+        broken = set[asyncio.Task[None]]()
+        for at in range(number):
+            if rng.random() < 0.3:
+                broken.add(asyncio.create_task(fuzzer.break_http(random.Random(at))))
+                if len(broken) >= 20:
+                    done, broken = await asyncio.wait(broken, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        task.result()
+            else:
+                await fuzzer.ask()
+            if at % 250 == 0:
+                await fuzzer.compare()
+        await asyncio.gather(*broken)
+        await fuzzer.compare()
+        if fuzzer.connection:
+            fuzzer.connection[1].close()
+        status, errors = await program.stop()
+        assert status == 0
+        assert [line for line in errors.splitlines() if "--keep" not in line] == []
+    if durable:
+        async with started("--no-simulation", *options) as program:
+            fuzzer.address = (await program.url()).removeprefix("http://").split(":")
+            await fuzzer.compare()
 
 
 async def test_a_bad_import_prints_20_faults_and_ends_with_status_2(tmp_path: Path) -> None:
