@@ -2604,11 +2604,8 @@ SWITCHES = "--no-sandbox --disable-gpu --disable-background-networking --disable
 
 
 @pytest.fixture
-async def page() -> AsyncIterator[Any]:
-    """Give a page of a real browser, in which the CDN answers with the bytes of the file VUE_FILE if it is set.
-
-    What the page or the browser complains of fails the test.
-    """
+async def browser() -> AsyncIterator[Any]:
+    """Give a real browser, to which the name evil.example leads here."""
     try:
         driver = importlib.import_module("playwright.async_api")
         if not CHROMIUM.exists():
@@ -2618,16 +2615,26 @@ async def page() -> AsyncIterator[Any]:
             pytest.fail(f"no browser: {error}")
         pytest.skip(f"no browser: {error}")
     async with driver.async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES.split())
-        page = await browser.new_page()
-        complaints: list[str] = []
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.extend([message.text] * (message.type == "error")))
-        if "VUE_FILE" in os.environ:
-            vue, headers = os.environ["VUE_FILE"], {"access-control-allow-origin": "*"}
-            await page.route("https://**/vue.global.prod.js", lambda route: route.fulfill(path=vue, headers=headers))
-        yield page
+        mapped = "--host-resolver-rules=MAP evil.example 127.0.0.1"
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=[*SWITCHES.split(), mapped])
+        yield browser
         await browser.close()
+
+
+@pytest.fixture
+async def page(browser: Any) -> AsyncIterator[Any]:
+    """Give a page in which the CDN answers with the bytes of the file VUE_FILE if it is set.
+
+    What the page or the browser complains of fails the test.
+    """
+    page = await browser.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.extend([message.text] * (message.type == "error")))
+    if "VUE_FILE" in os.environ:
+        vue, headers = os.environ["VUE_FILE"], {"access-control-allow-origin": "*"}
+        await page.route("https://**/vue.global.prod.js", lambda route: route.fulfill(path=vue, headers=headers))
+    yield page
     # What the browser itself says of a server that is away is no fault of the page.
     assert [text for text in complaints if "Failed to load resource" not in text] == []
 
@@ -3146,3 +3153,98 @@ async def test_a_page_left_open_holds_its_memory_and_asks_for_three_small_answer
     assert max(sizes) < 5_000
     assert after[1] <= before[1]
     assert after[0] <= before[0] + 500_000
+
+
+# What a page can try with a server of another origin: each gives what it could read, or why it could not.
+ATTACK = """async ([url, stream]) => {
+    const streams = url + '/api/v1/streams', json = { 'Content-Type': 'application/json' }
+    const subscription = JSON.stringify({ product_type: 'stolen', fee: '0', origin: 'web' })
+    const text = (input, options) => fetch(input, options).then(answer => answer.text()).catch(() => '')
+    const embed = (tag, source) => new Promise(done => {
+        const element = document.createElement(tag)
+        element.onload = () => done(tag === 'iframe' ? element.contentDocument?.body.textContent ?? '' : 'loaded')
+        element.onerror = () => done('')
+        setTimeout(() => done(''), 1000)
+        element[tag === 'link' ? 'href' : tag === 'object' ? 'data' : 'src'] = source
+        element.rel = 'stylesheet'
+        document.body.append(element)
+    })
+    const submit = enctype => new Promise(done => {
+        document.body.insertAdjacentHTML('beforeend', `<iframe name="${enctype}"></iframe><form method=POST target="${enctype}"><input></form>`)
+        const form = document.forms[document.forms.length - 1]
+        Object.assign(form, { enctype, action: streams })
+        // As text/plain a form can send what is JSON: only the = between its name and value has to fit in.
+        const [name, value] = stream.split('user1')
+        Object.assign(form.elements[0], { name, value })
+        setTimeout(() => done(''), 500)
+        form.submit()
+    })
+    const socket = () => new Promise(done => {
+        const opened = new WebSocket(url.replace('http', 'ws') + '/usage')
+        opened.onopen = () => done('open')
+        opened.onerror = () => done('')
+    })
+    const stolen = [
+        await text(streams, { method: 'POST', mode: 'no-cors', body: stream }),
+        await text(streams, { method: 'POST', mode: 'no-cors', body: new Blob([stream], { type: 'text/plain' }), credentials: 'include' }),
+        await text(streams, { method: 'POST', headers: json, body: stream }),
+        await text(streams + '/1', { method: 'PUT', headers: json, body: stream }),
+        await text(streams + '/1', { method: 'PATCH', headers: json, body: '{"label":"stolen"}' }),
+        await text(streams + '/1', { method: 'DELETE' }),
+        await text(url + '/api/v1/users/user1', { method: 'PUT', headers: json, body: subscription }),
+        await text(url + '/usage'), await text(url + '/usage', { mode: 'no-cors' }), await text(url + '/usage', { headers: { 'If-None-Match': '*' } }),
+        await embed('script', url + '/usage?format=csv'), await embed('script', url + '/health'), await embed('img', url + '/usage'), await embed('link', url + '/usage'),
+        await embed('iframe', url + '/'), await embed('iframe', url + '/usage'), await embed('object', url + '/'),
+        await submit('text/plain'), await submit('application/x-www-form-urlencoded'), await submit('multipart/form-data'), await socket(),
+    ]
+    navigator.sendBeacon(streams, stream)
+    return stolen
+}"""
+
+
+@pytest.mark.parametrize("attacker", ["localhost", "127.0.0.1", "evil.example"])
+async def test_a_page_of_another_origin_can_neither_write_nor_read(browser: Any, aiohttp_server: Any, attacker: str) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text="<!doctype html><title>evil</title><body>", content_type="text/html")
+
+    app = web.Application()
+    app.router.add_get("/", answer)
+    foreign = await aiohttp_server(app)
+    stream = json.dumps(STREAM | {"stream_started_on": 1})
+    async with started("--no-simulation", "-v") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        assert (await session.post(f"{url}/api/v1/streams", data=stream, headers={"Content-Type": "application/json"})).status == 201
+        before = await get_json(f"{url}/usage"), await get_json(f"{url}/api/v1/users")
+        victim = await browser.new_page()
+        await victim.goto(f"http://{attacker}:{foreign.port}/")
+        assert await victim.evaluate(ATTACK, [url, stream]) == [""] * 21
+        framed = [frame for frame in victim.frames if frame.url.startswith("chrome-error:")]
+        assert framed  # what may not be framed is not
+        # And as a whole page, on the way there.
+        async with victim.expect_navigation() as navigation:
+            await victim.evaluate("document.forms[0].removeAttribute('target'); document.forms[0].submit()")
+        assert (await navigation.value).status == 403
+        await victim.close()
+        assert (await get_json(f"{url}/usage"), await get_json(f"{url}/api/v1/users")) == before
+        status, log = await program.stop()
+        assert status == 0
+    asked = re.findall(r'"(POST|PUT|PATCH|DELETE) \S+ HTTP/1.1" (\d+)', log)
+    assert asked == [("POST", "201"), *[("POST", "403")] * (len(asked) - 1)]
+    assert len(asked) == 8  # those that need no preflight came here: two fetches, three forms, a beacon, a page
+    assert log.count('"OPTIONS ') >= 3
+
+
+async def test_a_name_that_is_made_to_lead_here_gets_nothing(browser: Any) -> None:
+    async with started("--no-simulation") as program:
+        url = await program.url()
+        victim = await browser.new_page()
+        rebound = url.replace("127.0.0.1", "evil.example")
+        answer = await victim.goto(rebound)
+        assert (answer.status, list(json.loads(await answer.text()))) == (421, ["error"])
+        found = await victim.evaluate("""stream => Promise.all([
+            fetch('/usage'), fetch('/health'), fetch('/api/v1/users'),
+            fetch('/api/v1/streams', { method: 'POST', headers: { 'Content-Type': 'application/json' }, body: stream }),
+            fetch('/api/v1/streams/1', { method: 'DELETE' }),
+        ]).then(answers => answers.map(answer => answer.status))""", json.dumps(STREAM | {"stream_started_on": 1}))
+        assert found == [421] * 5
+        assert await get_json(f"{url}/usage") == []
