@@ -1938,7 +1938,11 @@ async def serve(app: web.Application, listener: socket.socket, url: str, verbose
     logging.getLogger("aiohttp.server").addFilter(is_no_fault_of_a_client)
     # A compressed body could hold a thousand times of what it may; none was promised, so none is unpacked.
     runner = web.AppRunner(
-        app, access_log=access_log, shutdown_timeout=SHUTDOWN_SECONDS, auto_decompress=False
+        app,
+        access_log=access_log,
+        access_log_format='%a "%r" %s %b',  # no header: it may hold any control character above 127
+        shutdown_timeout=SHUTDOWN_SECONDS,
+        auto_decompress=False,
     )
     try:
         await runner.setup()
