@@ -139,6 +139,25 @@ class Program:
         return self.process.returncode, errors.decode()
 
 
+async def read_answer(reader: asyncio.StreamReader, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
+    """Read one answer off a socket: the status, the headers with their names in lower case, the body."""
+    first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").rstrip("\r\n").split("\r\n")
+    status = int(first.split()[1])
+    if status == 100:
+        return await read_answer(reader, method)
+    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    if method == "HEAD" or status in (204, 304):
+        return status, headers, b""
+    if headers.get("transfer-encoding") == "chunked":
+        body = b""
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            body += await reader.readexactly(size)
+            await reader.readexactly(2)
+        await reader.readexactly(2)
+        return status, headers, body
+    return status, headers, await reader.readexactly(int(headers["content-length"]))
+
+
 # ── Events ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1235,6 +1254,54 @@ async def test_only_a_name_of_its_own_is_answered(start: Start, host: str, own: 
 
 
 @pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"", 400), (b"Host: localhost\r\nHost: localhost\r\n", 400), (b"Host: localhost\r\nHost: evil.example\r\n", 400), (b"Host: evil.example\r\nhost: localhost\r\n", 400),
+        (b"Host : localhost\r\n", 400), (b"Host: local\r\n host\r\n", 400), (b"Host:\r\n", 421), (b"Host: localhost, evil.example\r\n", 421), (b"Host: evil.example\r\n", 421),
+        (b"Host: evil.example\r\nX-Forwarded-Host: localhost\r\nForwarded: host=localhost\r\n", 421), (b"hOST:\tLOCALHOST.:80 \r\n", 200), (b"Host: [::1]:80\r\n", 200), (b"Host: [::ffff:127.0.0.1]\r\n", 200),
+    ],
+)
+async def test_a_request_has_one_host_and_it_is_known(head: bytes, status: int, start: Start) -> None:
+    client = await start()
+    for target in (b"/usage", b"http://localhost/usage"):
+        reader, writer = await asyncio.open_connection(client.host, client.port)
+        writer.write(b"GET " + target + b" HTTP/1.1\r\n" + head + b"\r\n")
+        assert (await read_answer(reader))[0] == status
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/server.py", "/index.html", "/.git/config", "/../server.py", "/%2e%2e/server.py", "/..%2fserver.py", "/..%5cserver.py", "/./server.py", "//server.py", "/%2e%2e%2f%2e%2e%2fetc%2fpasswd",
+        "//etc/passwd", "/usage/../server.py", "/api/v1/users/..%2f..%2fserver.py", "/api/v1/streams/..%2fserver.py", "/api/v1/../../server.py", "file:///etc/passwd", "/%00", "/usage%00", "/\0", "/server.py%00.html",
+        "/" + "a" * 8_000, "/" + "a" * 65_536, "/" + "../" * 2_000 + "etc/passwd", "/api/v1/streams/" + "9" * 8_000, "/usage?label=" + "a" * 65_536, "/api/v1/users/" + "%2e" * 2_000,
+    ],
+)
+async def test_no_path_leads_to_a_file(path: str, start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    client = await start()
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    status, _, body = await read_answer(reader)
+    writer.close()
+    assert status in (400, 404)
+    assert b"import" not in body
+    assert b"root:" not in body
+    assert b"<html" not in body
+
+
+async def test_no_cell_of_a_csv_answer_is_a_formula(start: Start) -> None:
+    names = ["=1+1", "+1", "-1", "@SUM(A1)", '=HYPERLINK("http://evil.example";"x")', "'=1", "=a,b"]
+    client = await start(event(label=name, user_id=name, track_id=name) for name in names)
+    for path, cells in (("/usage?", 3), ("/usage?group_by=label,user_id&", 2), ("/usage?window=day&group_by=track_id&", 1), ("/api/v1/report?", 1)):
+        text = await (await client.get(f"{path}format=csv")).text()
+        rows = [cell for row in csv.reader(io.StringIO(text, newline="")) for cell in row]
+        assert not [cell for cell in rows if cell.startswith(server.FORMULA)]
+        for name in names:
+            assert rows.count(name if name == "'=1" else f"'{name}") == cells
+
+
+@pytest.mark.parametrize(
     ("headers", "status"),
     [
         ({}, 201), ({"Sec-Fetch-Site": "same-origin"}, 201), ({"Sec-Fetch-Site": "none"}, 201),
@@ -1808,10 +1875,19 @@ async def test_listening_beyond_loopback_without_a_token_is_warned_of_once() -> 
 
 async def test_verbose_logs_each_request_in_one_line() -> None:
     async with started("--no-simulation", "-v") as program:
-        await get_json(f"{await program.url()}/usage?label=a%20%22GET%20forged")
+        address = (await program.url()).removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b'GET /usage?label=a%20%22GET%20forged HTTP/1.1\r\nHost: localhost\r\nUser-Agent: \xc2\x85 \xc2\x9b "forged"\r\nReferer: forged\r\n\r\n')
+        assert (await read_answer(reader))[0] == 200
+        writer.write(b"GET /%0a%0dforged?%0aforged=%0d HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await read_answer(reader))[0] == 404
+        writer.close()
         _, errors = await program.stop()
-        assert errors.count("\n") == 1
-        assert "/usage?label=a%20%22GET%20forged" in errors
+        requests = [line.split("127.0.0.1 ", 1)[1] for line in errors.splitlines()]
+        assert [re.sub(r"\d+$", "N", line) for line in requests] == [
+            '"GET /usage?label=a%20%22GET%20forged HTTP/1.1" 200 N',
+            '"GET /%0a%0dforged?%0aforged=%0d HTTP/1.1" 404 N',
+        ]
 
 
 async def test_a_random_seed_gives_the_same_names_and_seconds_after_a_restart() -> None:
@@ -1841,25 +1917,6 @@ async def test_a_compressed_body_is_refused_and_not_unpacked() -> None:
             async with session.post(f"{url}/api/v1/streams", data=io.BytesIO(body), headers=headers) as answer:
                 assert (answer.status, await answer.json()) == (400, {"error": "the body is no JSON"})
         assert await program.stop() == (0, "")
-
-
-async def read_answer(reader: asyncio.StreamReader, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
-    """Read one answer off a socket: the status, the headers with their names in lower case, the body."""
-    first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").rstrip("\r\n").split("\r\n")
-    status = int(first.split()[1])
-    if status == 100:
-        return await read_answer(reader, method)
-    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
-    if method == "HEAD" or status in (204, 304):
-        return status, headers, b""
-    if headers.get("transfer-encoding") == "chunked":
-        body = b""
-        while size := int(await reader.readuntil(b"\r\n"), 16):
-            body += await reader.readexactly(size)
-            await reader.readexactly(2)
-        await reader.readexactly(2)
-        return status, headers, body
-    return status, headers, await reader.readexactly(int(headers["content-length"]))
 
 
 async def test_what_is_no_http_is_400_and_leaves_no_traceback_in_the_log() -> None:
@@ -2267,7 +2324,7 @@ async def test_whatever_is_sent_gets_what_a_plain_model_says_and_never_a_5xx(tmp
             fuzzer.connection[1].close()
         status, errors = await program.stop()
         assert status == 0
-        assert [line for line in errors.splitlines() if "--keep" not in line] == []
+        assert re.sub(".* WARNING .*--keep.*\n", "", errors) == ""
     if durable:
         async with started("--no-simulation", *options) as program:
             fuzzer.address = (await program.url()).removeprefix("http://").split(":")
