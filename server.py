@@ -1925,8 +1925,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def is_no_fault_of_a_client(record: logging.LogRecord) -> bool:
-    """Tell whether a log line is about us: what is no HTTP gets a 400, and no traceback into our log."""
-    return not (record.exc_info and isinstance(record.exc_info[1], http_exceptions.HttpProcessingError))
+    """Tell whether a log line is about us, not about a client that sent what is no HTTP or has gone."""
+    faults = (http_exceptions.HttpProcessingError, ConnectionError)
+    return not (record.exc_info and isinstance(record.exc_info[1], faults))
 
 
 async def serve(app: web.Application, listener: socket.socket, url: str, verbose: bool) -> None:

@@ -1930,6 +1930,17 @@ async def test_what_is_no_http_is_400_and_leaves_no_traceback_in_the_log() -> No
         assert await program.stop() == (0, "")
 
 
+async def test_a_client_that_goes_instead_of_waiting_leaves_no_traceback_in_the_log() -> None:
+    async with started("--no-simulation") as program:
+        address = (await program.url()).removeprefix("http://").split(":")
+        for number in range(60):
+            _, writer = await asyncio.open_connection(*address)
+            writer.write(b"POST /api/v1/streams HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n" * (1 + number % 3))
+            rude = writer.transport.abort if number % 2 else writer.close
+            rude()
+        assert await program.stop() == (0, "")
+
+
 class Model:
     """The API in the contract's words, as plain as can be: what it holds, and what a request gets."""
 
