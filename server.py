@@ -27,6 +27,7 @@ import base64
 import calendar
 import contextlib
 import csv
+import errno
 import fcntl
 import gc
 import gzip
@@ -41,6 +42,7 @@ import math
 import os
 import random
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -86,6 +88,7 @@ TURN_SECONDS = 0.002  # how long a long answer may keep the event loop at a stre
 SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way; 5 s are promised
 LATE_SECONDS = 5  # a batch that is no later than this, or than three intervals, is not missed
 FETCH_TIMEOUT = aiohttp.ClientTimeout(total=30)
+BACKLOG = 1024  # how many connections may wait to be taken
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DAY = 86_400
 
@@ -1921,7 +1924,15 @@ def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> I
 def listen(host: str, port: int) -> socket.socket:
     """Open the port, before any work begins, so that one that is taken is known at once; raises OSError."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    return socket.create_server(address, family=family, backlog=1024)
+    return socket.create_server(address, family=family, backlog=BACKLOG)
+
+
+def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what the event loop could not do, in one line if it is only that it takes no more connections."""
+    if getattr(context.get("exception"), "errno", None) == errno.EMFILE:
+        log.error("no connection can be taken: all file descriptors are in use (ulimit -n)")
+    else:
+        loop.default_exception_handler(context)
 
 
 def is_no_fault_of_a_client(record: logging.LogRecord) -> bool:
@@ -1935,6 +1946,7 @@ async def serve(app: web.Application, listener: socket.socket, url: str, verbose
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     for number in SIGNALS:
         loop.add_signal_handler(number, lambda: task and not task.cancelling() and task.cancel())
+    loop.set_exception_handler(log_loop_error)
     access_log = logging.getLogger("aiohttp.access") if verbose else None
     logging.getLogger("aiohttp.server").addFilter(is_no_fault_of_a_client)
     # A compressed body could hold a thousand times of what it may; none was promised, so none is unpacked.
@@ -1947,7 +1959,9 @@ async def serve(app: web.Application, listener: socket.socket, url: str, verbose
     )
     try:
         await runner.setup()
-        await web.SockSite(runner, listener, backlog=1024).start()
+        # One connection at a time: asyncio takes as many as may wait, and logs as often that it cannot.
+        await web.SockSite(runner, listener, backlog=1).start()
+        listener.listen(BACKLOG)
         print(f"Listening on {url}", flush=True)
         await loop.create_future()
     except asyncio.CancelledError:
@@ -1964,6 +1978,9 @@ def main() -> None:
     # No event is garbage: a search for cycles among a million would hold everyone up for a second.
     gc.set_threshold(50_000, 20, 10_000)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # many shells allow 256 or 1,024 until they are asked
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     parser = build_parser(os.environ)
     options = vars(parser.parse_args())
     host, port, verbose = options.pop("host"), options.pop("port"), options.pop("verbose")

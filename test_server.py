@@ -1941,6 +1941,46 @@ async def test_a_client_that_goes_instead_of_waiting_leaves_no_traceback_in_the_
         assert await program.stop() == (0, "")
 
 
+async def test_it_takes_as_many_connections_as_the_system_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, soft), hard))
+    try:
+        async with started("--no-simulation") as program:
+            await program.url()
+            assert resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_without_file_descriptors_those_who_are_in_are_answered_and_the_others_wait() -> None:
+    async with started("--no-simulation") as program, contextlib.AsyncExitStack() as stack:
+        address = (await program.url()).removeprefix("http://").split(":")
+
+        async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            reader, writer = await asyncio.open_connection(*address)
+            stack.callback(writer.close)
+            writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            return reader, writer
+
+        reader, writer = await connect()
+        assert (await read_answer(reader))[0] == 200
+        resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (64, 64))
+        others = [await connect() for _ in range(100)]
+        await asyncio.sleep(2.5)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await read_answer(reader))[0] == 200
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(others[-1][0].readexactly(1), 0.1)
+        for _, other in others[:90]:
+            other.close()
+        async with asyncio.timeout(5):
+            assert (await read_answer(others[-1][0]))[0] == 200
+        status, errors = await program.stop()
+        assert status == 0
+        assert 1 <= errors.count("\n") <= 30  # one a second
+        assert {line.split(" ERROR ")[1] for line in errors.splitlines()} == {"no connection can be taken: all file descriptors are in use (ulimit -n)"}
+
+
 class Model:
     """The API in the contract's words, as plain as can be: what it holds, and what a request gets."""
 
