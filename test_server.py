@@ -1545,6 +1545,18 @@ async def test_an_idempotency_key_makes_a_retry_harmless(start: Start) -> None:
     assert (bad.status, good.status) == (400, 201)
 
 
+async def test_a_retry_gets_the_first_answer_when_the_clock_has_been_set_back(start: Start) -> None:
+    clock = [NOW]
+    client = await start(clock=lambda: clock[0])
+    answers = []
+    for now in (NOW, NOW - 3_600):
+        clock[0] = now
+        answer = await client.post("/api/v1/streams", json=STREAM, headers={"Idempotency-Key": "key"})
+        answers.append((answer.status, await answer.read()))
+    assert answers[0] == answers[1]
+    assert (await client.post("/api/v1/streams", json=STREAM, headers={"Idempotency-Key": "new"})).status == 400
+
+
 @pytest.mark.parametrize("key", ["", "k" * 256, "ü", "a\tb"])
 async def test_an_idempotency_key_is_printable_ascii(start: Start, key: str) -> None:
     answer = await (await start()).post("/api/v1/streams", json=STREAM, headers={"Idempotency-Key": key})
