@@ -835,6 +835,40 @@ def test_an_hour_has_360_batches() -> None:
     assert due == 3_600
 
 
+async def test_a_clock_that_jumps_changes_neither_the_rhythm_nor_what_is_in_the_future(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, came, tick, interval = [NOW], list[float](), server.tick, 0.05
+
+    async def counted(*arguments: Any) -> None:
+        came.append(asyncio.get_running_loop().time())
+        await tick(*arguments)
+
+    monkeypatch.setattr(server, "tick", counted)
+    client = await start(simulate=True, interval=interval, clock=lambda: clock[0])
+    usage = client.app[server.STATE].usage
+    for now in (NOW, NOW - 3_600, NOW, NOW + 3_600):
+        clock[0] = now
+        batches, last_id, before = len(came), usage.last_id, flat(usage.by_start.blocks)
+        async with asyncio.timeout(10):
+            while len(came) < batches + 5:
+                await asyncio.sleep(0.01)
+        assert {made.stream_started_on + made.seconds_streamed for made in flat(usage.by_id.between(last_id + 1))} == {now}
+        # What was there before the clock went back stays, and can be asked for; nothing new comes there.
+        later = await (await client.get(f"/usage?from={now}")).json()
+        assert later == [json.loads(made.json) for made in before if made.stream_started_on >= now]
+        assert now != NOW - 3_600 or later
+        starts = [made["stream_started_on"] for made in await (await client.get("/usage")).json()]
+        assert starts == sorted(starts)
+        future = await client.get(f"/usage?from={now + 1}")
+        assert (future.status, await future.read()) == (400, b"")
+        for moment, status in ((now, 201), (now + 1, 400)):
+            answer = await client.post("/api/v1/streams", json=STREAM | {"stream_started_on": moment})
+            assert answer.status == status
+        health = await (await client.get("/health")).json()
+        assert (health["status"], health["simulation"]["errors"]) == ("ok", 0)
+        assert health["simulation"]["last_batch_age"] < 3_000
+    assert all(moment > came[0] + interval * number - 0.01 for number, moment in enumerate(came))  # none made up for
+
+
 async def test_history_has_the_rate_of_the_simulation_and_ends_at_the_start(start: Start) -> None:
     client = await start(history=1, random_seed=8)
     events = await (await client.get("/usage")).json()
