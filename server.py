@@ -1326,30 +1326,25 @@ def respond(
 ) -> web.StreamResponse:
     """Answer with a body that is there."""
     if request.method == hdrs.METH_GET and request.version == aiohttp.HttpVersion11 and request.keep_alive:
-        return Ready(status, write_head(status, len(body), etag, kind, *more), body)
+        return Ready(status, write_head(status, len(body), int(time.time()), etag, kind, *more), body)
     return web.Response(status=status, body=body, headers=cache_headers(etag, kind, *more))
 
 
 @lru_cache(maxsize=1024)
-def write_head(status: int, length: int, etag: str, kind: str, *more: tuple[str, str]) -> bytes:
-    """Write the head of an answer to a GET, without its first two lines."""
-    headers = {**cache_headers(etag, kind, *more), **SAFETY_HEADERS}
+def write_head(status: int, length: int, now: int, etag: str, kind: str, *more: tuple[str, str]) -> bytes:
+    """Write the head of an answer to a GET, sent in the second `now`."""
+    headers = {"Date": formatdate(now, usegmt=True), **cache_headers(etag, kind, *more), **SAFETY_HEADERS}
     if status == HTTPStatus.OK:
         headers["Content-Length"] = str(length)
-    return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode() + b"\r\n"
-
-
-@lru_cache(maxsize=8)
-def first_lines(status: int, now: int) -> bytes:
-    """Write the first two lines of an answer, the second of which is the date."""
-    date = formatdate(now, usegmt=True)
-    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nDate: {date}\r\n".encode()
+    lines = (f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n".encode()
 
 
 class Ready(web.StreamResponse):
     """An answer that is there, to a GET over HTTP/1.1 after which the connection stays open.
 
-    Head and body are sent as they are: making the head anew would take as long again as all the rest.
+    Head and body are sent as they are, for aiohttp's own way of writing a head takes a good part of the time
+    that such an answer takes in all.
     """
 
     keep_alive = True
@@ -1359,7 +1354,7 @@ class Ready(web.StreamResponse):
         """Put the answer together, but do not send it yet."""
         super().__init__(status=status)
         self.body_length = len(body)  # for the log
-        self.whole = first_lines(status, int(time.time())) + head + body
+        self.whole = head + body
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
         """Send it."""
@@ -1708,15 +1703,18 @@ async def get_report(request: web.Request) -> web.StreamResponse:
         raise InvalidError("format must be json or csv")
     kind = asked.get("format", "json")
 
-    async def make(_: object) -> bytes:
+    def make_report(months: dict[str, Totals], subscriptions: dict[str, Subscription]) -> bytes:
+        data, lines = report(months, subscriptions)
+        if kind == "csv":
+            return b"".join(write_rows("csv", REPORT_COLUMNS, [lines]))
+        return SUCCESS % (encode("Found Label Stream Report"), encode(data))
+
+    def make(_: object) -> Coroutine[Any, Any, bytes]:
         months = {month: Totals(totals) for month, totals in state.usage.months.items() if totals}
         if month := asked.get("month"):
             months = {month: months.get(month, Totals())}
         # In a thread, for with many subscribers it takes seconds; on copies, for others go on writing.
-        data, lines = await asyncio.to_thread(report, months, dict(state.subscriptions))
-        if kind == "csv":
-            return b"".join(write_rows("csv", REPORT_COLUMNS, [lines]))
-        return SUCCESS % (encode("Found Label Stream Report"), encode(data))
+        return asyncio.to_thread(make_report, months, dict(state.subscriptions))
 
     return await send(request, state.usage.etag, kind, make)
 
