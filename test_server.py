@@ -24,6 +24,7 @@ import sqlite3
 import sys
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -2717,6 +2718,92 @@ async def test_what_waits_for_the_disk_at_a_signal_is_stored_and_answered(tmp_pa
     assert set(statuses) <= {201}
     async with started("--db", str(tmp_path / "usage.db"), "--no-simulation") as program:
         assert (await get_json(f"{await program.url()}/health"))["events"] >= 100 * len(statuses)
+
+
+def unchunked(received: bytes) -> bytes | None:
+    """Return the body of a chunked answer, or None if it was broken off before its end."""
+    stream, parts = io.BytesIO(received.partition(b"\r\n\r\n")[2]), list[bytes]()
+    while (line := stream.readline()).endswith(b"\r\n"):
+        size = int(line, 16)
+        part = stream.read(size + 2)
+        if len(part) < size + 2:
+            return None
+        if size == 0:
+            return b"".join(parts)
+        parts.append(part[:-2])
+    return None
+
+
+@pytest.mark.parametrize(("durable", "history"), [(False, 0.1), (True, 0.03)])  # 500,000 and 150,000 events
+async def test_a_signal_amid_downloads_posts_and_batches_breaks_nothing_but_what_is_too_slow(tmp_path: Path, durable: bool, history: float) -> None:
+    stored = ["--db", str(tmp_path / "usage.db")] * durable
+    acknowledged: dict[str, list[dict[str, Any]]] = {}
+    sent: dict[str, list[dict[str, Any]]] = {}
+    downloads: list[tuple[str, bytes | None]] = []
+    begun, ended = asyncio.Semaphore(0), asyncio.Event()
+
+    async def download(path: str, pause: float) -> None:
+        reader, writer = await asyncio.open_connection(*address, limit=65_536)
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        parts = [await reader.readuntil(b"\r\n\r\n")]
+        begun.release()
+        with contextlib.suppress(OSError):
+            while part := await reader.read(1 << 20):
+                parts.append(part)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(ended.wait(), pause)
+        assert parts[0].startswith(b"HTTP/1.1 200 OK\r\n")
+        downloads.append((path, unchunked(b"".join(parts))))
+        writer.close()
+
+    async def post(number: int) -> None:
+        reader, writer = await asyncio.open_connection(*address)
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            for count in itertools.count():
+                label = f"{number} {count}"
+                sent[label] = [STREAM | {"stream_started_on": 1, "label": label, "seconds_streamed": at} for at in range(20)]
+                body = json.dumps(sent[label]).encode()
+                writer.write(b"POST /api/v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+                status, _, body = await read_answer(reader)
+                assert status == 201
+                acknowledged[label] = json.loads(body)["data"]
+                begun.release()
+        writer.close()
+
+    async with started("--interval=0.05", f"--history={history}", *stored) as program:
+        address = (await program.url()).removeprefix("http://").split(":")
+        asked = [("/usage", 0.0), ("/usage?format=ndjson", 0.0), ("/usage?format=csv", 0.0), ("/usage", 0.2), ("/usage?format=csv", 9.0)]
+        clients = [*(download(*each) for each in asked), *(post(number) for number in range(50))]
+        tasks = [asyncio.create_task(client) for client in clients]
+        async with asyncio.timeout(20):
+            for _ in range(len(asked) + 100):
+                await begun.acquire()
+        began = time.monotonic()
+        assert await program.stop() == (0, "")
+        assert time.monotonic() - began < 5  # what the contract promises
+        ended.set()
+        await asyncio.gather(*tasks)
+    assert len(downloads) == len(asked)
+    seen: list[dict[str, Any]] = []
+    for path, body in downloads:
+        if body is None:  # broken off, and it shows
+            continue
+        if "csv" in path:
+            assert all(len(row) == 5 for row in csv.reader(io.StringIO(body.decode(), newline="")))
+        else:
+            seen = json.loads(body) if path == "/usage" else [json.loads(line) for line in body.splitlines()]
+            assert len(seen) > 100_000
+    assert None in [body for _, body in downloads]  # at least the one that hardly reads
+    if not durable:
+        return
+    async with started("--no-simulation", *stored) as program:
+        found: dict[str, list[dict[str, Any]]] = {}
+        events = await get_json(f"{await program.url()}/usage")
+        for made in events:
+            found.setdefault(made["label"], []).append(made)
+        assert all(found[label] == [{name: made[name] for name in STREAM} for made in streams] for label, streams in acknowledged.items())
+        assert all(found.get(label, streams) == streams for label, streams in sent.items())  # what was not acknowledged is whole or not there
+        assert not Counter(map(str, seen)) - Counter(map(str, events))
 
 
 async def test_the_readmes_backup_and_undo_work_as_they_stand(tmp_path: Path) -> None:
