@@ -1594,9 +1594,10 @@ async def post_streams(request: web.Request) -> web.Response:
     if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
         raise InvalidError("Idempotency-Key must be 1 to 255 printable ASCII characters")
     value, body = await read_json(request)
-    # A retry of what is stored is not in the future, even if the clock has been set back since.
-    events = parse_events(value, sys.maxsize if key in state.usage.keys else state.clock())
     digest = hashlib.sha256(body).digest()
+    # A retry of what is stored is not in the future, even if the clock has been set back since.
+    stored = digest == state.usage.keys.get(key or "", (None, 0))[0]
+    events = parse_events(value, sys.maxsize if stored else state.clock())
     async with state.alone("key", key) if key else contextlib.nullcontext():
         known, first_id = state.usage.keys.get(key or "", (None, 0))
         if known is None:
