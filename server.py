@@ -170,7 +170,7 @@ class Event:
         return f"{names},{self.stream_started_on},{self.seconds_streamed}{CSV_END}"
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no cell that a spreadsheet runs."""
     text = io.StringIO()
@@ -651,22 +651,23 @@ def report(
 
 def describe_users(
     tracks: Totals, months: Iterable[Totals], subscriptions: Mapping[str, Subscription], only: str | None
-) -> dict[str, dict[str, Any]]:
-    """Return who streamed or subscribes, all or `only` one, in order of id: seconds by label and track."""
-    users: dict[str, dict[str, Any]] = {}
-    for user in sorted(subscriptions.keys() | {user for user, _ in tracks}):
-        if only in (None, user):
-            found = subscriptions.get(user)
-            users[user] = {"user_id": user, "streams": 0, "seconds_streamed": 0, "labels": {}, "tracks": {}}
-            users[user]["subscription"] = asdict(found) | {"fee": euros(found.fee)} if found else None
-    for (user, track), (streams, seconds) in sorted(item for item in tracks.items() if item[0][0] in users):
-        users[user]["streams"] += streams
-        users[user]["seconds_streamed"] += seconds
-        users[user]["tracks"][track] = seconds
-    for totals in months:
-        for (user, label), (_, seconds) in sorted(item for item in totals.items() if item[0][0] in users):
-            users[user]["labels"][label] = users[user]["labels"].get(label, 0) + seconds
-    return users
+) -> Iterator[dict[str, Any]]:
+    """Yield who streamed or subscribes, all or `only` one, in order of id: seconds by label and track."""
+    rows = [(user, "", "", (0, 0)) for user in subscriptions]
+    rows += [(user, "tracks", track, total) for (user, track), total in tracks.items()]
+    rows += [(user, "labels", label, total) for totals in months for (user, label), total in totals.items()]
+    wanted = rows if only is None else [row for row in rows if row[0] == only]
+    for user, own in itertools.groupby(sorted(wanted), key=itemgetter(0)):
+        described = {"user_id": user, "streams": 0, "seconds_streamed": 0, "labels": {}, "tracks": {}}
+        for _, kind, name, (streams, seconds) in own:
+            if kind:
+                described[kind][name] = described[kind].get(name, 0) + seconds
+            if kind == "tracks":
+                described["streams"] += streams
+                described["seconds_streamed"] += seconds
+        found = subscriptions.get(user)
+        described["subscription"] = asdict(found) | {"fee": euros(found.fee)} if found else None
+        yield described
 
 
 # ── Import ──────────────────────────────────────────────────────────────────────────────────────
@@ -1111,7 +1112,7 @@ PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
 FILTERS = ("from", "to", *NAMES)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def parse_query(query: str, *parameters: str) -> Mapping[str, Any]:
     """Parse a query string; the values of a name, which may come more than once, are returned as a set.
 
@@ -1230,49 +1231,50 @@ def has_gone(request: web.Request) -> bool:
 
 @dataclass(eq=False)
 class Answer:
-    """What is made once for all who ask for it while its etag stays the same."""
+    """What is made once for all who ask for it."""
 
-    etag: str
     askers: list[web.Request]
-    made: asyncio.Task[bytes]
-
-    @property
-    def broken_off(self) -> bool:
-        """Tell whether it was not made to its end."""
-        error = self.made.exception() if self.made.done() else None
-        return error is not None and not isinstance(error, TooLongError)
+    made: asyncio.Task[bytes | None]
 
 
-Make = Callable[[Sequence[web.Request]], Coroutine[Any, Any, bytes]]  # an answer, for those who ask
+Make = Callable[[Sequence[web.Request]], Coroutine[Any, Any, bytes | None]]  # an answer, for those who ask
 
 
 class TooLongError(Exception):
     """An answer is too long to be kept: it has to be streamed to each who asks."""
 
 
-async def share(request: web.Request, name: object, etag: str, make: Make) -> bytes:
+async def share(request: web.Request, name: object, make: Make) -> bytes:
     """Return what `make` returns, which is called once for all who share under this name.
 
-    KEPT_ANSWERS are kept, the latest: so a client that asks for ever other ones does not fill the memory.
+    Raises TooLongError for None, and what `make` raises, which is then called again for the next who asks.
+    It is kept until the usage changes, if it is among the last KEPT_ANSWERS: so a client that asks for ever
+    other ones does not fill the memory.
     """
-    answers = request.app[STATE].answers
+    state = request.app[STATE]
+    if state.answers_of != state.usage.version:
+        state.answers_of, state.answers = state.usage.version, {}
+    answers = state.answers
     answer = answers.get(name)
-    if not answer or answer.etag != etag or answer.broken_off:
+    if not answer or (answer.made.done() and answer.made.exception()):
         answers.pop(name, None)
         if len(answers) >= KEPT_ANSWERS:
             del answers[next(iter(answers))]
         askers: list[web.Request] = []
-        answer = answers[name] = Answer(etag, askers, asyncio.create_task(make(askers)))
+        answer = answers[name] = Answer(askers, asyncio.create_task(make(askers)))
+        answer.made.add_done_callback(lambda _: askers.clear())
     if not answer.made.done():
         answer.askers.append(request)
         await asyncio.shield(answer.made)
-    return answer.made.result()
+    if (body := answer.made.result()) is None:
+        raise TooLongError
+    return body
 
 
-async def gather(state: State, askers: Sequence[web.Request], pieces: Iterable[bytes]) -> bytes:
-    """Return `pieces` as one.
+async def gather(state: State, askers: Sequence[web.Request], pieces: Iterable[bytes]) -> bytes | None:
+    """Return `pieces` as one, or None for more than KEPT_BYTES.
 
-    Raises TooLongError for more than KEPT_BYTES, ConnectionResetError as soon as all who asked have gone.
+    Raises ConnectionResetError as soon as all who asked have gone.
     """
     ready: list[bytes] = []
     size = 0
@@ -1281,13 +1283,13 @@ async def gather(state: State, askers: Sequence[web.Request], pieces: Iterable[b
             ready.append(piece)
             size += len(piece)
             if size > KEPT_BYTES:
-                raise TooLongError
+                return None
             if all(map(has_gone, askers)):
                 raise ConnectionResetError
     return b"".join(ready)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def cache_headers(etag: str, kind: str, *more: tuple[str, str]) -> Mapping[str, str]:
     """Return what tells a client how long it may keep an answer, and what it is."""
     return {
@@ -1308,10 +1310,11 @@ async def send(
     """
     if any(known.value in (etag, "*") for known in request.if_none_match or ()):
         return respond(request, 304, b"", etag, kind, *more)
-    body = plain = await share(request, request.raw_path, etag, make)
+    name = (request.raw_path, etag)
+    body = plain = await share(request, name, make)
     if len(plain) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
-        name = (request.raw_path, hdrs.CONTENT_ENCODING)
-        body = await share(request, name, etag, lambda _: asyncio.to_thread(gzip.compress, plain, GZIP_LEVEL))
+        packed = ("gzip", *name)
+        body = await share(request, packed, lambda _: asyncio.to_thread(gzip.compress, plain, GZIP_LEVEL))
         more += (("Content-Encoding", "gzip"),)
     if len(body) <= STREAM_BYTES:
         return respond(request, 200, body, etag, kind, *more)
@@ -1330,7 +1333,7 @@ def respond(
     return web.Response(status=status, body=body, headers=cache_headers(etag, kind, *more))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def write_head(status: int, length: int, now: int, etag: str, kind: str, *more: tuple[str, str]) -> bytes:
     """Write the head of an answer to a GET, sent in the second `now`."""
     headers = {"Date": formatdate(now, usegmt=True), **cache_headers(etag, kind, *more), **SAFETY_HEADERS}
@@ -1402,7 +1405,7 @@ async def write(request: web.Request, response: web.StreamResponse, part: bytes)
         raise ConnectionResetError from None
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def accepts_gzip(codings: str) -> bool:
     """Tell whether a client with this Accept-Encoding takes gzip: `gzip;q=0` says that it does not."""
     each = codings.lower().replace(" ", "").split(",")
@@ -1441,7 +1444,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return reply(500, encode({"error": "internal error"}))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def is_own_name(host: str, allowed: tuple[str, ...]) -> bool:
     """Tell whether a Host may be ours: an IP address, localhost, *.localhost, or a name that is allowed.
 
@@ -1531,7 +1534,7 @@ async def get_usage(request: web.Request) -> web.StreamResponse:
         columns = (*(["window_start"] if window else []), *by, "events", "seconds_streamed")
         return write_rows(kind, columns, grouped(events, by, window, columns))
 
-    def make(askers: Sequence[web.Request]) -> Coroutine[Any, Any, bytes]:
+    def make(askers: Sequence[web.Request]) -> Coroutine[Any, Any, bytes | None]:
         return gather(state, askers, write_usage())
 
     try:
@@ -1650,21 +1653,18 @@ async def delete_stream(request: web.Request) -> web.Response:
     return succeed("Stream Removed", stream.stream)
 
 
-async def describe(state: State, only: str | None = None) -> list[dict[str, Any]]:
-    """Return the users, or `only` one; in a thread, for there may be many; raises MissingError."""
+async def describe(state: State, only: str | None = None) -> list[bytes]:
+    """Return the JSON of the users, or of `only` one; in a thread, for there may be many; on copies."""
     months = [Totals(totals) for totals in state.usage.months.values()]
-    users = await asyncio.to_thread(
-        describe_users, Totals(state.usage.tracks), months, dict(state.subscriptions), only
+    tracks, subscriptions = Totals(state.usage.tracks), dict(state.subscriptions)
+    return await asyncio.to_thread(
+        lambda: [encode(user) for user in describe_users(tracks, months, subscriptions, only)]
     )
-    if only is not None and not users:
-        raise MissingError(f"there is no user {only!r}")
-    return list(users.values())
 
 
 async def get_users(request: web.Request) -> web.Response:
     """List all who streamed or subscribe."""
-    users = await describe(request.app[STATE])
-    return succeed("Found Users", await asyncio.to_thread(encode, users))
+    return succeed("Found Users", b"[%b]" % b",".join(await describe(request.app[STATE])))
 
 
 def parse_user(request: web.Request) -> str:
@@ -1677,8 +1677,10 @@ def parse_user(request: web.Request) -> str:
 
 async def get_user(request: web.Request) -> web.Response:
     """Show what a user streamed and subscribes to."""
-    (user,) = await describe(request.app[STATE], parse_user(request))
-    return succeed("Found User Stream Report", encode(user))
+    user = parse_user(request)
+    for described in await describe(request.app[STATE], user):
+        return succeed("Found User Stream Report", described)
+    raise MissingError(f"there is no user {user!r}")
 
 
 async def put_user(request: web.Request) -> web.Response:
@@ -1693,7 +1695,7 @@ async def put_user(request: web.Request) -> web.Response:
 
     await state.write([(SET_SUBSCRIPTION, [(user, *astuple(subscription), None)])], apply)
     (described,) = await describe(state, user)
-    return succeed("Subscription Set", encode(described))
+    return succeed("Subscription Set", described)
 
 
 async def get_report(request: web.Request) -> web.StreamResponse:
@@ -1772,6 +1774,7 @@ class State:
     clock: Callable[[], float]
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of all that is long: see `let_others_in`
     answers: dict[object, Answer] = field(default_factory=dict)  # see `share`
+    answers_of: int = 0  # the version of the usage that they are of
     gathering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(SUMMING))
     summing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(SUMMING))
     locks: WeakValueDictionary[object, asyncio.Lock] = field(default_factory=WeakValueDictionary)

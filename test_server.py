@@ -1169,9 +1169,12 @@ async def test_no_more_answers_are_kept_than_fit_and_the_latest_ones(start: Star
     client = await start([event(NOW - number) for number in range(30)])
     for number in range(3 * server.KEPT_ANSWERS):
         await client.get(f"/usage?to={NOW - number}")
-    answers = client.app[server.STATE].answers
-    assert len(answers) == server.KEPT_ANSWERS
-    assert f"/usage?to={NOW - 3 * server.KEPT_ANSWERS + 1}" in answers
+    state = client.app[server.STATE]
+    assert len(state.answers) == server.KEPT_ANSWERS
+    assert (f"/usage?to={NOW - 3 * server.KEPT_ANSWERS + 1}", state.usage.etag) in state.answers
+    add(state.usage, [event()])
+    await client.get("/usage", headers={"Accept-Encoding": "identity"})
+    assert len(state.answers) == 1
 
 
 async def test_an_answer_that_failed_is_made_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
