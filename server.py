@@ -77,6 +77,7 @@ GZIP_BYTES = 1024  # a shorter answer is not worth compressing
 GZIP_LEVEL = 6
 KEPT_BYTES = 1024 * 1024  # a longer answer is made for each who asks
 KEPT_ANSWERS = 64
+REPORTING = 2  # how many reports may be made at a time: the other threads are for what is quick
 SUMMING = 4  # how many answers may hold the sums of many groups at a time
 STALL_SECONDS = 60  # a client that takes nothing of a long answer for so long is cut off
 BODY_BYTES = 1024 * 1024
@@ -1268,6 +1269,8 @@ async def share(request: web.Request, name: object, make: Make) -> bytes:
         await asyncio.shield(answer.made)
     if (body := answer.made.result()) is None:
         raise TooLongError
+    if len(body) > KEPT_BYTES and answers.get(name) is answer:
+        del answers[name]
     return body
 
 
@@ -1277,8 +1280,8 @@ async def gather(state: State, askers: Sequence[web.Request], pieces: Iterable[b
     Raises ConnectionResetError as soon as all who asked have gone.
     """
     ready: list[bytes] = []
-    size = 0
-    async with state.gathering:
+    began, size = time.monotonic(), 0
+    async with contextlib.AsyncExitStack() as long:
         async for piece in in_turns(state.turn, pieces):
             ready.append(piece)
             size += len(piece)
@@ -1286,6 +1289,9 @@ async def gather(state: State, askers: Sequence[web.Request], pieces: Iterable[b
                 return None
             if all(map(has_gone, askers)):
                 raise ConnectionResetError
+            if began and time.monotonic() > began + TURN_SECONDS:  # it is long: it waits for others that are
+                await long.enter_async_context(state.gathering)
+                began = 0
     return b"".join(ready)
 
 
@@ -1655,11 +1661,12 @@ async def delete_stream(request: web.Request) -> web.Response:
 
 async def describe(state: State, only: str | None = None) -> list[bytes]:
     """Return the JSON of the users, or of `only` one; in a thread, for there may be many; on copies."""
-    months = [Totals(totals) for totals in state.usage.months.values()]
-    tracks, subscriptions = Totals(state.usage.tracks), dict(state.subscriptions)
-    return await asyncio.to_thread(
-        lambda: [encode(user) for user in describe_users(tracks, months, subscriptions, only)]
-    )
+    async with state.reporting:
+        months = [Totals(totals) for totals in state.usage.months.values()]
+        tracks, subscriptions = Totals(state.usage.tracks), dict(state.subscriptions)
+        return await asyncio.to_thread(
+            lambda: [encode(user) for user in describe_users(tracks, months, subscriptions, only)]
+        )
 
 
 async def get_users(request: web.Request) -> web.Response:
@@ -1712,12 +1719,14 @@ async def get_report(request: web.Request) -> web.StreamResponse:
             return b"".join(write_rows("csv", REPORT_COLUMNS, [lines]))
         return SUCCESS % (encode("Found Label Stream Report"), encode(data))
 
-    def make(_: object) -> Coroutine[Any, Any, bytes]:
-        months = {month: Totals(totals) for month, totals in state.usage.months.items() if totals}
-        if month := asked.get("month"):
-            months = {month: months.get(month, Totals())}
-        # In a thread, for with many subscribers it takes seconds; on copies, for others go on writing.
-        return asyncio.to_thread(make_report, months, dict(state.subscriptions))
+    async def make(_: object) -> bytes:
+        # In a thread, for with many subscribers it takes seconds; on copies, for others go on writing. If
+        # something has changed while it waited, it is newer than its etag: the next poll gets it again.
+        async with state.reporting:
+            months = {month: Totals(totals) for month, totals in state.usage.months.items() if totals}
+            if month := asked.get("month"):
+                months = {month: months.get(month, Totals())}
+            return await asyncio.to_thread(make_report, months, dict(state.subscriptions))
 
     return await send(request, state.usage.etag, kind, make)
 
@@ -1777,6 +1786,7 @@ class State:
     answers_of: int = 0  # the version of the usage that they are of
     gathering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(SUMMING))
     summing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(SUMMING))
+    reporting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(REPORTING))
     locks: WeakValueDictionary[object, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def alone(self, *name: object) -> asyncio.Lock:

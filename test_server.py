@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import csv
+import gc
 import gzip
 import hashlib
 import importlib.util
@@ -22,6 +23,7 @@ import signal
 import socket
 import sqlite3
 import sys
+import threading
 import time
 import unicodedata
 from collections import Counter
@@ -1165,6 +1167,41 @@ async def test_a_long_answer_is_made_for_each_and_holds_no_other_up(start: Start
             assert {len(await answer.json()) for answer in answers} == {count}
 
 
+async def test_an_answer_that_is_too_long_to_be_kept_keeps_no_events_alive(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(found, Event) for found in gc.get_objects())
+
+    monkeypatch.setattr(server, "KEPT_BYTES", 9_000)
+    before = alive()
+    client = await start([event(NOW - number, user_id=f"user{number}") for number in range(300)], keep=300)
+    for query in ("", "?group_by=user_id"):
+        await (await client.get(f"/usage{query}")).read()
+        add(client.app[server.STATE].usage, [event(NOW, user_id=f"user{number}") for number in range(300)])
+        await asyncio.sleep(0.1)
+        assert alive() == before + 300
+
+
+async def test_a_short_answer_does_not_wait_behind_long_ones(start: Start) -> None:
+    client = await start([event()])
+    gathering = client.app[server.STATE].gathering
+    for _ in range(server.SUMMING):
+        await gathering.acquire()
+    async with asyncio.timeout(5):
+        assert (await client.get("/usage")).status == 200
+
+
+async def test_a_long_report_is_not_kept(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "KEPT_BYTES", 9_000)
+    client = await start([event(label=f"label{number}") for number in range(300)])
+    for _ in range(2):
+        assert len(await (await client.get("/api/v1/report")).read()) > server.KEPT_BYTES
+    made = [each.made.result() for each in client.app[server.STATE].answers.values()]
+    assert all(len(each) <= server.KEPT_BYTES for each in made)
+
+
 async def test_no_more_answers_are_kept_than_fit_and_the_latest_ones(start: Start) -> None:
     client = await start([event(NOW - number) for number in range(30)])
     for number in range(3 * server.KEPT_ANSWERS):
@@ -1653,6 +1690,25 @@ async def test_a_report_is_for_a_month_or_for_all_and_in_two_formats(start: Star
     header, *lines = csv.reader(io.StringIO(await answer.text(), newline=""))
     assert header == ["month", "currency", "label", "streams", "seconds_streamed", "share", "amount", "amount_user_centric"]
     assert [line[:3] + line[6:7] for line in lines] == [["2019-03", "EUR", "'=a", "26.28"], ["2019-04", "EUR", "'=a", "19.71"], ["2019-04", "EUR", "b", "6.57"]]
+
+
+@pytest.mark.parametrize("query", ["report?", "users?"])
+async def test_reports_hold_up_no_answer_that_is_to_be_compressed(
+    start: Start, monkeypatch: pytest.MonkeyPatch, query: str
+) -> None:
+    done = threading.Event()
+    for name in ("report", "describe_users"):
+        monkeypatch.setattr(server, name, Mock(side_effect=lambda *_: done.wait(20)))
+    client = await start([event(NOW - number) for number in range(99)])
+    asked = [asyncio.create_task(client.get(f"/api/v1/{query}{'&' * number}")) for number in range(50)]
+    try:
+        await asyncio.sleep(0.5)
+        async with asyncio.timeout(5):
+            answer = await client.get("/usage", headers={"Accept-Encoding": "gzip"})
+        assert answer.headers["Content-Encoding"] == "gzip"
+    finally:
+        done.set()
+        await asyncio.gather(*asked)
 
 
 async def test_a_report_over_many_subscribers_lets_others_in(start: Start) -> None:
