@@ -1366,8 +1366,9 @@ class Ready(web.StreamResponse):
         self.whole = head + body
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        """Send it."""
+        """Send it; the next request is not looked at before the client has taken enough."""
         await request.writer.write(self.whole)
+        await request.writer.drain()
         return request.writer
 
     async def write_eof(self, data: bytes = b"") -> None:

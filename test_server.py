@@ -1239,6 +1239,20 @@ async def test_an_answer_has_the_same_head_however_the_connection_goes_on(start:
     assert heads[0] == heads[1]
 
 
+async def test_a_client_that_asks_on_without_reading_is_not_answered_on(start: Start) -> None:
+    client = await start(random_events(random.Random(24), 500))
+    url = client.make_url("/usage")
+    _, writer = await asyncio.open_connection(url.host, url.port, limit=1)
+    for _ in range(2_000):  # 100 MB of answers: far more than the sockets hold between the two
+        writer.write(b"GET /usage HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await asyncio.sleep(2)
+    runner = client.server.runner
+    assert runner
+    assert runner.server
+    assert runner.server.requests_count < 1_000
+    writer.transport.abort()
+
+
 async def test_a_client_that_takes_nothing_is_cut_off(start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(server, "STALL_SECONDS", 0.2)
     client = await start(random_events(random.Random(22), 200_000))
