@@ -500,12 +500,17 @@ def rank(sums: Totals, columns: Sequence[str], *first: int) -> Iterator[list[dic
     def place(key: Any) -> tuple[int, Any]:
         return -sums[key][1], key
 
+    def used_up(keys: list[Any]) -> Iterator[Any]:
+        while keys:
+            yield keys.pop()
+
     runs = []
     for keys in batched(sums, BLOCK_EVENTS):
-        runs.append(sorted(keys, key=place))
+        runs.append(sorted(keys, key=place, reverse=True))
         yield []
-    for keys in batched(merge(*runs, key=place), BLOCK_EVENTS):
-        yield [dict(zip(columns, (*first, *key, *sums[key]), strict=True)) for key in keys]
+    # What has been told is forgotten step by step: to free all of it at the end would hold others up.
+    for keys in batched(merge(*map(used_up, runs), key=place), BLOCK_EVENTS):
+        yield [dict(zip(columns, (*first, *key, *sums.pop(key)), strict=True)) for key in keys]
 
 
 def grouped(
