@@ -1015,8 +1015,6 @@ async def test_a_malformed_from_is_400_and_named(start: Start, query: str) -> No
     assert re.match("from ", (await answer.json())["error"])
 
 
-
-
 @pytest.mark.parametrize("query", ["", "group_by=label,user_id", "group_by=track_id", "window=minute", "window=hour&group_by=label"])
 async def test_every_format_says_the_same(start: Start, query: str) -> None:
     rng = random.Random(9)
