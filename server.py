@@ -50,7 +50,7 @@ import sqlite3
 import stat
 import sys
 import time
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -293,10 +293,7 @@ class Blocks:
                 changed = sorted(changed + group, key=self.key)
             else:
                 for event in group:
-                    place = bisect_right(changed, self.rank(event), key=self.rank)
-                    while place and self.key(changed[place - 1]) > self.key(event):
-                        place -= 1
-                    changed.insert(place, event)
+                    insort(changed, event, key=self.key)
             self._replace(at, changed)
 
     def remove(self, events: Iterable[Event]) -> None:
