@@ -319,12 +319,9 @@ class Blocks:
     def _by_block(self, events: Iterable[Event]) -> Iterator[tuple[int, list[Event]]]:
         """Yield the place of each block that events belong to, and these: the last first, so none moves."""
         pending = sorted(events, key=self.key)
-        at = len(self.blocks)
         while pending:
-            last = self.key(pending[-1])
-            at -= 1  # the next one is often the one before
-            if at > 0 and last < self.key(self.blocks[at][0]):
-                at = max(0, bisect_right(self.blocks, last, 0, at, key=lambda block: self.key(block[0])) - 1)
+            after = bisect_right(self.blocks, self.key(pending[-1]), key=lambda block: self.key(block[0]))
+            at = max(0, after - 1)
             first = bisect_left(pending, self.key(self.blocks[at][0]), key=self.key) if at else 0
             yield at, pending[first:]
             del pending[first:]
