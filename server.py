@@ -57,7 +57,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
 from email.utils import formatdate
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from heapq import merge, nsmallest
 from http import HTTPStatus
 from operator import add, attrgetter, itemgetter
@@ -249,23 +249,15 @@ def parse_events(value: object, now: float) -> list[Event]:
 class Block(list[Event]):
     """Some events in order. It is never changed, so what has been found out about it stays true."""
 
-    __slots__ = ("json", "sums")
+    @cached_property
+    def json(self) -> bytes:
+        """The JSON of each event, with a comma before it."""
+        return b"".join([b"," + event.json for event in self])
 
-    def __init__(self, events: Iterable[Event]) -> None:
-        """Hold `events`, of which nothing is known yet."""
-        super().__init__(events)
-        self.json: bytes | None = None  # see `encode_events`
-        self.sums: dict[tuple[str, ...], Totals] = {}  # see `sum_up`
-
-
-def encode_events(events: list[Event]) -> bytes:
-    """Return their JSON, each with a comma before it; a block is encoded once and sent often."""
-    if isinstance(events, Block) and events.json is not None:
-        return events.json
-    encoded = b"".join([b"," + event.json for event in events])
-    if isinstance(events, Block):
-        events.json = encoded
-    return encoded
+    @cached_property
+    def sums(self) -> dict[tuple[str, ...], Totals]:
+        """What `sum_up` has found out."""
+        return {}
 
 
 class Blocks:
@@ -302,18 +294,18 @@ class Blocks:
             gone = set(group)
             self._replace(at, [event for event in self.blocks[at] if event not in gone])
 
-    def between(self, low: int | None = None, high: int | None = None) -> list[list[Event]]:
+    def between(self, low: int | None = None, high: int | None = None) -> list[Block]:
         """Return the events with `low <= field < high`, in order, as blocks."""
         first, end = 0, len(self.blocks)
         if low is not None:
             first = bisect_left(self.blocks, low, key=lambda block: self.rank(block[-1]))
         if high is not None:
             end = bisect_left(self.blocks, high, key=lambda block: self.rank(block[0]))
-        found: list[list[Event]] = list(itertools.islice(self.blocks, first, end))
+        found = list(itertools.islice(self.blocks, first, end))
         if found and low is not None:
-            found[0] = found[0][bisect_left(found[0], low, key=self.rank) :]
+            found[0] = Block(found[0][bisect_left(found[0], low, key=self.rank) :])
         if found and high is not None:
-            found[-1] = found[-1][: bisect_left(found[-1], high, key=self.rank)]
+            found[-1] = Block(found[-1][: bisect_left(found[-1], high, key=self.rank)])
         return found
 
     def _by_block(self, events: Iterable[Event]) -> Iterator[tuple[int, list[Event]]]:
@@ -430,7 +422,7 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def matching(blocks: list[list[Event]], names: Mapping[str, Set[str]]) -> Iterator[list[Event]]:
+def matching(blocks: list[Block], names: Mapping[str, Set[str]]) -> Iterator[Block]:
     """Yield each block without the events whose user, track or label is none of those asked for.
 
     `blocks` is used up, so that a slow reader holds only what it has yet to read.
@@ -439,7 +431,7 @@ def matching(blocks: list[list[Event]], names: Mapping[str, Set[str]]) -> Iterat
     while blocks:
         found = blocks.pop()
         for name, wanted in names.items():
-            found = [event for event in found if getattr(event, name) in wanted]
+            found = Block([event for event in found if getattr(event, name) in wanted])
         yield found
 
 
@@ -1144,7 +1136,7 @@ def check_from(asked: Mapping[str, Any], now: float) -> None:
         raise FromInFutureError("from is in the future")
 
 
-def select(usage: Usage, asked: Mapping[str, Any]) -> Iterator[list[Event]]:
+def select(usage: Usage, asked: Mapping[str, Any]) -> Iterator[Block]:
     """Return the events that the parameters in FILTERS ask for."""
     names = {name: asked[name] for name in NAMES if name in asked}
     return matching(usage.by_start.between(asked.get("from"), asked.get("to")), names)
@@ -1535,8 +1527,8 @@ async def get_usage(request: web.Request) -> web.StreamResponse:
     def write_usage() -> Iterator[bytes]:
         events = select(state.usage, asked)
         if not (by or window):
-            as_line, as_csv = attrgetter("json"), attrgetter("csv")
-            return write_rows(kind, FIELDS, events, as_json=encode_events, as_line=as_line, as_csv=as_csv)
+            as_json, as_csv = attrgetter("json"), attrgetter("csv")
+            return write_rows(kind, FIELDS, events, as_json=as_json, as_line=as_json, as_csv=as_csv)
         columns = (*(["window_start"] if window else []), *by, "events", "seconds_streamed")
         return write_rows(kind, columns, grouped(events, by, window, columns))
 
