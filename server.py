@@ -294,14 +294,14 @@ class Blocks:
             gone = set(group)
             self._replace(at, [event for event in self.blocks[at] if event not in gone])
 
-    def between(self, low: int | None = None, high: int | None = None) -> list[Block]:
+    def between(self, low: int | None = None, high: int | None = None) -> deque[Block]:
         """Return the events with `low <= field < high`, in order, as blocks."""
         first, end = 0, len(self.blocks)
         if low is not None:
             first = bisect_left(self.blocks, low, key=lambda block: self.rank(block[-1]))
         if high is not None:
             end = bisect_left(self.blocks, high, key=lambda block: self.rank(block[0]))
-        found = list(itertools.islice(self.blocks, first, end))
+        found = deque(itertools.islice(self.blocks, first, end))
         if found and low is not None:
             found[0] = Block(found[0][bisect_left(found[0], low, key=self.rank) :])
         if found and high is not None:
@@ -422,14 +422,13 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def matching(blocks: list[Block], names: Mapping[str, Set[str]]) -> Iterator[Block]:
+def matching(blocks: deque[Block], names: Mapping[str, Set[str]]) -> Iterator[Block]:
     """Yield each block without the events whose user, track or label is none of those asked for.
 
     `blocks` is used up, so that a slow reader holds only what it has yet to read.
     """
-    blocks.reverse()
     while blocks:
-        found = blocks.pop()
+        found = blocks.popleft()
         for name, wanted in names.items():
             found = Block([event for event in found if getattr(event, name) in wanted])
         yield found
