@@ -359,13 +359,8 @@ class Usage:
         self.keys: dict[str, tuple[bytes, int]] = {}  # idempotency key -> hash of the body, first id
         self.count = 0
         self.last_id = 0
-        self.version = secrets.randbits(48)  # changes with every change, and with every start
+        self.etag = secrets.token_hex(8)  # another one after every change, and after every start
         self.warned = False
-
-    @property
-    def etag(self) -> str:
-        """What tells one state of the usage from another."""
-        return f"{self.version:x}"
 
     def number(self, events: Sequence[Event]) -> None:
         """Give each event its id, which no other has ever had."""
@@ -404,7 +399,7 @@ class Usage:
         self._count(events, -1)
 
     def _count(self, events: Sequence[Event], sign: int) -> None:
-        self.version += 1
+        self.etag = secrets.token_hex(8)
         self.count += sign * len(events)
         sums = Totals()
         for event in events:
@@ -1689,7 +1684,7 @@ async def put_user(request: web.Request) -> web.Response:
 
     def apply() -> None:
         state.subscriptions[user] = subscription
-        state.usage.version += 1
+        state.usage.etag = secrets.token_hex(8)
 
     await state.write([(SET_SUBSCRIPTION, [(user, *astuple(subscription), None)])], apply)
     (described,) = await describe(state, user)
