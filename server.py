@@ -828,12 +828,6 @@ class StorageError(Exception):
     """The disk does not take what is to be stored, or the file cannot be used."""
 
 
-def as_rows(events: Iterable[Event]) -> Iterator[tuple[str]]:
-    """Yield what SET_STREAMS takes: the events' cells as JSON, a thousand at a time."""
-    for rows in batched(map(attrgetter(*FIELDS, "id"), events), POST_EVENTS):
-        yield (to_json(rows),)
-
-
 class Journal:
     """The SQLite file behind the usage; one process writes to it, in one transaction at a time."""
 
@@ -936,7 +930,8 @@ class Journal:
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
                     if statement == SET_STREAMS:
-                        rows = as_rows(rows)
+                        cells = map(attrgetter(*FIELDS, "id"), rows)
+                        rows = ((to_json(thousand),) for thousand in batched(cells, POST_EVENTS))
                     self.connection.executemany(statement, rows)
         except Exception as error:
             self.failed = True
