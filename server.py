@@ -74,7 +74,6 @@ from aiohttp.typedefs import Handler
 BLOCK_EVENTS = 1024  # at most, in one block: about 100 kB of JSON and half a millisecond of work
 STREAM_BYTES = 64 * 1024  # a longer answer is streamed
 GZIP_BYTES = 1024  # a shorter answer is not worth compressing
-GZIP_LEVEL = 6
 KEPT_BYTES = 1024 * 1024  # a longer answer is made for each who asks
 KEPT_ANSWERS = 64
 REPORTING = 2  # how many reports may be made at a time: the other threads are for what is quick
@@ -662,12 +661,10 @@ def describe_users(
 USER_COLUMNS = ("user_id", "product_type", "fee", "origin")
 STREAM_COLUMNS = ("date", "user_id", "region", "track_id", "seconds")
 DATE = re.compile(r"[0-9]{2}/[0-9]{2}/[0-9]{4}")
-NAMED_FAULTS = 20
-PROGRESS_SECONDS = 1
 
 
 class ImportFailedError(Exception):
-    """The files cannot be imported; the message names file, line and fault, one a line."""
+    """The files cannot be imported; the message names file, line and fault, one a line, 20 at most."""
 
 
 class Import:
@@ -685,7 +682,7 @@ class Import:
         self._read_rows(directory / "users.csv", USER_COLUMNS, self._add_user)
         self._read_rows(directory / "streaming.csv", STREAM_COLUMNS, self._add_stream)
         if self.faults:
-            raise ImportFailedError("\n".join(self.faults[:NAMED_FAULTS]))
+            raise ImportFailedError("\n".join(self.faults[:20]))
 
     @contextlib.contextmanager
     def _noting(self, where: str) -> Iterator[None]:
@@ -736,7 +733,7 @@ class Import:
                     if len(cells) != len(names):
                         raise InvalidError(f"{len(cells)} columns instead of {len(names)}")
                     take(dict(zip(names, map(str.strip, cells), strict=True)))
-                if sys.stderr.isatty() and (now := time.monotonic()) > shown + PROGRESS_SECONDS:
+                if sys.stderr.isatty() and (now := time.monotonic()) > shown + 1:
                     shown = now
                     print(f"{where} after {now - began:.0f} s", file=sys.stderr)
 
@@ -1061,7 +1058,6 @@ async def run_simulation(state: State) -> None:
 
 INTEGER = re.compile(r"-?[0-9]{1,100}")
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]+)?")
-IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 SUCCESS = b'{"message":%b,"data":%b}'
 
 CONTENT_TYPES = {
@@ -1300,7 +1296,7 @@ async def send(
     body = plain = await share(request, name, make)
     if len(plain) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
         packed = ("gzip", *name)
-        body = await share(request, packed, lambda _: asyncio.to_thread(gzip.compress, plain, GZIP_LEVEL))
+        body = await share(request, packed, lambda _: asyncio.to_thread(gzip.compress, plain, 6))
         more += (("Content-Encoding", "gzip"),)
     if len(body) <= STREAM_BYTES:
         return respond(request, 200, body, etag, kind, *more)
@@ -1581,7 +1577,7 @@ async def post_streams(request: web.Request) -> web.Response:
     """Store one event or an array of them: all or none, and once for an `Idempotency-Key`."""
     state = request.app[STATE]
     key = request.headers.get("Idempotency-Key")
-    if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
+    if key is not None and not re.fullmatch(r"[\x20-\x7e]{1,255}", key):
         raise InvalidError("Idempotency-Key must be 1 to 255 printable ASCII characters")
     value, body = await read_json(request)
     digest = hashlib.sha256(body).digest()
