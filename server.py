@@ -1229,8 +1229,8 @@ async def share(request: web.Request, name: object, make: Make) -> bytes:
     other ones does not fill the memory.
     """
     state = request.app[STATE]
-    if state.answers_of != state.usage.version:
-        state.answers_of, state.answers = state.usage.version, {}
+    if state.answers_of != state.usage.etag:
+        state.answers_of, state.answers = state.usage.etag, {}
     answers = state.answers
     answer = answers.get(name)
     if not answer or (answer.made.done() and answer.made.exception()):
@@ -1760,7 +1760,7 @@ class State:
     clock: Callable[[], float]
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of all that is long: see `let_others_in`
     answers: dict[object, Answer] = field(default_factory=dict)  # see `share`
-    answers_of: int = 0  # the version of the usage that they are of
+    answers_of: str = ""  # the etag of the usage that they are of
     gathering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(SUMMING))
     summing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(SUMMING))
     reporting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(REPORTING))
