@@ -78,6 +78,7 @@ KEPT_BYTES = 1024 * 1024  # a longer answer is made for each who asks
 KEPT_ANSWERS = 64
 REPORTING = 2  # how many reports may be made at a time: the other threads are for what is quick
 SUMMING = 4  # how many answers may hold the sums of many groups at a time
+SUM_SECONDS = 300  # how long such an answer may hold them
 STALL_SECONDS = 60  # a client that takes nothing of a long answer for so long is cut off
 BODY_BYTES = 1024 * 1024
 BODY_SECONDS = 10
@@ -1351,10 +1352,28 @@ class Ready(web.StreamResponse):
         """Send nothing more."""
 
 
+def joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield `pieces`, those that are shorter than STREAM_BYTES together; b"" while they are too short."""
+    ready: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        ready.append(piece)
+        size += len(piece)
+        if size < STREAM_BYTES:
+            yield b""
+        else:
+            yield b"".join(ready)
+            ready, size = [], 0
+    yield b"".join(ready)
+
+
 async def stream(
-    request: web.Request, pieces: Iterable[bytes], headers: Mapping[str, str]
+    request: web.Request, pieces: Iterable[bytes], headers: Mapping[str, str], seconds: float | None = None
 ) -> web.StreamResponse:
-    """Answer piece by piece, and let others in between; cut off a client that takes nothing."""
+    """Answer piece by piece, and let others in between.
+
+    A client is cut off that takes nothing for STALL_SECONDS, or not everything in `seconds`.
+    """
     response = web.StreamResponse(headers=headers)
     if request.method == hdrs.METH_HEAD:
         return response
@@ -1363,29 +1382,18 @@ async def stream(
     if request.version < aiohttp.HttpVersion11:
         response.force_close()  # without chunks only the end of the connection ends the answer
     await response.prepare(request)
-    ready: list[bytes] = []
-    size = 0
-    async for piece in in_turns(request.app[STATE].turn, pieces):
-        ready.append(piece)
-        size += len(piece)
-        if size >= STREAM_BYTES:
-            await write(request, response, b"".join(ready))
-            ready, size = [], 0
-        elif has_gone(request):
-            raise ConnectionResetError
-    await write(request, response, b"".join(ready))
-    return response
-
-
-async def write(request: web.Request, response: web.StreamResponse, part: bytes) -> None:
-    """Write a part of an answer; raises ConnectionResetError if the client takes nothing or has gone."""
     try:
-        async with asyncio.timeout(STALL_SECONDS):
-            await response.write(part)
+        async with asyncio.timeout(seconds):
+            async for part in in_turns(request.app[STATE].turn, joined(pieces)):
+                if has_gone(request):
+                    raise ConnectionResetError
+                async with asyncio.timeout(STALL_SECONDS):
+                    await response.write(part)
     except TimeoutError:
         if request.transport:
             request.transport.abort()
         raise ConnectionResetError from None
+    return response
 
 
 @lru_cache(maxsize=64)
@@ -1489,8 +1497,11 @@ def read_page(path: Path) -> tuple[bytes, str]:
 
 
 async def get_page(request: web.Request) -> web.StreamResponse:
-    """Show the page."""
-    page, policy = read_page(request.app[STATE].config.page)
+    """Show the page as it is on disk, or as it last was."""
+    state = request.app[STATE]
+    with contextlib.suppress(OSError):
+        state.page = read_page(state.config.page)
+    page, policy = state.page
     etag = hashlib.sha256(page).hexdigest()[:16]
 
     async def make(_: object) -> bytes:
@@ -1523,8 +1534,10 @@ async def get_usage(request: web.Request) -> web.StreamResponse:
     try:
         return await send(request, state.usage.etag, kind, make)
     except TooLongError:
-        async with state.summing if by and not window else contextlib.nullcontext():
-            return await stream(request, write_usage(), cache_headers(state.usage.etag, kind))
+        sums = by and not window
+        async with state.summing if sums else contextlib.nullcontext():
+            headers = cache_headers(state.usage.etag, kind)
+            return await stream(request, write_usage(), headers, SUM_SECONDS if sums else None)
 
 
 async def get_health(request: web.Request) -> web.Response:
@@ -1757,6 +1770,7 @@ class State:
     subscriptions: dict[str, Subscription]
     simulation: Simulation
     journal: Journal | None
+    page: tuple[bytes, str]  # and its policy
     clock: Callable[[], float]
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of all that is long: see `let_others_in`
     answers: dict[object, Answer] = field(default_factory=dict)  # see `share`
@@ -1827,7 +1841,7 @@ def create_app(
     config: Config, imported: Import | None = None, clock: Callable[[], float] = time.time
 ) -> web.Application:
     """Build the application; raises OSError for the page, StorageError for the database."""
-    read_page(config.page)
+    page = read_page(config.page)
     app = web.Application(middlewares=[answer_errors], client_max_size=BODY_BYTES)
     journal = Journal(config.db) if config.db else None
     usage = Usage() if journal else Usage(config.keep)
@@ -1841,7 +1855,7 @@ def create_app(
         usage.number(imported.events)
         usage.add(imported.events)
     simulation = Simulation(random.Random(config.random_seed))  # noqa: S311 - no secret comes of it
-    app[STATE] = State(config, usage, subscriptions, simulation, journal, clock)
+    app[STATE] = State(config, usage, subscriptions, simulation, journal, page, clock)
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_safety_headers)
     app.cleanup_ctx.extend((own_journal, own_simulation))

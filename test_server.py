@@ -1264,6 +1264,22 @@ async def test_a_client_that_takes_nothing_is_cut_off(start: Start, monkeypatch:
     assert caplog.text == ""
 
 
+async def test_sums_of_many_are_not_held_for_long(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "SUM_SECONDS", 0.5)
+    client = await start(event(NOW - 9, user_id=f"user{number:0120}") for number in range(60_000))
+    url = client.make_url("/usage")
+    opened = [await asyncio.open_connection(url.host, url.port, limit=1) for _ in range(server.SUMMING)]
+    for _, writer in opened:
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        writer.write(b"GET /usage?group_by=user_id HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    for reader, _ in opened:
+        await reader.readexactly(100)
+    async with asyncio.timeout(20):
+        assert len(await (await client.get("/usage?group_by=user_id")).json()) == 60_000
+    for _, writer in opened:
+        writer.close()
+
+
 async def test_work_for_a_client_that_has_gone_ends_without_a_word(
     start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, read: list[Any]
 ) -> None:
@@ -1432,6 +1448,9 @@ async def test_the_page_is_read_again_when_it_has_changed(start: Start, tmp_path
     for content in (b"b{}", b"22"):
         digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
         assert f"'sha256-{digest}'" in second.headers["Content-Security-Policy"]
+    page.unlink()
+    third = await client.get("/")
+    assert (third.headers["ETag"], third.status) == (second.headers["ETag"], 200)
 
 
 async def test_the_page_runs_under_a_strict_policy(start: Start) -> None:
