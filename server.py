@@ -55,7 +55,6 @@ from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
-from datetime import UTC, datetime
 from email.utils import formatdate
 from functools import cached_property, lru_cache
 from heapq import merge, nsmallest
@@ -661,7 +660,6 @@ def describe_users(
 
 USER_COLUMNS = ("user_id", "product_type", "fee", "origin")
 STREAM_COLUMNS = ("date", "user_id", "region", "track_id", "seconds")
-DATE = re.compile(r"[0-9]{2}/[0-9]{2}/[0-9]{4}")
 
 
 class ImportFailedError(Exception):
@@ -766,9 +764,9 @@ class Import:
 def midnight(date: str) -> int:
     """Return the time, in Unix seconds, at which the day dd/mm/yyyy begins in UTC; raises InvalidError."""
     try:
-        if not DATE.fullmatch(date):
+        if not re.fullmatch(r"[0-9]{2}/[0-9]{2}/[0-9]{4}", date):
             raise ValueError
-        return int(datetime.strptime(date, "%d/%m/%Y").replace(tzinfo=UTC).timestamp())
+        return calendar.timegm(time.strptime(date, "%d/%m/%Y"))
     except ValueError:
         raise InvalidError(f"date {date!r} is no day dd/mm/yyyy") from None
 
