@@ -1579,9 +1579,9 @@ async def get_streams(request: web.Request) -> web.Response:
         total = state.usage.count
         following = itertools.chain.from_iterable(state.usage.by_id.between(after + 1))
         page = list(itertools.islice(following, limit + 1))
-    data = b"[%b]" % b",".join(event.stream for event in page[:limit])
+    data = b",".join(event.stream for event in page[:limit])
     following_id = page[limit - 1].id if len(page) > limit else None
-    return succeed("Found Streams", b'%b,"total":%d,"next":%b' % (data, total, encode(following_id)))
+    return succeed("Found Streams", b'[%b],"total":%d,"next":%b' % (data, total, encode(following_id)))
 
 
 async def post_streams(request: web.Request) -> web.Response:
@@ -1604,11 +1604,10 @@ async def post_streams(request: web.Request) -> web.Response:
         for number, event in enumerate(events if known else []):
             event.id = first_id + number  # so the first answer is made again, whatever has become of them
     headers = {"Idempotent-Replayed": "true"} if known else {}
+    data = b",".join(event.stream for event in events)
     if isinstance(value, list):
-        data = b"[%b]" % b",".join(event.stream for event in events)
-        return succeed("Streams Created", data, 201, **headers)
-    headers["Location"] = f"/api/v1/streams/{events[0].id}"
-    return succeed("Stream Created", events[0].stream, 201, **headers)
+        return succeed("Streams Created", b"[%b]" % data, 201, **headers)
+    return succeed("Stream Created", data, 201, Location=f"/api/v1/streams/{events[0].id}", **headers)
 
 
 def find_stream(request: web.Request) -> Event:
