@@ -1270,16 +1270,18 @@ async def gather(state: State, askers: Sequence[web.Request], pieces: Iterable[b
     return b"".join(ready)
 
 
+Headers = tuple[tuple[str, str], ...]
+
+
 @lru_cache(maxsize=64)
-def cache_headers(etag: str, kind: str, *more: tuple[str, str]) -> Mapping[str, str]:
+def cache_headers(etag: str, kind: str) -> Headers:
     """Return what tells a client how long it may keep an answer, and what it is."""
-    return {
-        "ETag": f'W/"{etag}"',
-        "Cache-Control": "no-cache",
-        "Vary": "Accept-Encoding",
-        "Content-Type": CONTENT_TYPES[kind],
-        **dict(more),
-    }
+    return (
+        ("ETag", f'W/"{etag}"'),
+        ("Cache-Control", "no-cache"),
+        ("Vary", "Accept-Encoding"),
+        ("Content-Type", CONTENT_TYPES[kind]),
+    )
 
 
 async def send(
@@ -1289,38 +1291,36 @@ async def send(
 
     `more` are further headers.
     """
+    headers = cache_headers(etag, kind) + more
     if any(known.value in (etag, "*") for known in request.if_none_match or ()):
-        return respond(request, 304, b"", etag, kind, *more)
+        return respond(request, 304, b"", headers)
     name = (request.raw_path, etag)
     body = plain = await share(request, name, make)
     if len(plain) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
         packed = ("gzip", *name)
         body = await share(request, packed, lambda _: asyncio.to_thread(gzip.compress, plain, 6))
-        more += (("Content-Encoding", "gzip"),)
+        headers += (("Content-Encoding", "gzip"),)
     if len(body) <= STREAM_BYTES:
-        return respond(request, 200, body, etag, kind, *more)
+        return respond(request, 200, body, headers)
     # Piece by piece, so that no connection holds all of it as its own.
     pieces = (body[at : at + STREAM_BYTES] for at in range(0, len(body), STREAM_BYTES))
-    headers = cache_headers(etag, kind, ("Content-Length", str(len(body))), *more)
-    return await stream(request, pieces, headers)
+    return await stream(request, pieces, (*headers, ("Content-Length", str(len(body)))))
 
 
-def respond(
-    request: web.Request, status: int, body: bytes, etag: str, kind: str, *more: tuple[str, str]
-) -> web.StreamResponse:
+def respond(request: web.Request, status: int, body: bytes, headers: Headers) -> web.StreamResponse:
     """Answer with a body that is there."""
     if request.method == hdrs.METH_GET and request.version == aiohttp.HttpVersion11 and request.keep_alive:
-        return Ready(status, write_head(status, len(body), int(time.time()), etag, kind, *more), body)
-    return web.Response(status=status, body=body, headers=cache_headers(etag, kind, *more))
+        return Ready(status, write_head(status, len(body), int(time.time()), headers), body)
+    return web.Response(status=status, body=body, headers=headers)
 
 
 @lru_cache(maxsize=64)
-def write_head(status: int, length: int, now: int, etag: str, kind: str, *more: tuple[str, str]) -> bytes:
+def write_head(status: int, length: int, now: int, headers: Headers) -> bytes:
     """Write the head of an answer to a GET, sent in the second `now`."""
-    headers = {"Date": formatdate(now, usegmt=True), **cache_headers(etag, kind, *more), **SAFETY_HEADERS}
+    headers += (("Date", formatdate(now, usegmt=True)), *SAFETY_HEADERS.items())
     if status == HTTPStatus.OK:
-        headers["Content-Length"] = str(length)
-    lines = (f"{name}: {value}\r\n" for name, value in headers.items())
+        headers += (("Content-Length", str(length)),)
+    lines = (f"{name}: {value}\r\n" for name, value in headers)
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n".encode()
 
 
@@ -1366,7 +1366,7 @@ def joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 async def stream(
-    request: web.Request, pieces: Iterable[bytes], headers: Mapping[str, str], seconds: float | None = None
+    request: web.Request, pieces: Iterable[bytes], headers: Headers, seconds: float | None = None
 ) -> web.StreamResponse:
     """Answer piece by piece, and let others in between.
 
@@ -1375,7 +1375,7 @@ async def stream(
     response = web.StreamResponse(headers=headers)
     if request.method == hdrs.METH_HEAD:
         return response
-    if accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")) and hdrs.CONTENT_ENCODING not in headers:
+    if response.content_length is None and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
         response.enable_compression(web.ContentCoding.gzip)
     if request.version < aiohttp.HttpVersion11:
         response.force_close()  # without chunks only the end of the connection ends the answer
