@@ -52,7 +52,17 @@ import sys
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
 from email.utils import formatdate
@@ -73,6 +83,7 @@ from aiohttp.typedefs import Handler
 BLOCK_EVENTS = 1024  # at most, in one block: about 100 kB of JSON and half a millisecond of work
 STREAM_BYTES = 64 * 1024  # a longer answer is streamed
 GZIP_BYTES = 1024  # a shorter answer is not worth compressing
+FREEZE_EVENTS = 20_000  # a search for garbage among so many takes some milliseconds
 KEPT_BYTES = 1024 * 1024  # a longer answer is made for each who asks
 KEPT_ANSWERS = 64
 REPORTING = 2  # how many reports may be made at a time: the other threads are for what is quick
@@ -358,6 +369,7 @@ class Usage:
         self.keys: dict[str, tuple[bytes, int]] = {}  # idempotency key -> hash of the body, first id
         self.count = 0
         self.last_id = 0
+        self.frozen = 0  # the last id when the events were last set apart for the garbage collector
         self.etag = secrets.token_hex(8)  # another one after every change, and after every start
         self.warned = False
 
@@ -372,6 +384,9 @@ class Usage:
         self.by_start.add(events)
         self.by_id.add(events)
         self._count(events, 1)
+        if self.last_id >= self.frozen + FREEZE_EVENTS:  # none is garbage, so none is searched
+            self.frozen = self.last_id
+            gc.freeze()
         if self.count <= self.keep:
             return
         if not self.warned:
@@ -1152,6 +1167,9 @@ def encode_rows(rows: Iterable[dict[str, Any]]) -> bytes:
     return "".join([f",{to_json(row)}" for row in rows]).encode()
 
 
+Pieces = Generator[bytes, None, None]  # of an answer
+
+
 def write_rows(
     kind: str,
     columns: Iterable[str],
@@ -1160,7 +1178,7 @@ def write_rows(
     as_json: Callable[[list[Any]], bytes] = encode_rows,
     as_line: Callable[[Any], bytes] = encode,
     as_csv: Callable[[Any], str] = lambda row: encode_cells(*row.values()) + CSV_END,
-) -> Iterator[bytes]:
+) -> Pieces:
     """Yield `blocks` of rows as json, ndjson or csv, piece by piece; b"" where a block has no rows."""
     if kind == "csv":
         yield (encode_cells(*columns) + CSV_END).encode()
@@ -1249,7 +1267,7 @@ async def share(request: web.Request, name: object, make: Make) -> bytes:
     return body
 
 
-async def gather(state: State, askers: Sequence[web.Request], pieces: Iterable[bytes]) -> bytes | None:
+async def gather(state: State, askers: Sequence[web.Request], pieces: Pieces) -> bytes | None:
     """Return `pieces` as one, or None for more than KEPT_BYTES.
 
     Raises ConnectionResetError as soon as all who asked have gone.
@@ -1257,6 +1275,7 @@ async def gather(state: State, askers: Sequence[web.Request], pieces: Iterable[b
     ready: list[bytes] = []
     began, size = time.monotonic(), 0
     async with contextlib.AsyncExitStack() as long:
+        long.callback(pieces.close)  # or an error would hold all that they are made from
         async for piece in in_turns(state.turn, pieces):
             ready.append(piece)
             size += len(piece)
@@ -1366,7 +1385,7 @@ def joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 async def stream(
-    request: web.Request, pieces: Iterable[bytes], headers: Headers, seconds: float | None = None
+    request: web.Request, pieces: Pieces, headers: Headers, seconds: float | None = None
 ) -> web.StreamResponse:
     """Answer piece by piece, and let others in between.
 
@@ -1381,7 +1400,8 @@ async def stream(
         response.force_close()  # without chunks only the end of the connection ends the answer
     await response.prepare(request)
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(seconds), contextlib.AsyncExitStack() as end:
+            end.callback(pieces.close)  # or an error would hold all that they are made from
             async for part in in_turns(request.app[STATE].turn, joined(pieces)):
                 if has_gone(request):
                     raise ConnectionResetError
@@ -1518,7 +1538,7 @@ async def get_usage(request: web.Request) -> web.StreamResponse:
         return web.Response(status=400)  # with an empty body: the challenge wants it so
     kind, by, window = asked.get("format", "json"), asked.get("group_by", ()), asked.get("window")
 
-    def write_usage() -> Iterator[bytes]:
+    def write_usage() -> Pieces:
         events = select(state.usage, asked)
         if not (by or window):
             as_json, as_csv = attrgetter("json"), attrgetter("csv")
@@ -1970,15 +1990,13 @@ async def serve(app: web.Application, listener: socket.socket, url: str, verbose
     finally:
         await runner.cleanup()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # it is ending already
-        gc.freeze()  # Python's last search for garbage would take seconds among a million events
 
 
 def main() -> None:
     """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
     for number in SIGNALS:  # until the event loop takes them over
         signal.signal(number, lambda *_: sys.exit(0))
-    # No event is garbage: a search for cycles among a million would hold everyone up for a second.
-    gc.set_threshold(50_000, 20, 10_000)
+    gc.set_threshold(50_000, 20, 10)  # seldom, for requests leave few cycles behind
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # many shells allow 256 or 1,024 until they are asked
