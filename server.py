@@ -1996,7 +1996,7 @@ def main() -> None:
     """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
     for number in SIGNALS:  # until the event loop takes them over
         signal.signal(number, lambda *_: sys.exit(0))
-    gc.set_threshold(50_000, 20, 10)  # seldom, for requests leave few cycles behind
+    gc.set_threshold(10_000, 10, 10)  # seldom, for requests leave few cycles behind
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # many shells allow 256 or 1,024 until they are asked
