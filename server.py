@@ -27,6 +27,7 @@ import base64
 import calendar
 import contextlib
 import csv
+import ctypes
 import errno
 import fcntl
 import gc
@@ -83,6 +84,7 @@ from aiohttp.typedefs import Handler
 BLOCK_EVENTS = 1024  # at most, in one block: about 100 kB of JSON and half a millisecond of work
 STREAM_BYTES = 64 * 1024  # a longer answer is streamed
 GZIP_BYTES = 1024  # a shorter answer is not worth compressing
+LARGE_BYTES = 512 * 1024  # so much memory, once it is free, goes back to the system at once
 FREEZE_EVENTS = 20_000  # a search for garbage among so many takes some milliseconds
 KEPT_BYTES = 1024 * 1024  # a longer answer is made for each who asks
 KEPT_ANSWERS = 64
@@ -1080,11 +1082,11 @@ CONTENT_TYPES = {
     "csv": "text/csv; charset=utf-8; header=present",
     "html": "text/html; charset=utf-8",
 }
-SAFETY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
+SAFETY_HEADERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+)
 STATUSES = {InvalidError: 400, FromInFutureError: 400, MissingError: 404, StorageError: 503}
 
 GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permutations(NAMES, size))
@@ -1312,7 +1314,7 @@ async def send(
     """
     headers = cache_headers(etag, kind) + more
     if any(known.value in (etag, "*") for known in request.if_none_match or ()):
-        return respond(request, 304, b"", headers)
+        return Ready(304, headers=headers)
     name = (request.raw_path, etag)
     body = plain = await share(request, name, make)
     if len(plain) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
@@ -1320,48 +1322,45 @@ async def send(
         body = await share(request, packed, lambda _: asyncio.to_thread(gzip.compress, plain, 6))
         headers += (("Content-Encoding", "gzip"),)
     if len(body) <= STREAM_BYTES:
-        return respond(request, 200, body, headers)
+        return Ready(200, body, headers)
     # Piece by piece, so that no connection holds all of it as its own.
     pieces = (body[at : at + STREAM_BYTES] for at in range(0, len(body), STREAM_BYTES))
     return await stream(request, pieces, (*headers, ("Content-Length", str(len(body)))))
 
 
-def respond(request: web.Request, status: int, body: bytes, headers: Headers) -> web.StreamResponse:
-    """Answer with a body that is there."""
-    if request.method == hdrs.METH_GET and request.version == aiohttp.HttpVersion11 and request.keep_alive:
-        return Ready(status, write_head(status, len(body), int(time.time()), headers), body)
-    return web.Response(status=status, body=body, headers=headers)
-
-
 @lru_cache(maxsize=64)
-def write_head(status: int, length: int, now: int, headers: Headers) -> bytes:
-    """Write the head of an answer to a GET, sent in the second `now`."""
-    headers += (("Date", formatdate(now, usegmt=True)), *SAFETY_HEADERS.items())
-    if status == HTTPStatus.OK:
+def write_head(status: int, length: int, keep_alive: bool, now: int, headers: Headers) -> bytes:
+    """Write the head of an answer that is sent in the second `now`."""
+    connection = "keep-alive" if keep_alive else "close"
+    headers += (("Date", formatdate(now, usegmt=True)), ("Connection", connection))
+    if status != HTTPStatus.NOT_MODIFIED:
         headers += (("Content-Length", str(length)),)
-    lines = (f"{name}: {value}\r\n" for name, value in headers)
+    lines = (f"{name}: {value}\r\n" for name, value in (*headers, *SAFETY_HEADERS))
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n".encode()
 
 
 class Ready(web.StreamResponse):
-    """An answer that is there, to a GET over HTTP/1.1 after which the connection stays open.
+    """An answer that is there.
 
-    Head and body are sent as they are, for aiohttp's own way of writing a head takes a good part of the time
-    that such an answer takes in all.
+    Head and body are sent as they are, and forgotten: aiohttp's own way of writing a head takes a good part
+    of the time that a short answer takes in all, and it holds an answer until the connection's next request.
     """
 
     keep_alive = True
     body_length = 0
 
-    def __init__(self, status: int, head: bytes, body: bytes) -> None:
+    def __init__(self, status: int, body: bytes = b"", headers: Headers = ()) -> None:
         """Put the answer together, but do not send it yet."""
         super().__init__(status=status)
         self.body_length = len(body)  # for the log
-        self.whole = head + body
+        self.body, self.further = body, headers
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
         """Send it; the next request is not looked at before the client has taken enough."""
-        await request.writer.write(self.whole)
+        self.keep_alive = request.keep_alive
+        head = write_head(self.status, len(self.body), self.keep_alive, int(time.time()), self.further)
+        body, self.body = self.body, b""
+        await request.writer.write(head if request.method == hdrs.METH_HEAD else head + body)
         await request.writer.drain()
         return request.writer
 
@@ -1391,7 +1390,7 @@ async def stream(
 
     A client is cut off that takes nothing for STALL_SECONDS, or not everything in `seconds`.
     """
-    response = web.StreamResponse(headers=headers)
+    response = web.StreamResponse(headers=headers + SAFETY_HEADERS)
     if request.method == hdrs.METH_HEAD:
         return response
     if response.content_length is None and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
@@ -1421,13 +1420,13 @@ def accepts_gzip(codings: str) -> bool:
     return any(re.fullmatch(r"gzip(;q=(1|0\.0*[1-9]).*)?", coding) for coding in each)
 
 
-def reply(status: int, body: bytes, **headers: str) -> web.Response:
+def reply(status: int, body: bytes, **headers: str) -> Ready:
     """Answer with JSON that is about this moment, so nobody may keep it."""
     headers |= {"Content-Type": CONTENT_TYPES["json"], "Cache-Control": "no-store"}
-    return web.Response(status=status, body=body, headers=headers)
+    return Ready(status, body, tuple(headers.items()))
 
 
-def succeed(message: str, data: bytes, status: int = 200, **headers: str) -> web.Response:
+def succeed(message: str, data: bytes, status: int = 200, **headers: str) -> Ready:
     """Answer as every success of the API does; `data` is JSON."""
     return reply(status, SUCCESS % (encode(message), data), **headers)
 
@@ -1445,7 +1444,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         kept = {name: error.headers[name] for name in names}
         return reply(error.status, encode({"error": error.reason}), **kept)
     except ConnectionError:
-        return web.Response()  # goes nowhere: the client has gone
+        return Ready(200)  # goes nowhere: the client has gone
     except Exception:
         log.exception("%s %r failed", request.method, request.path)
         if request.writer.output_size:
@@ -1483,11 +1482,6 @@ def check_access(request: web.Request, config: Config) -> None:
     if config.token and not (known and scheme.lower() == "bearer"):
         challenge = {hdrs.WWW_AUTHENTICATE: "Bearer"}
         raise web.HTTPUnauthorized(reason="a write needs Authorization: Bearer TOKEN", headers=challenge)
-
-
-async def add_safety_headers(_: web.Request, response: web.StreamResponse) -> None:
-    """Put on every answer what keeps browsers from misusing it."""
-    response.headers.update(SAFETY_HEADERS)
 
 
 def read_page(path: Path) -> tuple[bytes, str]:
@@ -1535,7 +1529,7 @@ async def get_usage(request: web.Request) -> web.StreamResponse:
     try:
         check_from(asked, state.clock())
     except FromInFutureError:
-        return web.Response(status=400)  # with an empty body: the challenge wants it so
+        return Ready(400)  # with an empty body: the challenge wants it so
     kind, by, window = asked.get("format", "json"), asked.get("group_by", ()), asked.get("window")
 
     def write_usage() -> Pieces:
@@ -1558,7 +1552,7 @@ async def get_usage(request: web.Request) -> web.StreamResponse:
             return await stream(request, write_usage(), headers, SUM_SECONDS if sums else None)
 
 
-async def get_health(request: web.Request) -> web.Response:
+async def get_health(request: web.Request) -> Ready:
     """Tell whether all is well: 503 when the simulation has stopped or the last write failed."""
     state = request.app[STATE]
     age = time.monotonic() - state.simulation.last_batch
@@ -1582,7 +1576,7 @@ async def get_health(request: web.Request) -> web.Response:
     return reply(200 if healthy else 503, encode(value))
 
 
-async def get_streams(request: web.Request) -> web.Response:
+async def get_streams(request: web.Request) -> Ready:
     """List a page of streams in order of id."""
     state = request.app[STATE]
     asked = dict(parse_query(request.rel_url.raw_query_string, *FILTERS, "limit", "after"))
@@ -1604,7 +1598,7 @@ async def get_streams(request: web.Request) -> web.Response:
     return succeed("Found Streams", b'[%b],"total":%d,"next":%b' % (data, total, encode(following_id)))
 
 
-async def post_streams(request: web.Request) -> web.Response:
+async def post_streams(request: web.Request) -> Ready:
     """Store one event or an array of them: all or none, and once for an `Idempotency-Key`."""
     state = request.app[STATE]
     key = request.headers.get("Idempotency-Key")
@@ -1638,12 +1632,12 @@ def find_stream(request: web.Request) -> Event:
     return request.app[STATE].usage.find(int(text.lstrip("0")[:30] or "0"))
 
 
-async def get_stream(request: web.Request) -> web.Response:
+async def get_stream(request: web.Request) -> Ready:
     """Show a stream."""
     return succeed("Found Stream", find_stream(request).stream)
 
 
-async def change_stream(request: web.Request) -> web.Response:
+async def change_stream(request: web.Request) -> Ready:
     """Replace a stream (PUT), or change some of its fields (PATCH)."""
     state, old = request.app[STATE], find_stream(request)
     fields, _ = await read_json(request)
@@ -1657,7 +1651,7 @@ async def change_stream(request: web.Request) -> web.Response:
     return succeed("Stream Updated", new.stream)
 
 
-async def delete_stream(request: web.Request) -> web.Response:
+async def delete_stream(request: web.Request) -> Ready:
     """Remove a stream."""
     state, stream = request.app[STATE], find_stream(request)
     async with state.alone("stream", stream.id):
@@ -1676,7 +1670,7 @@ async def describe(state: State, only: str | None = None) -> list[bytes]:
         )
 
 
-async def get_users(request: web.Request) -> web.Response:
+async def get_users(request: web.Request) -> Ready:
     """List all who streamed or subscribe."""
     return succeed("Found Users", b"[%b]" % b",".join(await describe(request.app[STATE])))
 
@@ -1689,7 +1683,7 @@ def parse_user(request: web.Request) -> str:
         raise InvalidError("User ID Invalid") from None
 
 
-async def get_user(request: web.Request) -> web.Response:
+async def get_user(request: web.Request) -> Ready:
     """Show what a user streamed and subscribes to."""
     user = parse_user(request)
     for described in await describe(request.app[STATE], user):
@@ -1697,7 +1691,7 @@ async def get_user(request: web.Request) -> web.Response:
     raise MissingError(f"there is no user {user!r}")
 
 
-async def put_user(request: web.Request) -> web.Response:
+async def put_user(request: web.Request) -> Ready:
     """Set a user's subscription."""
     state, user = request.app[STATE], parse_user(request)
     value, _ = await read_json(request)
@@ -1874,12 +1868,13 @@ def create_app(
     simulation = Simulation(random.Random(config.random_seed))  # noqa: S311 - no secret comes of it
     app[STATE] = State(config, usage, subscriptions, simulation, journal, page, clock)
     app.add_routes(ROUTES)
-    app.on_response_prepare.append(add_safety_headers)
     app.cleanup_ctx.extend((own_journal, own_simulation))
     return app
 
 
 # ── Command line ────────────────────────────────────────────────────────────────────────────────
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 
 
 class Parser(argparse.ArgumentParser):
@@ -1962,6 +1957,17 @@ def is_no_fault_of_a_client(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], faults))
 
 
+def give_back_memory() -> None:
+    """Have the C library give back large pieces of memory as soon as they are free.
+
+    By itself glibc keeps the more, the larger they are that it has seen. Other libraries have no mallopt.
+    """
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for limit in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            mallopt(limit, LARGE_BYTES)
+
+
 async def serve(app: web.Application, listener: socket.socket, url: str, verbose: bool) -> None:
     """Answer until the first signal; whatever signals follow, requests under way are answered first."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
@@ -1996,6 +2002,7 @@ def main() -> None:
     """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
     for number in SIGNALS:  # until the event loop takes them over
         signal.signal(number, lambda *_: sys.exit(0))
+    give_back_memory()
     gc.set_threshold(10_000, 10, 10)  # seldom, for requests leave few cycles behind
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
