@@ -88,6 +88,7 @@ LARGE_BYTES = 512 * 1024  # so much memory, once it is free, goes back to the sy
 FREEZE_EVENTS = 20_000  # a search for garbage among so many takes some milliseconds
 KEPT_BYTES = 1024 * 1024  # a longer answer is made for each who asks
 KEPT_ANSWERS = 64
+THREADS = 4
 REPORTING = 2  # how many reports may be made at a time: the other threads are for what is quick
 SUMMING = 4  # how many answers may hold the sums of many groups at a time
 SUM_SECONDS = 300  # how long such an answer may hold them
@@ -1973,6 +1974,7 @@ async def serve(app: web.Application, listener: socket.socket, url: str, verbose
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     for number in SIGNALS:
         loop.add_signal_handler(number, lambda: task and not task.cancelling() and task.cancel())
+    loop.set_default_executor(ThreadPoolExecutor(THREADS))  # each keeps some memory of its own
     loop.set_exception_handler(log_loop_error)
     access_log = logging.getLogger("aiohttp.access") if verbose else None
     logging.getLogger("aiohttp.server").addFilter(is_no_fault_of_a_client)

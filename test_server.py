@@ -1851,18 +1851,50 @@ async def test_readers_never_see_a_part_of_a_batch() -> None:
         assert await program.stop() == (0, "")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def memory(program: Program) -> int:
+    """Return the bytes of memory that a process of the program has."""
+    status = Path(f"/proc/{program.process.pid}/status").read_text("utf-8")
+    return 1024 * int(status.split("VmRSS:")[1].split()[0])
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("path", ["/usage", "/api/v1/streams?limit=1000"])
+async def test_an_open_connection_holds_no_answer(path: str) -> None:
+    async with started("--no-simulation") as program:
+        url = URL(await program.url())
+        async with aiohttp.ClientSession() as session:
+            events = [STREAM | {"track_id": f"{number:0100}", "stream_started_on": 1} for number in range(250)]
+            async with session.post(url.with_path("/api/v1/streams"), json=events) as answer:
+                assert answer.status == 201
+        connections = [await asyncio.open_connection(url.host, url.port) for _ in range(200)]
+
+        async def ask_all(path: str) -> int:
+            for reader, writer in connections:
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+                head = await reader.readuntil(b"\r\n\r\n")
+                size = int(re.findall(rb"content-length: (\d+)", head.lower())[0])
+                await reader.readexactly(size)
+            return size
+
+        await ask_all("/health")
+        before = memory(program)
+        size = await ask_all(path)
+        assert size > 40_000
+        assert memory(program) - before < 200 * size / 2
+        for _, writer in connections:
+            writer.close()
+
+
+@needs_proc
 async def test_a_month_of_events_takes_400_bytes_each_and_100_slow_readers_little_more() -> None:
     async with started("--no-simulation", "--history=30") as program:
         url = URL(await program.url())
-
-        def memory() -> int:
-            status = Path(f"/proc/{program.process.pid}/status").read_text("utf-8")
-            return 1024 * int(status.split("VmRSS:")[1].split()[0])
-
         events = await get_json(f"{url}/usage")
         assert len(events) == pytest.approx(777_600, rel=0.01)
-        full = memory()
+        full = memory(program)
         assert full / len(events) < 400  # what is promised, and the interpreter is in it
         readers = [await asyncio.open_connection(url.host, url.port, limit=1_000) for _ in range(100)]
         for reader, writer in readers:
@@ -1873,11 +1905,11 @@ async def test_a_month_of_events_takes_400_bytes_each_and_100_slow_readers_littl
                 started_on = events[0]["stream_started_on"] + 86_400 * day
                 batch = [STREAM | {"stream_started_on": started_on + 85 * number} for number in range(1_000)]
                 assert (await session.post(f"{url}/api/v1/streams", json=batch)).status == 201
-        assert memory() - full < 200e6
+        assert memory(program) - full < 200e6
         for _, writer in readers:
             writer.transport.abort()
         await get_json(f"{url}/usage")
-        assert memory() - full < 100e6  # the 30,000 new ones, and blocks that Python keeps for the next ones
+        assert memory(program) - full < 100e6  # the 30,000 new ones, and blocks that Python keeps for the next ones
 
 
 async def test_a_month_as_ndjson_gives_duckdb_the_same_sums() -> None:
