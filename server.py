@@ -604,7 +604,9 @@ def share_month(
     weights = {label: seconds for label, (_, seconds) in labels.items()}
     whole = heard.total() or 1
     paying = [user for user in subscriptions if heard[user]]
-    common = math.lcm(whole, *(heard[user] for user in paying))
+    common = whole
+    for user in paying:  # one call for all of them would hold up every other thread
+        common = math.lcm(common, heard[user])
     per_second = {user: subscriptions[user].net * (common // heard[user]) for user in paying}
     silent = sum(each.net for user, each in subscriptions.items() if not heard[user])
     claims = {label: silent * (common // whole) * seconds for label, seconds in weights.items()}
@@ -1980,7 +1982,7 @@ async def serve(app: web.Application, listener: socket.socket, url: str, verbose
         pass
     finally:
         await runner.cleanup()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # it is ending already
+    os._exit(0)  # all is stored; to free so many events, or to end a report that nobody gets, takes seconds
 
 
 def main() -> None:

@@ -1934,6 +1934,37 @@ async def test_a_signal_ends_it_with_status_0_after_the_requests_under_way(numbe
             assert await stopping == (0, "")
 
 
+async def test_a_report_over_very_many_subscribers_holds_up_neither_the_others_nor_the_end(tmp_path: Path) -> None:
+    rng, users = random.Random(15), [f"user {number}" for number in range(40_000)]
+    days = ["01/03/2019", "31/03/2019", *(f"{day:02}/04/2019" for day in range(1, 9))]
+    rows = [f"{day};{user};NL;track 1;{rng.randrange(86_400)}\n" for user in users for day in days]
+    write_import(
+        tmp_path,
+        "user_id;product_type;fee;origin\n" + "".join(f"{user};premium;7.99;web\n" for user in users),
+        "date;user_id;region;track_id;seconds\n" + "".join(rows),
+        [{"track_id": "track 1", "label": "label 1"}],
+    )
+    async with started("--no-simulation", f"--import={tmp_path}") as program:
+        url = await program.url()
+        begin = time.monotonic()
+        report, waits = asyncio.create_task(get_json(f"{url}/api/v1/report?month=2019-03")), list[float]()
+        while not report.done():
+            asked = time.monotonic()
+            await get_json(f"{url}/health")
+            waits.append(time.monotonic() - asked)
+            await asyncio.sleep(0.01)
+        march = sum(int(row.split(";")[-1]) for row in rows if "/03/" in row)
+        assert (await report)["data"]["seconds_streamed"] == march
+        assert max(waits) < (time.monotonic() - begin) / 8
+        again = asyncio.create_task(get_json(f"{url}/api/v1/report"))
+        await asyncio.sleep(0.5)
+        begin = time.monotonic()
+        assert await program.stop() == (0, "")
+        assert time.monotonic() - begin < 5  # what the contract promises
+        with pytest.raises(aiohttp.ClientError):
+            await again
+
+
 async def test_a_signal_ends_it_with_status_0_while_it_starts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
