@@ -1075,7 +1075,7 @@ CONTENT_TYPES = {
     "csv": "text/csv; charset=utf-8; header=present",
     "html": "text/html; charset=utf-8",
 }
-SAFETY_HEADERS = (
+SAFETY_HEADERS = (  # what keeps browsers from misusing an answer
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
@@ -1378,7 +1378,7 @@ async def stream(
 
     A client is cut off that takes nothing for STALL_SECONDS, or not everything in `seconds`.
     """
-    response = web.StreamResponse(headers=headers + SAFETY_HEADERS)
+    response = web.StreamResponse(headers=headers)
     if request.method == hdrs.METH_HEAD:
         return response
     if response.content_length is None and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
@@ -1469,6 +1469,11 @@ def check_access(request: web.Request, config: Config) -> None:
     if config.token and not (known and scheme.lower() == "bearer"):
         challenge = {hdrs.WWW_AUTHENTICATE: "Bearer"}
         raise web.HTTPUnauthorized(reason="a write needs Authorization: Bearer TOKEN", headers=challenge)
+
+
+async def add_safety_headers(_: web.Request, response: web.StreamResponse) -> None:
+    """Put them on what is no `Ready`: long answers, and aiohttp's own."""
+    response.headers.update(SAFETY_HEADERS)
 
 
 def read_page(path: Path) -> tuple[bytes, str]:
@@ -1854,6 +1859,7 @@ def create_app(
     simulation = Simulation(random.Random(config.random_seed))  # noqa: S311 - no secret comes of it
     app[STATE] = State(config, usage, subscriptions, simulation, journal, page, clock)
     app.add_routes(ROUTES)
+    app.on_response_prepare.append(add_safety_headers)
     app.cleanup_ctx.extend((own_journal, own_simulation))
     return app
 
@@ -1981,7 +1987,12 @@ async def serve(app: web.Application, listener: socket.socket, url: str, verbose
     except asyncio.CancelledError:
         pass
     finally:
+        connections = [each.transport for each in runner.server.connections] if runner.server else []
         await runner.cleanup()
+    for _ in range(50):  # half a second, for what has been answered to be sent, too
+        if not any(each and each.get_write_buffer_size() for each in connections):
+            break
+        await asyncio.sleep(0.01)
     os._exit(0)  # all is stored; to free so many events, or to end a report that nobody gets, takes seconds
 
 

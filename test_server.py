@@ -27,7 +27,7 @@ import threading
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from fractions import Fraction
 from operator import attrgetter
@@ -104,12 +104,14 @@ def start(aiohttp_client: AiohttpClient) -> Start:
 
 
 @contextlib.asynccontextmanager
-async def started(*options: str, **environment: str) -> AsyncIterator[Program]:
+async def started(
+    *options: str, command: Sequence[str] = (str(HERE / "server.py"),), **environment: str
+) -> AsyncIterator[Program]:
     """Run `python server.py` with `options` on a free port, and stop it at the end."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, HERE / "server.py", "--port=0", *options,
+        sys.executable, *command, "--port=0", *options,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        env=os.environ | environment,
+        env=os.environ | environment, cwd=HERE,
     )
     program = Program(process)
     try:
@@ -1323,7 +1325,7 @@ async def test_an_internal_error_is_logged_and_tells_nothing(start: Start, caplo
 async def test_every_answer_carries_the_safety_headers(start: Start, method: str, path: str) -> None:
     client = await start(random_events(random.Random(22), 2_000))
     etag = (await client.get("/usage")).headers["ETag"]
-    for headers in ({}, {"If-None-Match": etag}):
+    for headers in ({}, {"If-None-Match": etag}, {"Expect": "what aiohttp refuses by itself"}):
         answer = await client.request(method, path, headers=headers)
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
         assert answer.headers["Referrer-Policy"] == "no-referrer"
@@ -1990,6 +1992,25 @@ async def test_more_signals_than_one_change_nothing(pause: float) -> None:
             await asyncio.sleep(pause)
         assert (await program.process.communicate())[1] == b""
         assert program.process.returncode == 0
+
+
+async def test_a_client_that_reads_late_gets_the_end_of_its_answer_after_a_signal() -> None:
+    small = "import server, socket; listen = server.listen; server.listen = lambda *where: small(listen(*where))"
+    small += "\ndef small(listener): listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096); return listener"
+    small += "\nserver.main()"
+    async with started("--no-simulation", "--history=0.01", command=("-c", small)) as program:
+        url = URL(await program.url())
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((url.host, url.port))
+            client.sendall(b"GET /usage HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await asyncio.sleep(0.5)  # it is answered, and most of that is in no buffer of the system
+            stopping = asyncio.create_task(program.stop())
+            await asyncio.sleep(0.2)
+            assert not stopping.done()
+            head, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
+        assert len(body) == int(head.partition(b"Content-Length: ")[2].split()[0])
+        assert await stopping == (0, "")
 
 
 async def test_a_client_that_does_not_read_cannot_hold_up_the_end() -> None:
