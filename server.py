@@ -1316,6 +1316,18 @@ async def send(
     return await stream(request, pieces, (*headers, ("Content-Length", str(len(body)))))
 
 
+@contextlib.asynccontextmanager
+async def cut_off_after(seconds: float | None, request: web.BaseRequest) -> AsyncIterator[None]:
+    """Cut a client off, and raise ConnectionResetError, if it has not taken what is sent within `seconds`."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        if request.transport:
+            request.transport.abort()
+        raise ConnectionResetError from None
+
+
 @lru_cache(maxsize=64)
 def write_head(status: int, length: int, keep_alive: bool, now: int, headers: Headers) -> bytes:
     """Write the head of an answer that is sent in the second `now`."""
@@ -1348,8 +1360,12 @@ class Ready(web.StreamResponse):
         self.keep_alive = request.keep_alive
         head = write_head(self.status, len(self.body), self.keep_alive, int(time.time()), self.further)
         body, self.body = self.body, b""
-        await request.writer.write(head if request.method == hdrs.METH_HEAD else head + body)
-        await request.writer.drain()
+        if request.transport is None or request.transport.is_closing():
+            raise ConnectionResetError
+        request.transport.write(head if request.method == hdrs.METH_HEAD else head + body)
+        if request.protocol.writing_paused:
+            async with cut_off_after(STALL_SECONDS, request):
+                await request.writer.drain()
         return request.writer
 
     async def write_eof(self, data: bytes = b"") -> None:
@@ -1386,18 +1402,13 @@ async def stream(
     if request.version < aiohttp.HttpVersion11:
         response.force_close()  # without chunks only the end of the connection ends the answer
     await response.prepare(request)
-    try:
-        async with asyncio.timeout(seconds), contextlib.AsyncExitStack() as end:
-            end.callback(pieces.close)  # or an error would hold all that they are made from
-            async for part in in_turns(request.app[STATE].turn, joined(pieces)):
-                if has_gone(request):
-                    raise ConnectionResetError
-                async with asyncio.timeout(STALL_SECONDS):
-                    await response.write(part)
-    except TimeoutError:
-        if request.transport:
-            request.transport.abort()
-        raise ConnectionResetError from None
+    async with cut_off_after(seconds, request), contextlib.AsyncExitStack() as end:
+        end.callback(pieces.close)  # or an error would hold all that they are made from
+        async for part in in_turns(request.app[STATE].turn, joined(pieces)):
+            if has_gone(request):
+                raise ConnectionResetError
+            async with cut_off_after(STALL_SECONDS, request):
+                await response.write(part)
     return response
 
 

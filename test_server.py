@@ -1247,12 +1247,15 @@ async def test_a_client_that_asks_on_without_reading_is_not_answered_on(start: S
     writer.transport.abort()
 
 
-async def test_a_client_that_takes_nothing_is_cut_off(start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("events", "requests"), [(200_000, 1), (400, 1_000)])
+async def test_a_client_that_takes_nothing_is_cut_off(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, events: int, requests: int
+) -> None:
     monkeypatch.setattr(server, "STALL_SECONDS", 0.2)
-    client = await start(random_events(random.Random(22), 200_000))
+    client = await start(random_events(random.Random(22), events))
     url = client.make_url("/usage")
     reader, writer = await asyncio.open_connection(url.host, url.port, limit=1)
-    writer.write(b"GET /usage HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    writer.write(b"GET /usage HTTP/1.1\r\nHost: localhost\r\n\r\n" * requests)
     await asyncio.sleep(2)
     async with asyncio.timeout(10):
         assert not (await reader.read()).endswith(b"\r\n0\r\n\r\n")
