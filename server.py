@@ -6,14 +6,27 @@
 
     python server.py            then open http://127.0.0.1:8080, or curl http://127.0.0.1:8080/usage
 
-The words, as the code uses them:
+The map, from top to bottom; each section uses only those above it:
 
-    event         one play of one track by one user, in exactly five fields; a stream is the same
-    usage         the events that are kept
-    subscription  what a user pays a month, and through whom
-    revenue       of a month: what is left of all fees
-    block         some events that stand next to each other in the usage: one step of a long answer
-    batch         the 1 to 5 events that the simulation makes at a time
+    events        what an event is: the one place where one is checked and written
+    usage         the events that are kept, in chunks that are never changed
+    totals        streams and seconds: of each chunk, and by user and month
+    royalties     who is owed what
+    import        the three files of a royalty backend
+    storage       with --db: on disk first, visible second
+    simulation    events as client apps would send them
+    HTTP          requests: what is asked, and who may ask; answers: the one way out
+    handlers      one for each route; ROUTES is the index of the API
+    application   what the handlers share, and who owns it
+    command line  options, signals, the process
+
+The words:
+
+    event, stream  one play of one track by one user, in exactly five fields
+    subscription   what a user pays a month, and through whom
+    revenue        of a month: what is left of all fees
+    sequence       every change of the data takes its next number; an id and a version are such numbers
+    batch          the 1 to 5 events that the simulation makes at a time
 
 Times are Unix seconds, durations are seconds, money is in cents. The limits: one process, one event
 loop; all events are in memory, and without --db gone when it ends.
@@ -51,11 +64,13 @@ import sqlite3
 import stat
 import sys
 import time
+import zlib
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Callable,
+    Container,
     Coroutine,
     Generator,
     Iterable,
@@ -63,17 +78,18 @@ from collections.abc import (
     Mapping,
     Sequence,
     Set,
+    Sized,
 )
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
 from email.utils import formatdate
 from functools import cached_property, lru_cache
-from heapq import merge, nsmallest
+from heapq import merge
 from http import HTTPStatus
 from operator import add, attrgetter, itemgetter
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import Any, NoReturn, TypeVar, cast
+from urllib.parse import parse_qsl, unquote
 from weakref import WeakValueDictionary
 
 import aiohttp
@@ -81,24 +97,27 @@ from aiohttp import hdrs, http_exceptions, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.typedefs import Handler
 
-BLOCK_EVENTS = 1024  # at most, in one block: about 100 kB of JSON and half a millisecond of work
-STREAM_BYTES = 64 * 1024  # a longer answer is streamed
+CHUNK_EVENTS = 1024  # at most, in one chunk: about 100 kB of JSON and a millisecond of work
+PIECE_BYTES = 64 * 1024  # of an answer, written at a time
 GZIP_BYTES = 1024  # a shorter answer is not worth compressing
+GZIP_WBITS = 31  # as zlib calls a gzip stream
 LARGE_BYTES = 512 * 1024  # so much memory, once it is free, goes back to the system at once
 FREEZE_EVENTS = 20_000  # a search for garbage among so many takes some milliseconds
-KEPT_BYTES = 1024 * 1024  # a longer answer is made for each who asks
+KEPT_BYTES = 1024 * 1024  # a longer answer is not kept, and a longer list is written in pieces
 KEPT_ANSWERS = 64
+MOST_ROWS = 100_000  # of totals, in one answer
+PAGE_STREAMS = 1_000
+USERS_A_STEP = 64
 THREADS = 4
-REPORTING = 2  # how many reports may be made at a time: the other threads are for what is quick
-SUMMING = 4  # how many answers may hold the sums of many groups at a time
-SUM_SECONDS = 300  # how long such an answer may hold them
-STALL_SECONDS = 60  # a client that takes nothing of its answers for so long is cut off
+LONG_WORK = 4  # so much of what takes more than a time slice is under way at a time: each holds memory
+SLICE_SECONDS = 0.0005  # how long something may keep the event loop at a stretch
+WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
+LINGER_SECONDS = 1  # how long a body that nobody wants may go on before its connection is closed
 BODY_BYTES = 1024 * 1024
 BODY_SECONDS = 10
 POST_EVENTS = 1_000
 BUSY_SECONDS = 1  # how long a commit waits for another process that has locked the file
 GATHER_SECONDS = 0.001  # how long a commit waits for more to come with it
-TURN_SECONDS = 0.002  # how long a long answer may keep the event loop at a stretch
 SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way; 5 s are promised
 LATE_SECONDS = 5  # a batch that is no later than this, or than three intervals, is not missed
 FETCH_TIMEOUT = aiohttp.ClientTimeout(total=30)
@@ -109,6 +128,13 @@ DAY = 86_400
 STATE: web.AppKey[State] = web.AppKey("state")
 
 T = TypeVar("T")
+K = TypeVar("K")
+R = TypeVar("R")
+B = TypeVar("B", bound=Sized)
+
+Total = tuple[int, int]  # streams and seconds
+Totals = dict[Any, Total]
+Wanted = tuple[tuple[str, Container[Any]], ...]  # names of fields, and the values that are wanted of each
 
 log = logging.getLogger("server")
 
@@ -124,7 +150,8 @@ EVENT_KEYS = frozenset(FIELDS)
 FORBIDDEN_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 TEXT_CHARACTERS = 128
 
-SECONDS = tuple(range(DAY + 1))  # what a stream can have lasted
+HIGHEST_SECONDS = 2**31 - 1
+COMMON_SECONDS = tuple(range(DAY + 1))  # one object of each is enough for all events
 CSV_END = "\r\n"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
@@ -140,12 +167,17 @@ class MissingError(LookupError):
     """There is nothing under this id."""
 
 
+class ConflictError(Exception):
+    """What is asked for is well-formed, but the state of the data does not allow it."""
+
+
 @dataclass(slots=True, eq=False)
 class Event:
     """One play of one track by one user.
 
-    `stream_started_on` is in Unix seconds, `seconds_streamed` in seconds. `id`, from 1, is the order
-    of arrival: `Usage.number` gives it. From then on an event is never changed.
+    `stream_started_on` is in Unix seconds, `seconds_streamed` in seconds. `id` and `version` are the
+    numbers, in the sequence of all changes, under which the stream was created and last changed. Once
+    they are given, an event is never changed: another takes its place.
     """
 
     user_id: str
@@ -154,30 +186,51 @@ class Event:
     stream_started_on: int
     seconds_streamed: int
     id: int = 0
+    version: int = 0
 
     def __post_init__(self) -> None:
         # The same few names and numbers come again and again: one object of each takes half the memory.
         self.user_id, self.track_id = sys.intern(self.user_id), sys.intern(self.track_id)
-        self.label, self.seconds_streamed = sys.intern(self.label), SECONDS[self.seconds_streamed]
+        self.label = sys.intern(self.label)
+        if self.seconds_streamed <= DAY:
+            self.seconds_streamed = COMMON_SECONDS[self.seconds_streamed]
 
     @property
-    def json(self) -> bytes:
-        """The five fields as compact JSON."""
+    def fields(self) -> str:
+        """The five fields as compact JSON, without the braces."""
         return (
-            f'{{"user_id":{quote(self.user_id)},"track_id":{quote(self.track_id)},"label":{quote(self.label)},'
-            f'"stream_started_on":{self.stream_started_on},"seconds_streamed":{self.seconds_streamed}}}'
-        ).encode()
+            f'"user_id":{quote(self.user_id)},"track_id":{quote(self.track_id)},"label":{quote(self.label)},'
+            f'"stream_started_on":{self.stream_started_on},"seconds_streamed":{self.seconds_streamed}'
+        )
 
     @property
     def stream(self) -> bytes:
         """The JSON with the id before the five keys."""
-        return b'{"id":%d,%b' % (self.id, self.json[1:])
+        return f'{{"id":{self.id},{self.fields}}}'.encode()
+
+    @property
+    def change(self) -> str:
+        """The line of the feed."""
+        return f'{{"version":{self.version},"id":{self.id},{self.fields}}}\n'
 
     @property
     def csv(self) -> str:
         """The line of a CSV file."""
         names = encode_cells(self.user_id, self.track_id, self.label)
         return f"{names},{self.stream_started_on},{self.seconds_streamed}{CSV_END}"
+
+
+@dataclass(slots=True, eq=False)
+class Tombstone:
+    """What the feed tells of a stream that has been removed."""
+
+    id: int
+    version: int
+
+    @property
+    def change(self) -> str:
+        """The line of the feed."""
+        return f'{{"version":{self.version},"id":{self.id},"deleted":true}}\n'
 
 
 @lru_cache(maxsize=1024)
@@ -232,64 +285,67 @@ def parse_event(value: object, now: float) -> Event:
         check_text("track_id", fields["track_id"]),
         check_text("label", fields["label"]),
         check_int("stream_started_on", fields["stream_started_on"], int(now)),
-        check_int("seconds_streamed", fields["seconds_streamed"], DAY),
+        check_int("seconds_streamed", fields["seconds_streamed"], HIGHEST_SECONDS),
     )
 
 
-def parse_events(value: object, now: float) -> list[Event]:
-    """Return the event, or the array of 1 to 1,000 events, that `value` is; an error names the index."""
+def parse_events(value: object, now: float) -> Generator[Event, None, None]:
+    """Yield the event, or those of the array of 1 to 1,000, that `value` is; an error names the index."""
     if not isinstance(value, list):
-        return [parse_event(value, now)]
+        yield parse_event(value, now)
+        return
     if not 1 <= len(value) <= POST_EVENTS:
         raise InvalidError(f"an array must hold 1 to {POST_EVENTS} events")
-    events: list[Event] = []
-    try:
-        for item in value:
-            events.append(parse_event(item, now))  # noqa: PERF401 - its length is the index
-    except InvalidError as error:
-        raise InvalidError(f"[{len(events)}]: {error}") from None
-    return events
+    for index, item in enumerate(value):
+        try:
+            yield parse_event(item, now)
+        except InvalidError as error:
+            raise InvalidError(f"[{index}]: {error}") from None
 
 
 # ── Usage ───────────────────────────────────────────────────────────────────────────────────────
-# The events that are kept, and the questions that can be asked about them.
+# The events that are kept, in deques of chunks that are never changed, only replaced: whoever has got
+# chunks reads one moment, however slowly, and what has been found out about a chunk stays true.
 
 
-class Block(list[Event]):
-    """Some events in order. It is never changed, so what has been found out about it stays true."""
+class Chunk(list[Any]):
+    """Some events, or in the feed's order tombstones too, that stand next to each other."""
 
     @cached_property
     def json(self) -> bytes:
-        """The JSON of each event, with a comma before it."""
-        return b"".join([b"," + event.json for event in self])
+        """The JSON of each event, with commas between."""
+        return ",".join([f"{{{event.fields}}}" for event in self]).encode()
+
+    @property
+    def csv(self) -> str:
+        """The lines of a CSV file."""
+        return "".join([event.csv for event in self])
 
     @cached_property
-    def sums(self) -> dict[tuple[str, ...], Totals]:
-        """What `sum_up` has found out."""
+    def known(self) -> dict[object, Totals | None]:
+        """The totals that `count_chunk` has found; None where there are too many to be remembered."""
         return {}
 
 
-class Blocks:
-    """Events in order of a field, equal ones in order of their ids, in a deque of blocks.
+class Chunks:
+    """Events in order of a field, equal ones in order of their ids, in a deque of chunks.
 
-    A writer puts a new block in the place of an old one. So a reader that has got blocks sees one
-    moment, however slowly it reads, without a copy of its own; and an event that belongs into the
-    middle costs the copy of one block instead of shifting the whole deque.
+    An event that belongs into the middle costs the copy of one chunk instead of shifting the whole deque.
     """
 
     def __init__(self, field: str) -> None:
         """Order by the field with this name, an int."""
-        self.rank = attrgetter(field)
+        self.value = attrgetter(field)
         self.key = attrgetter(field, "id")
-        self.blocks: deque[Block] = deque()
+        self.chunks: deque[Chunk] = deque()
 
-    def add(self, events: Iterable[Event]) -> None:
+    def add(self, events: Iterable[Any]) -> None:
         """Put each event in its place."""
-        if not self.blocks:
+        if not self.chunks:
             self._replace(0, sorted(events, key=self.key))
             return
-        for at, group in self._by_block(events):
-            changed = [*self.blocks[at]]
+        for at, group in self._by_chunk(events):
+            changed = [*self.chunks[at]]
             if len(group) > len(changed) // 16:  # sorting anew is quicker than finding so many places
                 changed = sorted(changed + group, key=self.key)
             else:
@@ -297,56 +353,189 @@ class Blocks:
                     insort(changed, event, key=self.key)
             self._replace(at, changed)
 
-    def remove(self, events: Iterable[Event]) -> None:
+    def remove(self, events: Iterable[Any]) -> None:
         """Take out events that are there."""
-        for at, group in self._by_block(events):
-            gone = set(group)
-            self._replace(at, [event for event in self.blocks[at] if event not in gone])
+        for at, group in self._by_chunk(events):
+            leaving = set(group)
+            self._replace(at, [event for event in self.chunks[at] if event not in leaving])
 
-    def between(self, low: int | None = None, high: int | None = None) -> deque[Block]:
-        """Return the events with `low <= field < high`, in order, as blocks."""
-        first, end = 0, len(self.blocks)
+    def between(self, low: int | None = None, high: int | None = None) -> deque[Chunk]:
+        """Return the events with `low <= field < high`, in order, as chunks."""
+        first, end = 0, len(self.chunks)
         if low is not None:
-            first = bisect_left(self.blocks, low, key=lambda block: self.rank(block[-1]))
+            first = bisect_left(self.chunks, low, key=lambda chunk: self.value(chunk[-1]))
         if high is not None:
-            end = bisect_left(self.blocks, high, key=lambda block: self.rank(block[0]))
-        found = deque(itertools.islice(self.blocks, first, end))
-        if found and low is not None:
-            found[0] = Block(found[0][bisect_left(found[0], low, key=self.rank) :])
-        if found and high is not None:
-            found[-1] = Block(found[-1][: bisect_left(found[-1], high, key=self.rank)])
+            end = bisect_left(self.chunks, high, key=lambda chunk: self.value(chunk[0]))
+        found = deque(itertools.islice(self.chunks, first, end))
+        if found and low is not None and self.value(found[0][0]) < low:
+            found[0] = Chunk(found[0][bisect_left(found[0], low, key=self.value) :])
+        if found and high is not None and self.value(found[-1][-1]) >= high:
+            found[-1] = Chunk(found[-1][: bisect_left(found[-1], high, key=self.value)])
         return found
 
-    def _by_block(self, events: Iterable[Event]) -> Iterator[tuple[int, list[Event]]]:
-        """Yield the place of each block that events belong to, and these: the last first, so none moves."""
+    def _by_chunk(self, events: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
+        """Yield the place of each chunk that events belong to, and these: the last first, so none moves."""
         pending = sorted(events, key=self.key)
         while pending:
-            after = bisect_right(self.blocks, self.key(pending[-1]), key=lambda block: self.key(block[0]))
+            after = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
             at = max(0, after - 1)
-            first = bisect_left(pending, self.key(self.blocks[at][0]), key=self.key) if at else 0
+            first = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
             yield at, pending[first:]
             del pending[first:]
 
-    def _replace(self, at: int, events: list[Event]) -> None:
-        """Put `events` in the place of the block there, cut into blocks of about equal length."""
-        if self.blocks:
-            del self.blocks[at]
-        parts = math.ceil(len(events) / BLOCK_EVENTS)
+    def _replace(self, at: int, events: list[Any]) -> None:
+        """Put `events` in the place of the chunk there, cut into chunks of about equal length."""
+        if self.chunks:
+            del self.chunks[at]
+        parts = math.ceil(len(events) / CHUNK_EVENTS)
         for part in reversed(range(parts)):
             first, end = len(events) * part // parts, len(events) * (part + 1) // parts
-            self.blocks.insert(at, Block(events[first:end]))
+            self.chunks.insert(at, Chunk(events[first:end]))
 
 
-class Totals(dict[Any, tuple[int, int]]):
-    """Streams and seconds under a key each; what has no stream has no key."""
+class Usage:
+    """The events that are kept, in three orders, and the number of the latest change of all data.
 
-    def count(self, key: Any, streams: int, seconds: int) -> None:
-        """Add to what stands under `key`."""
-        before = self.get(key, (0, 0))
-        if before[0] + streams:
-            self[key] = (before[0] + streams, before[1] + seconds)
-        else:
-            del self[key]
+    By start they are queried and by id listed; by version, with the tombstones, they are the feed.
+    """
+
+    def __init__(self, keep: float = math.inf) -> None:
+        """Keep the `keep` events that started last."""
+        self.keep = keep
+        self.by_start, self.by_id = Chunks("stream_started_on"), Chunks("id")
+        self.by_version = Chunks("version")
+        self.tombstones: deque[Tombstone] = deque()
+        self.totals = UserTotals()
+        self.keys: dict[str, tuple[bytes, int]] = {}  # idempotency key -> hash of the body, first id
+        self.count = 0
+        self.name = secrets.token_hex(4)  # of the sequence
+        self.last_number = 0  # the highest that was given
+        self.sequence = 0  # the highest that is visible
+        self.forgotten = 0  # the version of the latest tombstone that is no longer kept
+        self.frozen = 0  # the sequence when the events were last set apart for the garbage collector
+        self.warned = False
+
+    @property
+    def etag(self) -> str:
+        """What names the moment that is visible."""
+        return f"{self.name}-{self.sequence}"
+
+    def number(self) -> int:
+        """Give the next change its number, which no other has ever had."""
+        self.last_number += 1
+        return self.last_number
+
+    def create(self, events: Iterable[Event]) -> None:
+        """Give each new event its id, which is its version too."""
+        for event in events:
+            event.id = event.version = self.number()
+
+    def is_too_old(self, events: Sequence[Event]) -> bool:
+        """Tell whether one of these new events would be among those that `keep` drops at once."""
+        over = self.count + len(events) - self.keep
+        if over <= 0:
+            return False
+        oldest = min(event.stream_started_on for event in events)
+        in_order = itertools.chain.from_iterable(self.by_start.chunks)
+        last = next(itertools.islice(in_order, int(over) - 1, None), None)  # of those that would be dropped
+        return last is None or last.stream_started_on > oldest
+
+    def add(self, events: Sequence[Event]) -> None:
+        """Keep numbered events; then drop the oldest above `keep`."""
+        for order in (self.by_start, self.by_id, self.by_version):
+            order.add(events)
+        self._count(events, 1)
+        self.sequence = max(itertools.chain([self.sequence], map(attrgetter("version"), events)))
+        if self.sequence >= self.frozen + FREEZE_EVENTS:  # none is garbage, so none is searched
+            self.frozen = self.sequence
+            gc.freeze()
+        if self.count <= self.keep:
+            return
+        if not self.warned:
+            self.warned = True
+            log.warning("there are more than %d events: from now on the oldest go (--keep, --db)", self.keep)
+        oldest = itertools.chain.from_iterable(self.by_start.chunks)
+        dropped = [*itertools.islice(oldest, int(self.count - self.keep))]
+        self.remove([(event, self.number()) for event in dropped])
+
+    def find(self, stream_id: int) -> Event:
+        """Return the event with this id; raises MissingError."""
+        for chunk in self.by_id.between(stream_id, stream_id + 1):
+            for event in chunk:
+                return event  # type: ignore[no-any-return]
+        raise MissingError(f"there is no stream {stream_id}")
+
+    def replace(self, old: Event, new: Event) -> None:
+        """Put `new` in the place of `old`, which has the same id."""
+        self._forget([old])
+        self.add([new])
+
+    def remove(self, events: Sequence[tuple[Event, int]]) -> None:
+        """Forget events that are there, each under the number of this change."""
+        self._forget([event for event, _ in events])
+        tombstones = [Tombstone(event.id, number) for event, number in events]
+        self.by_version.add(tombstones)
+        self.tombstones += tombstones
+        self.sequence = tombstones[-1].version
+        if (over := len(self.tombstones) - self.keep) > 0:  # who follows from before has to begin anew
+            oldest = [self.tombstones.popleft() for _ in range(int(over))]
+            self.by_version.remove(oldest)
+            self.forgotten = oldest[-1].version
+
+    def _forget(self, events: Sequence[Event]) -> None:
+        for order in (self.by_start, self.by_id, self.by_version):
+            order.remove(events)
+        self._count(events, -1)
+
+    def _count(self, events: Sequence[Event], sign: int) -> None:
+        self.count += sign * len(events)
+        self.totals.change(events, sign)
+
+
+def matching(events: Chunk, wanted: Wanted) -> Chunk:
+    """Return the events whose user, track and label are among those that are wanted: the one filter."""
+    for name, values in wanted:
+        events = Chunk(itertools.compress(events, map(values.__contains__, map(attrgetter(name), events))))
+    return events
+
+
+def first_of(chunks: Iterable[Chunk], limit: float) -> Generator[Chunk, None, None]:
+    """Yield chunks until there are `limit` events."""
+    for chunk in chunks:
+        yield chunk if len(chunk) <= limit else Chunk(chunk[: int(limit)])
+        limit -= len(chunk)
+        if limit <= 0:
+            return
+
+
+# ── Totals ──────────────────────────────────────────────────────────────────────────────────────
+# Streams and seconds under a key each, all counted by `count`. A chunk's own never change, so they add up
+# to any grouping, filter and window of /usage; those by user and month change with each event, so the
+# money and the users cost what there is of labels and tracks, however many events there are.
+
+
+def count(events: Sequence[Event], keys: Iterable[K]) -> dict[K, Total]:
+    """Return the totals of `events` by `keys`, one for each of them."""
+    seconds: defaultdict[K, list[int]] = defaultdict(list)
+    for key, streamed in zip(keys, map(attrgetter("seconds_streamed"), events), strict=False):
+        seconds[key].append(streamed)
+    return {key: (len(each), sum(each)) for key, each in seconds.items()}
+
+
+def keys_of(events: Sequence[Event], names: Sequence[str]) -> Iterable[tuple[Any, ...]]:
+    """Return the fields with these `names` of each event, in C: it is done for every event there is."""
+    if not names:
+        return itertools.repeat(())
+    return zip(*(map(attrgetter(name), events) for name in names), strict=True)
+
+
+def add_up(totals: Totals, key: Any, total: Total, sign: int = 1) -> None:
+    """Add a total to what stands under `key`; what then has no stream has no key."""
+    streams, seconds = totals.get(key, (0, 0))
+    if streams := streams + sign * total[0]:
+        totals[key] = streams, seconds + sign * total[1]
+    else:
+        del totals[key]
 
 
 @lru_cache(maxsize=4096)
@@ -355,72 +544,108 @@ def month_of(day: int) -> str:
     return time.strftime("%Y-%m", time.gmtime(day * DAY))
 
 
-class Usage:
-    """The events that are kept, and their totals, which the report reads."""
+@lru_cache(maxsize=4096)
+def month_start(month: str) -> int:
+    """Return when a month begins in UTC, in Unix seconds."""
+    return calendar.timegm(time.strptime(month, "%Y-%m"))
 
-    def __init__(self, keep: float = math.inf) -> None:
-        """Keep the `keep` events that started last."""
-        self.keep = keep
-        self.by_start = Blocks("stream_started_on")
-        self.by_id = Blocks("id")
-        self.months: defaultdict[str, Totals] = defaultdict(Totals)  # of each: (user_id, label)
-        self.tracks = Totals()  # (user_id, track_id)
-        self.keys: dict[str, tuple[bytes, int]] = {}  # idempotency key -> hash of the body, first id
-        self.count = 0
-        self.last_id = 0
-        self.frozen = 0  # the last id when the events were last set apart for the garbage collector
-        self.etag = secrets.token_hex(8)  # another one after every change, and after every start
-        self.warned = False
 
-    def number(self, events: Sequence[Event]) -> None:
-        """Give each event its id, which no other has ever had."""
-        for event in events:
-            self.last_id += 1
-            event.id = self.last_id
+WINDOWS = {"minute": 60, "hour": 3_600, "day": DAY}  # and month, which has no fixed length
 
-    def add(self, events: Sequence[Event]) -> None:
-        """Keep numbered events; then drop the oldest above `keep`."""
-        self.by_start.add(events)
-        self.by_id.add(events)
-        self._count(events, 1)
-        if self.last_id >= self.frozen + FREEZE_EVENTS:  # none is garbage, so none is searched
-            self.frozen = self.last_id
-            gc.freeze()
-        if self.count <= self.keep:
-            return
-        if not self.warned:
-            self.warned = True
-            log.warning("there are more than %d events: from now on the oldest go (--keep, --db)", self.keep)
-        oldest = itertools.chain.from_iterable(self.by_start.blocks)
-        self.remove(list(itertools.islice(oldest, int(self.count - self.keep))))
 
-    def find(self, stream_id: int) -> Event:
-        """Return the event with this id; raises MissingError."""
-        for event in itertools.chain(*self.by_id.between(stream_id, stream_id + 1)):
-            return event
-        raise MissingError(f"there is no stream {stream_id}")
+def window_start(window: str, started: int) -> int:
+    """Return when the minute, hour, day or month in UTC began in which `started` lies."""
+    if window == "month":
+        return month_start(month_of(started // DAY))
+    return started - started % WINDOWS[window]
 
-    def replace(self, old: Event, new: Event) -> None:
-        """Put `new` in the place of `old`, which has the same id."""
-        self.remove([old])
-        self.add([new])
 
-    def remove(self, events: Sequence[Event]) -> None:
-        """Forget events that are there."""
-        self.by_start.remove(events)
-        self.by_id.remove(events)
-        self._count(events, -1)
+def by_window(events: Chunk, window: str) -> Iterator[tuple[int, Chunk]]:
+    """Yield each window that `events`, in order of start, lie in: when it began, and its events."""
 
-    def _count(self, events: Sequence[Event], sign: int) -> None:
-        self.etag = secrets.token_hex(8)
-        self.count += sign * len(events)
-        sums = Totals()
-        for event in events:
-            key = (event.stream_started_on // DAY, event.user_id, event.label, event.track_id)
-            sums.count(key, sign, sign * event.seconds_streamed)
-        for (day, user, label, track), (streams, seconds) in sums.items():
-            self.months[month_of(day)].count((user, label), streams, seconds)
-            self.tracks.count((user, track), streams, seconds)
+    def began(event: Event) -> int:
+        return window_start(window, event.stream_started_on)
+
+    at = 0
+    while at < len(events):
+        start = began(events[at])
+        end = len(events) if began(events[-1]) == start else bisect_right(events, start, at, key=began)
+        yield start, Chunk(events[at:end])
+        at = end
+
+
+def count_by_window(events: Chunk, window: str | None, names: tuple[str, ...]) -> Totals:
+    """Return the totals of each combination of `names`; with a `window` its start is the key's first."""
+    if not window:
+        return count(events, keys_of(events, names))
+    parts = ((start, count(part, keys_of(part, names))) for start, part in by_window(events, window))
+    return {(start, *key): total for start, found in parts for key, total in found.items()}
+
+
+def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted: Wanted) -> Totals:
+    """Return totals from which `pick` takes what is wanted.
+
+    A chunk remembers totals that are few. Where they are many, to filter before counting is quicker.
+    """
+    if (window, names) not in chunk.known:
+        found = count_by_window(chunk, window, names)
+        chunk.known[window, names] = found if len(found) <= len(chunk) // 4 else None
+        return found
+    known = chunk.known[window, names]
+    return count_by_window(matching(chunk, wanted), window, names) if known is None else known
+
+
+def aggregate(
+    chunks: Iterable[Chunk], by: tuple[str, ...], window: str | None, wanted: Wanted, limit: int | None
+) -> Generator[None, None, list[tuple[Any, ...]]]:
+    """Return rows of window start, names, streams and seconds: in order of time, then most seconds first.
+
+    Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
+    """
+    names = (*by, *(name for name, _ in wanted if name not in by))
+    sums: Totals = {}
+    for chunk in chunks:
+        for key, total in count_chunk(chunk, window, names, wanted).items():
+            add_up(sums, key, total)
+        if not (limit or wanted) and len(sums) > MOST_ROWS:
+            break
+        yield
+    if wanted:
+        sums = yield from pick(sums, names, len(by), bool(window), wanted)
+    if not limit and len(sums) > MOST_ROWS:
+        raise InvalidError(f"these are more than {MOST_ROWS:,} rows: narrow what you ask for, or pass limit")
+    return (yield from order(sums, bool(window), limit or MOST_ROWS))
+
+
+def pick(
+    sums: Totals, names: tuple[str, ...], size: int, windowed: bool, wanted: Wanted
+) -> Generator[None, None, Totals]:
+    """Return the totals of what is `wanted`, by the window and the first `size` of the names."""
+    places = [(names.index(name) + windowed, values) for name, values in wanted]
+    picked: Totals = {}
+    for some in batched(sums.items(), CHUNK_EVENTS):
+        for key, total in some:
+            if all(key[place] in values for place, values in places):
+                add_up(picked, key[: windowed + size], total)
+        yield
+    return picked
+
+
+def order(sums: Totals, windowed: bool, limit: int) -> Generator[None, None, list[tuple[Any, ...]]]:
+    """Return the first `limit` rows: by window, then most seconds first, ties in order of the names.
+
+    They are sorted in runs, which are then merged, for to sort all of them takes longer than a time slice.
+    """
+    runs: list[list[tuple[Any, ...]]] = []
+    for some in batched(sums.items(), CHUNK_EVENTS):
+        rows = [(*key[:windowed], -seconds, *key[windowed:], streams) for key, (streams, seconds) in some]
+        runs.append(sorted(rows)[:limit])
+        yield
+    rows = []
+    for run in batched(itertools.islice(merge(*runs), limit), CHUNK_EVENTS):
+        rows += [(*row[:windowed], *row[windowed + 1 :], -row[windowed]) for row in run]
+        yield
+    return rows
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -430,99 +655,41 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def matching(blocks: deque[Block], names: Mapping[str, Set[str]]) -> Iterator[Block]:
-    """Yield each block without the events whose user, track or label is none of those asked for.
+class UserTotals:
+    """Totals by user: of each month by label, and over all time by track.
 
-    `blocks` is used up, so that a slow reader holds only what it has yet to read.
-    """
-    while blocks:
-        found = blocks.popleft()
-        for name, wanted in names.items():
-            found = Block([event for event in found if getattr(event, name) in wanted])
-        yield found
-
-
-WINDOWS = {"minute": 60, "hour": 3_600, "day": DAY}  # and month, which has no fixed length
-
-
-def window_start(window: str, started: int) -> int:
-    """Return when the minute, hour, day or month in UTC began in which `started` lies."""
-    if window == "month":
-        return calendar.timegm(time.strptime(month_of(started // DAY), "%Y-%m"))
-    return started - started % WINDOWS[window]
-
-
-def in_windows(events: list[Event], window: str) -> Iterator[tuple[int, list[Event]]]:
-    """Yield each window that `events`, in order of start, lie in: when it began, and its events."""
-
-    def began(event: Event) -> int:
-        return window_start(window, event.stream_started_on)
-
-    at = 0
-    while at < len(events):
-        start = began(events[at])
-        if at == 0 and began(events[-1]) == start:
-            yield start, events  # as it is, for it may know its sums
-            return
-        end = bisect_right(events, start, at, key=began)
-        yield start, events[at:end]
-        at = end
-
-
-def sum_up(events: list[Event], by: tuple[str, ...]) -> Totals:
-    """Return the totals of each combination of `by`; a block remembers them, if they are few."""
-    known = events.sums if isinstance(events, Block) else {}
-    if by in known:
-        return known[by]
-    seconds: defaultdict[Any, list[int]] = defaultdict(list)
-    keys = zip(*(map(attrgetter(name), events) for name in by), strict=True) if by else itertools.repeat(())
-    for key, streamed in zip(keys, map(attrgetter("seconds_streamed"), events), strict=False):
-        seconds[key].append(streamed)
-    sums = Totals((key, (len(each), sum(each))) for key, each in seconds.items())
-    if len(sums) <= len(events) // 16:
-        known[by] = sums
-    return sums
-
-
-def rank(sums: Totals, columns: Sequence[str], *first: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield a row for each key, most seconds first, ties in order of the names.
-
-    There may be a million: so they are sorted in runs, which are merged, with a step after each.
+    A user's own totals are replaced and never changed, so that a copy of the outer dict is one moment.
     """
 
-    def place(key: Any) -> tuple[int, Any]:
-        return -sums[key][1], key
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.months: defaultdict[str, dict[str, Totals]] = defaultdict(dict)
+        self.tracks: dict[str, Totals] = {}
 
-    def used_up(keys: list[Any]) -> Iterator[Any]:
-        while keys:
-            yield keys.pop()
+    def change(self, events: Sequence[Event], sign: int) -> None:
+        """Add events, or with a `sign` of -1 take them away."""
+        days = (event.stream_started_on // DAY for event in events)
+        keys = zip(map(month_of, days), keys_of(events, ("user_id", "label")), strict=True)
+        months: defaultdict[str, Totals] = defaultdict(dict)
+        for (month, key), total in count(events, keys).items():
+            months[month][key] = total
+        for month, changes in months.items():
+            self._fold(self.months[month], changes, sign)
+            if not self.months[month]:
+                del self.months[month]
+        self._fold(self.tracks, count(events, keys_of(events, ("user_id", "track_id"))), sign)
 
-    runs = []
-    for keys in batched(sums, BLOCK_EVENTS):
-        runs.append(sorted(keys, key=place, reverse=True))
-        yield []
-    # What has been told is forgotten step by step: to free all of it at the end would hold others up.
-    for keys in batched(merge(*map(used_up, runs), key=place), BLOCK_EVENTS):
-        yield [dict(zip(columns, (*first, *key, *sums.pop(key)), strict=True)) for key in keys]
-
-
-def grouped(
-    blocks: Iterable[list[Event]], by: tuple[str, ...], window: str | None, columns: Sequence[str]
-) -> Iterator[list[dict[str, Any]]]:
-    """Yield rows of the combinations of `by`, with a `window` those of each, in order of time.
-
-    Lists of rows come in steps, many of them empty, so that others can be let in between.
-    """
-    sums, began = Totals(), -1
-    for block in blocks:
-        for start, events in in_windows(block, window) if window else [(began, block)]:
-            if start != began:
-                yield from rank(sums, columns, began)
-                sums, began = Totals(), start
-            for key, (streams, seconds) in sum_up(events, by).items():
-                sums.count(key, streams, seconds)
-        yield []
-    yield from rank(sums, columns, *([began] if window else []))
+    @staticmethod
+    def _fold(totals: dict[str, Totals], changes: Totals, sign: int) -> None:
+        changed: dict[str, Totals] = {}
+        for (user, name), total in changes.items():
+            if user not in changed:
+                changed[user] = {**totals.get(user, {})}
+            add_up(changed[user], name, total, sign)
+        totals |= changed
+        for user, own in changed.items():
+            if not own:
+                del totals[user]
 
 
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
@@ -589,7 +756,7 @@ def share_out(cents: int, weights: Mapping[str, int]) -> dict[str, int]:
 
 
 def share_month(
-    revenue: int, totals: Mapping[tuple[str, str], tuple[int, int]], subscriptions: Mapping[str, Subscription]
+    revenue: int, totals: Mapping[str, Totals], subscriptions: Mapping[str, Subscription]
 ) -> dict[str, list[int]]:
     """Return each label's streams and seconds in a month, and the cents of the revenue that it is owed.
 
@@ -597,10 +764,11 @@ def share_month(
     weight is its seconds, and user-centric, where it is what the label gets of each subscriber's net
     fee: fractions by that subscriber's seconds, which a common denominator makes ints.
     """
-    labels, heard = Totals(), Counter[str]()
-    for (user, label), (streams, seconds) in totals.items():
-        labels.count(label, streams, seconds)
-        heard[user] += seconds
+    labels, heard = dict[str, Total](), Counter[str]()
+    for user, own in totals.items():
+        for label, total in own.items():
+            add_up(labels, label, total)
+            heard[user] += total[1]
     weights = {label: seconds for label, (_, seconds) in labels.items()}
     whole = heard.total() or 1
     paying = [user for user in subscriptions if heard[user]]
@@ -610,8 +778,9 @@ def share_month(
     per_second = {user: subscriptions[user].net * (common // heard[user]) for user in paying}
     silent = sum(each.net for user, each in subscriptions.items() if not heard[user])
     claims = {label: silent * (common // whole) * seconds for label, seconds in weights.items()}
-    for (user, label), (_, seconds) in totals.items():
-        claims[label] += per_second.get(user, 0) * seconds
+    for user, own in totals.items():
+        for label, (_, seconds) in own.items():
+            claims[label] += per_second.get(user, 0) * seconds
     pro_rata, user_centric = share_out(revenue, weights), share_out(revenue, claims)
     return {label: [*labels[label], pro_rata[label], user_centric[label]] for label in labels}
 
@@ -628,7 +797,7 @@ def write_shares(owed: Mapping[str, list[int]]) -> list[dict[str, Any]]:
 
 
 def report(
-    months: Mapping[str, Mapping[tuple[str, str], tuple[int, int]]], subscriptions: Mapping[str, Subscription]
+    months: Mapping[str, Mapping[str, Totals]], subscriptions: Mapping[str, Subscription]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the report over `months`, each shared out on its own, and its lines by month and label."""
     revenue = (sum(subscription.net for subscription in subscriptions.values()) + 50) // 100  # half up
@@ -650,25 +819,16 @@ def report(
     return data, lines
 
 
-def describe_users(
-    tracks: Totals, months: Iterable[Totals], subscriptions: Mapping[str, Subscription], only: str | None
-) -> Iterator[dict[str, Any]]:
-    """Yield who streamed or subscribes, all or `only` one, in order of id: seconds by label and track."""
-    rows = [(user, "", "", (0, 0)) for user in subscriptions]
-    rows += [(user, "tracks", track, total) for (user, track), total in tracks.items()]
-    rows += [(user, "labels", label, total) for totals in months for (user, label), total in totals.items()]
-    wanted = rows if only is None else [row for row in rows if row[0] == only]
-    for user, own in itertools.groupby(sorted(wanted), key=itemgetter(0)):
-        described = {"user_id": user, "streams": 0, "seconds_streamed": 0, "labels": {}, "tracks": {}}
-        for _, kind, name, (streams, seconds) in own:
-            if kind:
-                described[kind][name] = described[kind].get(name, 0) + seconds
-            if kind == "tracks":
-                described["streams"] += streams
-                described["seconds_streamed"] += seconds
-        found = subscriptions.get(user)
-        described["subscription"] = asdict(found) | {"fee": euros(found.fee)} if found else None
-        yield described
+def write_report(
+    kind: str, months: Mapping[str, Mapping[str, Totals]], subscriptions: Mapping[str, Subscription]
+) -> Pieces:
+    """Yield the report."""
+    yield None
+    data, lines = report(months, subscriptions)
+    if kind == "csv":
+        yield from write_rows("csv", REPORT_COLUMNS, [[*line.values()] for line in lines])
+    else:
+        yield SUCCESS % (encode("Found Label Stream Report"), encode(data))
 
 
 # ── Import ──────────────────────────────────────────────────────────────────────────────────────
@@ -822,6 +982,8 @@ SET_STREAMS = """
     json_extract(value, '$[2]'), json_extract(value, '$[3]'), json_extract(value, '$[4]'),
     json_extract(value, '$[5]') FROM json_each(?)
 """
+UPDATE_STREAM = SET_STREAMS
+INSERT_TOMBSTONE = "SELECT ?, ?"
 DELETE_STREAM = "DELETE FROM streams WHERE id = ?"
 INSERT_KEY = "INSERT INTO keys VALUES (?, ?, ?)"
 SET_SUBSCRIPTION = "INSERT OR REPLACE INTO subscriptions VALUES (?, ?, ?, ?, ?)"
@@ -903,7 +1065,7 @@ class Journal:
         if number > 1:
             log.warning("this is import %d, beside those stored before: are there streams in both?", number)
         for stream_id, event in enumerate(imported.events, first_id):
-            event.id = stream_id
+            event.id = event.version = stream_id
         users = ((user, *astuple(found), number) for user, found in imported.subscriptions.items())
         self.commit([
             (SET_STREAMS, imported.events),
@@ -920,8 +1082,8 @@ class Journal:
         """Put into `usage` and `subscriptions` what is stored; raises StorageError."""
         with self._refusing():
             execute = self.connection.execute
-            usage.add([Event(*row) for row in execute("SELECT * FROM streams")])
-            usage.last_id = self.last_id()
+            usage.add([Event(*row[:5], id=row[5], version=row[5]) for row in execute("SELECT * FROM streams")])
+            usage.last_number = usage.sequence = self.last_id()
             usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
             if execute("SELECT 1 FROM imports").fetchone():
                 subscriptions.clear()
@@ -972,7 +1134,7 @@ class Journal:
             for _, apply, done in batch:
                 apply()
                 done.set_result(None)
-                if time.monotonic() > began + TURN_SECONDS:
+                if time.monotonic() > began + SLICE_SECONDS:
                     await asyncio.sleep(0)
                     began = time.monotonic()
 
@@ -1060,30 +1222,23 @@ async def run_simulation(state: State) -> None:
         await asyncio.sleep(due - now())
 
 
-# ── HTTP: parsing, errors, safety ───────────────────────────────────────────────────────────────
-# What comes in is parsed here; an answer goes out through `send` if it depends on the data alone (or
-# through `stream`, if it is long), else through `reply`; every error through `answer_errors`. The rules
-# above know nothing of HTTP.
+# ── HTTP: requests ──────────────────────────────────────────────────────────────────────────────
+# What comes in: who may ask, and what is asked for. The rules above know nothing of HTTP.
 
 INTEGER = re.compile(r"-?[0-9]{1,100}")
-HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]+)?")
-SUCCESS = b'{"message":%b,"data":%b}'
-
-CONTENT_TYPES = {
-    "json": "application/json; charset=utf-8",
-    "ndjson": "application/x-ndjson; charset=utf-8",
-    "csv": "text/csv; charset=utf-8; header=present",
-    "html": "text/html; charset=utf-8",
-}
-SAFETY_HEADERS = (  # what keeps browsers from misusing an answer
-    ("X-Content-Type-Options", "nosniff"),
-    ("Referrer-Policy", "no-referrer"),
-    ("Cross-Origin-Resource-Policy", "same-origin"),
-)
-KEPT_HEADERS = (hdrs.ALLOW, hdrs.WWW_AUTHENTICATE)  # of those that an error of aiohttp has
-STATUSES = {InvalidError: 400, MissingError: 404, StorageError: 503}
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?")
+JSON_TYPES = ("application/json",)
+PATCH_TYPES = (*JSON_TYPES, "application/merge-patch+json")
 
 GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permutations(NAMES, size))
+
+
+
+def parse_cursor(text: str) -> tuple[str, int]:
+    """Return the name of the sequence, "" for none, and the number."""
+    name, _, number = text.rpartition("-")
+    return name, int(number)
+
 
 # What a parameter may be, what that is called, and what is made of it.
 PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
@@ -1091,12 +1246,14 @@ PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "to": (INTEGER.pattern, "an int", int),
     "group_by": (GROUP_BY, f"a comma list of {', '.join(NAMES)}", lambda text: tuple(text.split(","))),
     "window": (r"minute|hour|day|month", "minute, hour, day or month", str),
+    "order": (r"asc|desc", "asc or desc", str),
     "format": (r"json|ndjson|csv", "json, ndjson or csv", str),
-    "limit": (r"0*([1-9][0-9]{0,2}|1000)", "an int from 1 to 1000", int),
-    "after": (r"[0-9]{1,100}", "an int, 0 or more", int),
+    "limit": (r"0*([1-9][0-9]{0,4}|100000)", "an int from 1 to 100000", int),
+    "after": (r"([0-9a-f]+-)?[0-9]{1,100}", "an int, 0 or more, or what a Link says", parse_cursor),
     "month": (r"[0-9]{4}-(0[1-9]|1[0-2])", "a month as in 2019-03", str),
 }
 FILTERS = ("from", "to", *NAMES)
+DEFAULTS = {("order", "asc"), ("format", "json")}  # to say them is to say nothing
 
 
 @lru_cache(maxsize=64)
@@ -1114,7 +1271,7 @@ def parse_query(query: str, *parameters: str) -> Mapping[str, Any]:
         if name not in parameters:
             raise InvalidError(f"unknown parameter {name[:TEXT_CHARACTERS]!r}")
         if name in NAMES:
-            asked.setdefault(name, set()).add(check_text(name, text))
+            asked[name] = asked.get(name, frozenset()) | {check_text(name, text)}
             continue
         if name in asked:
             raise InvalidError(f"{name} is given more than once")
@@ -1125,21 +1282,22 @@ def parse_query(query: str, *parameters: str) -> Mapping[str, Any]:
     return asked
 
 
-def select(usage: Usage, asked: Mapping[str, Any]) -> Iterator[Block]:
-    """Return the events that the parameters in FILTERS ask for."""
-    names = {name: asked[name] for name in NAMES if name in asked}
-    return matching(usage.by_start.between(asked.get("from"), asked.get("to")), names)
+def wanted_in(asked: Mapping[str, Any]) -> Wanted:
+    """Return the names that are asked for, as `matching` takes them."""
+    return tuple((name, asked[name]) for name in NAMES if name in asked)
 
 
-async def read_json(request: web.Request) -> tuple[object, bytes]:
+async def read_json(request: web.Request, types: Sequence[str] = JSON_TYPES) -> tuple[object, bytes]:
     """Return the body, parsed and as it is; raises InvalidError if it is no JSON."""
-    if request.content_type != "application/json":
-        raise web.HTTPUnsupportedMediaType(reason="a write needs Content-Type: application/json")
+    if request.content_type not in types:
+        raise web.HTTPUnsupportedMediaType(reason=f"a write needs Content-Type: {' or '.join(types)}")
+    if (request.content_length or 0) > BODY_BYTES:
+        raise web.HTTPRequestEntityTooLarge(BODY_BYTES, request.content_length or 0)
     try:
         async with asyncio.timeout(BODY_SECONDS):
             body = await request.read()
-        if len(body) > STREAM_BYTES:
-            await let_others_in(request.app[STATE].turn)
+        if len(body) > PIECE_BYTES:
+            await request.app[STATE].yield_to_others()
         return json.loads(body.decode()), body
     except TimeoutError:
         raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_SECONDS} s") from None
@@ -1147,307 +1305,11 @@ async def read_json(request: web.Request) -> tuple[object, bytes]:
         raise InvalidError("the body is no JSON") from None
 
 
-def encode(value: Any) -> bytes:
-    """Return compact JSON."""
-    return to_json(value).encode()
-
-
-def encode_rows(rows: Iterable[dict[str, Any]]) -> bytes:
-    """Return their JSON, each with a comma before it."""
-    return "".join([f",{to_json(row)}" for row in rows]).encode()
-
-
-Pieces = Generator[bytes, None, None]  # of an answer
-
-
-def write_rows(
-    kind: str,
-    columns: Iterable[str],
-    blocks: Iterable[list[Any]],
-    *,
-    as_json: Callable[[list[Any]], bytes] = encode_rows,
-    as_line: Callable[[Any], bytes] = encode,
-    as_csv: Callable[[Any], str] = lambda row: encode_cells(*row.values()) + CSV_END,
-) -> Pieces:
-    """Yield `blocks` of rows as json, ndjson or csv, piece by piece; b"" where a block has no rows."""
-    if kind == "csv":
-        yield (encode_cells(*columns) + CSV_END).encode()
-        for block in blocks:
-            yield "".join(map(as_csv, block)).encode()
-    elif kind == "ndjson":
-        for block in blocks:
-            yield b"\n".join([*map(as_line, block), b""])
-    else:
-        opening = b"["
-        for piece in map(as_json, blocks):
-            if opening and piece:
-                yield opening + piece[1:]
-                opening = b""
-            else:
-                yield piece
-        yield opening + b"]"
-
-
-async def let_others_in(turn: asyncio.Lock) -> None:
-    """Wait for the turn to go on with something long.
-
-    In one turn of the event loop one of all that is long goes on, for about TURN_SECONDS: so however
-    much there is, nobody waits for more than that.
-    """
-    async with turn:
-        await asyncio.sleep(0)
-
-
-async def in_turns(turn: asyncio.Lock, steps: Iterable[T]) -> AsyncIterator[T]:
-    """Yield `steps`, and let others in while they are made."""
-    began = time.monotonic()
-    for step in steps:
-        yield step
-        if time.monotonic() > began + TURN_SECONDS:
-            await let_others_in(turn)
-            began = time.monotonic()
-
-
-def has_gone(request: web.Request) -> bool:
-    """Tell whether nobody waits for the answer any more."""
-    return request.transport is None or request.transport.is_closing()
-
-
-@dataclass(eq=False)
-class Answer:
-    """What is made once for all who ask for it."""
-
-    askers: list[web.Request]
-    made: asyncio.Task[bytes | None]
-
-
-Make = Callable[[Sequence[web.Request]], Coroutine[Any, Any, bytes | None]]  # an answer, for those who ask
-
-
-class TooLongError(Exception):
-    """An answer is too long to be kept: it has to be streamed to each who asks."""
-
-
-async def share(request: web.Request, name: object, make: Make) -> bytes:
-    """Return what `make` returns, which is called once for all who share under this name.
-
-    Raises TooLongError for None, and what `make` raises, which is then called again for the next who asks.
-    It is kept until the usage changes, if it is among the last KEPT_ANSWERS: so a client that asks for ever
-    other ones does not fill the memory.
-    """
-    state = request.app[STATE]
-    if state.answers_of != state.usage.etag:
-        state.answers_of, state.answers = state.usage.etag, {}
-    answers = state.answers
-    answer = answers.get(name)
-    if not answer or (answer.made.done() and answer.made.exception()):
-        answers.pop(name, None)
-        if len(answers) >= KEPT_ANSWERS:
-            del answers[next(iter(answers))]
-        askers: list[web.Request] = []
-        answer = answers[name] = Answer(askers, asyncio.create_task(make(askers)))
-        answer.made.add_done_callback(lambda _: askers.clear())
-    if not answer.made.done():
-        answer.askers.append(request)
-        await asyncio.shield(answer.made)
-    if (body := answer.made.result()) is None:
-        raise TooLongError
-    if len(body) > KEPT_BYTES and answers.get(name) is answer:
-        del answers[name]
-    return body
-
-
-async def gather(state: State, askers: Sequence[web.Request], pieces: Pieces) -> bytes | None:
-    """Return `pieces` as one, or None for more than KEPT_BYTES.
-
-    Raises ConnectionResetError as soon as all who asked have gone.
-    """
-    ready: list[bytes] = []
-    began, size = time.monotonic(), 0
-    async with contextlib.AsyncExitStack() as long:
-        long.callback(pieces.close)  # or an error would hold all that they are made from
-        async for piece in in_turns(state.turn, pieces):
-            ready.append(piece)
-            size += len(piece)
-            if size > KEPT_BYTES:
-                return None
-            if all(map(has_gone, askers)):
-                raise ConnectionResetError
-            if began and time.monotonic() > began + TURN_SECONDS:  # it is long: it waits for others that are
-                await long.enter_async_context(state.gathering)
-                began = 0
-    return b"".join(ready)
-
-
-Headers = tuple[tuple[str, str], ...]
-
-
-@lru_cache(maxsize=64)
-def cache_headers(etag: str, kind: str) -> Headers:
-    """Return what tells a client how long it may keep an answer, and what it is."""
-    return (
-        ("ETag", f'W/"{etag}"'),
-        ("Cache-Control", "no-cache"),
-        ("Vary", "Accept-Encoding"),
-        ("Content-Type", CONTENT_TYPES[kind]),
-    )
-
-
-async def send(
-    request: web.Request, etag: str, kind: str, make: Make, *more: tuple[str, str]
-) -> web.StreamResponse:
-    """Answer with 304 if the client has this already, else with what `make` returns; raises what it raises.
-
-    `more` are further headers.
-    """
-    headers = cache_headers(etag, kind) + more
-    if any(known.value in (etag, "*") for known in request.if_none_match or ()):
-        return Ready(304, headers=headers)
-    name = (request.raw_path, etag)
-    body = plain = await share(request, name, make)
-    if len(plain) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
-        packed = ("gzip", *name)
-        body = await share(request, packed, lambda _: asyncio.to_thread(gzip.compress, plain, 6))
-        headers += (("Content-Encoding", "gzip"),)
-    if len(body) <= STREAM_BYTES:
-        return Ready(200, body, headers)
-    # Piece by piece, so that no connection holds all of it as its own.
-    pieces = (body[at : at + STREAM_BYTES] for at in range(0, len(body), STREAM_BYTES))
-    return await stream(request, pieces, (*headers, ("Content-Length", str(len(body)))))
-
-
-@contextlib.asynccontextmanager
-async def cut_off_after(seconds: float | None, request: web.BaseRequest) -> AsyncIterator[None]:
-    """Cut a client off, and raise ConnectionResetError, if it has not taken what is sent within `seconds`."""
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError:
-        if request.transport:
-            request.transport.abort()
-        raise ConnectionResetError from None
-
-
-@lru_cache(maxsize=64)
-def write_head(status: int, length: int, keep_alive: bool, now: int, headers: Headers) -> bytes:
-    """Write the head of an answer that is sent in the second `now`."""
-    connection = "keep-alive" if keep_alive else "close"
-    headers += (("Date", formatdate(now, usegmt=True)), ("Connection", connection))
-    if status != HTTPStatus.NOT_MODIFIED:
-        headers += (("Content-Length", str(length)),)
-    lines = (f"{name}: {value}\r\n" for name, value in (*headers, *SAFETY_HEADERS))
-    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n".encode()
-
-
-class Ready(web.StreamResponse):
-    """An answer that is there.
-
-    Head and body are sent as they are, and forgotten: aiohttp's own way of writing a head takes a good part
-    of the time that a short answer takes in all, and it holds an answer until the connection's next request.
-    """
-
-    keep_alive = True
-    body_length = 0
-
-    def __init__(self, status: int, body: bytes = b"", headers: Headers = ()) -> None:
-        """Put the answer together, but do not send it yet."""
-        super().__init__(status=status)
-        self.body_length = len(body)  # for the log
-        self.body, self.further = body, headers
-
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        """Send it; the next request is not looked at before the client has taken enough."""
-        self.keep_alive = request.keep_alive
-        head = write_head(self.status, len(self.body), self.keep_alive, int(time.time()), self.further)
-        body, self.body = self.body, b""
-        if request.transport is None or request.transport.is_closing():
-            raise ConnectionResetError
-        request.transport.write(head if request.method == hdrs.METH_HEAD else head + body)
-        if request.protocol.writing_paused:
-            async with cut_off_after(STALL_SECONDS, request):
-                await request.writer.drain()
-        return request.writer
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Send nothing more."""
-
-
-def joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield `pieces`, those that are shorter than STREAM_BYTES together; b"" while they are too short."""
-    ready: list[bytes] = []
-    size = 0
-    for piece in pieces:
-        ready.append(piece)
-        size += len(piece)
-        if size < STREAM_BYTES:
-            yield b""
-        else:
-            yield b"".join(ready)
-            ready, size = [], 0
-    yield b"".join(ready)
-
-
-async def stream(
-    request: web.Request, pieces: Pieces, headers: Headers, seconds: float | None = None
-) -> web.StreamResponse:
-    """Answer piece by piece, and let others in between.
-
-    A client is cut off that takes nothing for STALL_SECONDS, or not everything in `seconds`.
-    """
-    response = web.StreamResponse(headers=headers)
-    if request.method == hdrs.METH_HEAD:
-        return response
-    if response.content_length is None and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
-        response.enable_compression(web.ContentCoding.gzip)
-    if request.version < aiohttp.HttpVersion11:
-        response.force_close()  # without chunks only the end of the connection ends the answer
-    await response.prepare(request)
-    async with cut_off_after(seconds, request), contextlib.AsyncExitStack() as end:
-        end.callback(pieces.close)  # or an error would hold all that they are made from
-        async for part in in_turns(request.app[STATE].turn, joined(pieces)):
-            if has_gone(request):
-                raise ConnectionResetError
-            async with cut_off_after(STALL_SECONDS, request):
-                await response.write(part)
-    return response
-
-
 @lru_cache(maxsize=64)
 def accepts_gzip(codings: str) -> bool:
     """Tell whether a client with this Accept-Encoding takes gzip: `gzip;q=0` says that it does not."""
     each = codings.lower().replace(" ", "").split(",")
     return any(re.fullmatch(r"gzip(;q=(1|0\.0*[1-9]).*)?", coding) for coding in each)
-
-
-def reply(status: int, body: bytes, **headers: str) -> Ready:
-    """Answer with JSON that is about this moment, so nobody may keep it."""
-    headers |= {"Content-Type": CONTENT_TYPES["json"], "Cache-Control": "no-store"}
-    return Ready(status, body, tuple(headers.items()))
-
-
-def succeed(message: str, data: bytes, status: int = 200, **headers: str) -> Ready:
-    """Answer as every success of the API does; `data` is JSON."""
-    return reply(status, SUCCESS % (encode(message), data), **headers)
-
-
-@web.middleware
-async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn what the rules and aiohttp raise into answers, none of them with a traceback."""
-    try:
-        check_access(request, request.app[STATE].config)
-        return await handler(request)
-    except tuple(STATUSES) as error:
-        return reply(STATUSES[type(error)], encode({"error": str(error)}))
-    except web.HTTPException as error:
-        kept = {name: text for name, text in error.headers.items() if name in KEPT_HEADERS}
-        return reply(error.status, encode({"error": error.reason}), **kept)
-    except ConnectionError:
-        return Ready(200)  # goes nowhere: the client has gone
-    except Exception:
-        log.exception("%s %r failed", request.method, request.path)
-        if request.writer.output_size:
-            raise  # half an answer is out: it has to break off
-        return reply(500, encode({"error": "internal error"}))
 
 
 @lru_cache(maxsize=64)
@@ -1473,7 +1335,7 @@ def check_access(request: web.Request, config: Config) -> None:
     if request.method in (hdrs.METH_GET, hdrs.METH_HEAD):
         return
     site, origin = request.headers.get("Sec-Fetch-Site", "none"), request.headers.get(hdrs.ORIGIN)
-    if site not in ("same-origin", "none") or (origin and urlsplit(origin).netloc.lower() != host.lower()):
+    if site not in ("same-origin", "none") or (origin and origin.partition("://")[2].lower() != host.lower()):
         raise web.HTTPForbidden(reason="a page of another origin may not write here")
     scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     known = hmac.compare_digest(token.strip().encode("utf-8", "surrogateescape"), config.token.encode())
@@ -1482,8 +1344,363 @@ def check_access(request: web.Request, config: Config) -> None:
         raise web.HTTPUnauthorized(reason="a write needs Authorization: Bearer TOKEN", headers=challenge)
 
 
+# ── HTTP: answers ───────────────────────────────────────────────────────────────────────────────
+# One way out: `Answer` writes bytes that are there, or pieces that are made as fast as the client takes them.
+# What depends on the data alone goes through `send`: whole answers are made once for all who wait, and kept
+# until the data change. Every error goes through `answer_errors`.
+
+SUCCESS = b'{"message":%b,"data":%b}'
+MEDIA_TYPES = {
+    "json": "application/json; charset=utf-8",
+    "ndjson": "application/x-ndjson; charset=utf-8",
+    "csv": "text/csv; charset=utf-8; header=present",
+    "html": "text/html; charset=utf-8",
+}
+SAFETY_HEADERS = (  # what keeps browsers from misusing an answer
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+)
+KEPT_HEADERS = (hdrs.ALLOW, hdrs.WWW_AUTHENTICATE)  # of those that an error of aiohttp has
+STATUSES = {InvalidError: 400, MissingError: 404, ConflictError: 409, StorageError: 503}
+
+Headers = tuple[tuple[str, str], ...]
+Pieces = Generator[bytes | None, None, None]  # of an answer; empty ones are steps on the way to the next
+
+
+@lru_cache(maxsize=64)
+def write_head(status: int, length: int | None, keep_alive: bool, now: int, headers: Headers) -> bytes:
+    """Write the head of an answer that is sent in the second `now`; without a `length` it comes in pieces."""
+    connection = "keep-alive" if keep_alive else "close"
+    headers += (("Date", formatdate(now, usegmt=True)), ("Connection", connection))
+    if length is not None and status != HTTPStatus.NOT_MODIFIED:
+        headers += (("Content-Length", str(length)),)
+    lines = (f"{name}: {value}\r\n" for name, value in (*headers, *SAFETY_HEADERS))
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n".encode()
+
+
+class Answer(web.StreamResponse):
+    """Bytes that are there, or pieces that are made.
+
+    They are sent as they are, and forgotten: aiohttp's own way of writing a head takes a good part of the
+    time that a short answer takes in all, and it holds an answer until the connection's next request.
+    """
+
+    keep_alive = True
+    body_length = 0  # for the log
+
+    def __init__(self, status: int, body: bytes | Pieces = b"", headers: Headers = ()) -> None:
+        """Put the answer together, but do not send it yet."""
+        super().__init__(status=status)
+        self.body, self.further = body, headers
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
+        """Send all of it, and let the next request be looked at only when the client has taken enough.
+
+        A request whose body has not been read to its end is its connection's last (RFC 9110, 15.5.9).
+        """
+        body, self.body = self.body, b""
+        self.keep_alive = request.keep_alive and request.content.is_eof()
+        if isinstance(body, bytes):
+            await self._send_whole(request, body)
+        else:
+            with contextlib.closing(body):  # or an error would hold all that it is made from
+                await self._send_pieces(cast("web.Request", request), body)
+        return request.writer
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Send nothing more."""
+
+    async def _send_whole(self, request: web.BaseRequest, body: bytes) -> None:
+        self.body_length = len(body)
+        head = write_head(self.status, len(body), self.keep_alive, int(time.time()), self.further)
+        if request.method == hdrs.METH_HEAD:
+            body = b""
+        if len(body) <= PIECE_BYTES:
+            await self._write(request, head + body)
+            return
+        await self._write(request, head)
+        for at in range(0, len(body), PIECE_BYTES):  # or the connection would hold all of it as its own
+            await self._write(request, body[at : at + PIECE_BYTES])
+
+    async def _send_pieces(self, request: web.Request, pieces: Pieces) -> None:
+        """Send `pieces` in chunks, compressed if the client likes, and yield to others in between."""
+        chunked, headers, compressor = request.version >= aiohttp.HttpVersion11, self.further, None
+        if accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
+            compressor = zlib.compressobj(wbits=GZIP_WBITS)
+            headers += (("Content-Encoding", "gzip"),)
+        if chunked:
+            headers += (("Transfer-Encoding", "chunked"),)
+        self.keep_alive &= chunked  # without chunks only the end of the connection ends the answer
+        await self._write(request, write_head(self.status, None, self.keep_alive, int(time.time()), headers))
+        if request.method == hdrs.METH_HEAD:
+            return
+        until = time.monotonic() + SLICE_SECONDS
+        for part in joined(pieces):
+            packed = await asyncio.to_thread(compressor.compress, part) if compressor and part else part
+            await self._write_chunk(request, packed, chunked)
+            if time.monotonic() > until:
+                await request.app[STATE].yield_to_others()
+                until = time.monotonic() + SLICE_SECONDS
+        await self._write_chunk(request, compressor.flush() if compressor else b"", chunked)
+        await self._write(request, b"0\r\n\r\n" if chunked else b"")
+
+    async def _write_chunk(self, request: web.BaseRequest, data: bytes, chunked: bool) -> None:
+        self.body_length += len(data)
+        if data:
+            await self._write(request, b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+
+    @staticmethod
+    async def _write(request: web.BaseRequest, data: bytes) -> None:
+        """Write, and wait until the client has taken enough; raises ConnectionResetError if it does not."""
+        if request.transport is None or request.transport.is_closing():
+            raise ConnectionResetError
+        request.transport.write(data)
+        if request.protocol.writing_paused:
+            try:
+                async with asyncio.timeout(WRITE_SECONDS):
+                    await request.writer.drain()
+            except TimeoutError:
+                request.transport.abort()
+                raise ConnectionResetError from None
+
+
+def joined(pieces: Pieces) -> Iterator[bytes]:
+    """Yield `pieces`, those that are shorter than PIECE_BYTES together; b"" while they are too short."""
+    ready: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        if piece:
+            ready.append(piece)
+            size += len(piece)
+        if size < PIECE_BYTES:
+            yield b""
+        else:
+            yield b"".join(ready)
+            ready, size = [], 0
+    yield b"".join(ready)
+
+
+def time_slice(steps: Iterator[T]) -> tuple[list[T], bool]:
+    """Go on with `steps` for as long as the event loop may be kept; return them, and whether they are all."""
+    until = time.monotonic() + SLICE_SECONDS
+    made: list[T] = []
+    for step in steps:
+        made.append(step)
+        if time.monotonic() > until:
+            return made, False
+    return made, True
+
+
+async def collect(state: State, steps: Generator[T, None, None]) -> list[T]:
+    """Return all `steps`, and yield to others between time slices."""
+    with contextlib.closing(steps):
+        made, done = time_slice(steps)  # most work is done at once
+        if not done:
+            async with state.long_work:
+                while not done:
+                    await state.yield_to_others()
+                    more, done = time_slice(steps)
+                    made += more
+        return made
+
+
+async def result_of(state: State, work: Generator[None, None, R]) -> R:
+    """Return what `work` returns, and yield to others between time slices."""
+
+    results: list[R] = []
+
+    def run() -> Generator[None, None, None]:
+        results.append((yield from work))
+
+    await collect(state, run())
+    return results[0]
+
+
+async def make_whole(state: State, pieces: Pieces, most: float) -> bytes | None:
+    """Return `pieces` as one, or None if they are longer than `most` bytes."""
+    size = 0
+
+    def capped() -> Pieces:
+        nonlocal size
+        for piece in pieces:
+            size += len(piece or b"")
+            yield piece
+            if size > most:
+                return
+
+    made = await collect(state, capped())
+    return b"".join(filter(None, made)) if size <= most else None
+
+
+@dataclass(eq=False)
+class Flight:
+    """An answer that is being made, or is there, and how many wait for it."""
+
+    task: asyncio.Task[Any]
+    waiters: int = 0
+
+
+class SingleFlight:
+    """Answers: each is made once for all who wait for it, and kept until the data change."""
+
+    def __init__(self, usage: Usage) -> None:
+        """Forget all answers whenever the usage has changed."""
+        self.usage = usage
+        self.moment = ""
+        self.flights: dict[object, Flight] = {}
+
+    async def get(self, key: object, make: Callable[[], Coroutine[Any, Any, R]]) -> R:
+        """Return what `make` returns, or raise what it raises; it is cancelled when nobody waits any more.
+
+        Among KEPT_ANSWERS those that were asked for last are kept: so a client that asks for ever other
+        ones does not fill the memory.
+        """
+        if self.moment != self.usage.etag:
+            self.moment, self.flights = self.usage.etag, {}
+        flights = self.flights
+        flight = flights.pop(key) if key in flights else Flight(asyncio.create_task(make()))
+        flights[key] = flight
+        if len(flights) > KEPT_ANSWERS:
+            del flights[next(iter(flights))]
+        flight.waiters += 1
+        try:
+            return cast("R", await asyncio.shield(flight.task))
+        finally:
+            flight.waiters -= 1
+            if not (flight.waiters or self._is_kept(flight.task)):
+                flight.task.cancel()
+                if flights.get(key) is flight:
+                    del flights[key]
+
+    @staticmethod
+    def _is_kept(task: asyncio.Task[Any]) -> bool:
+        failed = not task.done() or task.cancelled() or task.exception()
+        return not failed and len(task.result() or b"") <= KEPT_BYTES
+
+
+@lru_cache(maxsize=64)
+def cache_headers(etag: str, kind: str) -> Headers:
+    """Return what tells a client how long it may keep an answer, and what it is."""
+    return (
+        ("ETag", f'W/"{etag}"'),
+        ("Cache-Control", "no-cache"),
+        ("Vary", "Accept-Encoding"),
+        ("Content-Type", MEDIA_TYPES[kind]),
+    )
+
+
+async def send(
+    request: web.Request,
+    kind: str,
+    key: object,
+    make: Callable[[], Pieces],
+    *more: tuple[str, str],
+    etag: str | None = None,
+    most: float = KEPT_BYTES,
+) -> Answer:
+    """Answer with 304 if the client has it already, else whole, or in pieces if it is longer than `most`.
+
+    `key` is what was asked for. `make` takes at once what it needs of this moment. `more` are headers.
+    """
+    state = request.app[STATE]
+    etag = etag or state.usage.etag
+    if any(known.value in (etag, "*") for known in request.if_none_match or ()):
+        return Answer(304, headers=cache_headers(etag, kind) + more)
+    key = (etag, key)
+    body = await state.answers.get(key, lambda: make_whole(state, make(), most))
+    if body is None:
+        return Answer(200, make(), cache_headers(state.usage.etag, kind) + more)
+    headers = cache_headers(etag, kind) + more
+    if len(body) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
+        plain, headers = body, (*headers, ("Content-Encoding", "gzip"))
+        body = await state.answers.get(("gzip", key), lambda: asyncio.to_thread(gzip.compress, plain, 6))
+    return Answer(200, body, headers)
+
+
+def write(
+    kind: str,
+    columns: Sequence[str],
+    batches: Iterable[B],
+    as_json: Callable[[B], bytes],
+    as_csv: Callable[[B], str],
+) -> Pieces:
+    """Yield batches of rows as json, ndjson or csv; None where a batch is empty.
+
+    No text in JSON can hold the brace, the quote and the column's name between two rows.
+    """
+    opening, between = b"[", f'}},{{"{columns[0]}":'.encode()
+    if kind == "csv":
+        yield f"{encode_cells(*columns)}{CSV_END}".encode()
+    for batch in batches:
+        if not batch:
+            yield None
+        elif kind == "csv":
+            yield as_csv(batch).encode()
+        elif kind == "ndjson":
+            yield as_json(batch).replace(between, between.replace(b",", b"\n")) + b"\n"
+        else:
+            yield opening + as_json(batch)
+            opening = b","
+    if kind == "json":
+        yield b"]" if opening == b"," else b"[]"
+
+
+def write_rows(kind: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Pieces:
+    """Yield rows of texts and ints as json, ndjson or csv."""
+    template = "{" + ",".join(f'"{column}":%s' for column in columns) + "}"
+
+    def as_json(batch: list[Sequence[Any]]) -> bytes:
+        quoted = ([quote(cell) if isinstance(cell, str) else cell for cell in row] for row in batch)
+        return ",".join([template % tuple(row) for row in quoted]).encode()
+
+    def as_csv(batch: list[Sequence[Any]]) -> str:
+        return "".join([encode_cells(*row) + CSV_END for row in batch])
+
+    return write(kind, columns, batched(rows, CHUNK_EVENTS), as_json, as_csv)
+
+
+def encode(value: Any) -> bytes:
+    """Return compact JSON."""
+    return to_json(value).encode()
+
+
+def reply(status: int, body: bytes, **headers: str) -> Answer:
+    """Answer with JSON that is about this moment, so nobody may keep it."""
+    headers |= {"Content-Type": MEDIA_TYPES["json"], "Cache-Control": "no-store"}
+    return Answer(status, body, tuple(headers.items()))
+
+
+def succeed(message: str, data: bytes, status: int = 200, **headers: str) -> Answer:
+    """Answer as every success of the API does; `data` is JSON."""
+    return reply(status, SUCCESS % (encode(message), data), **headers)
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn what the rules and aiohttp raise into answers, none of them with a traceback."""
+    try:
+        check_access(request, request.app[STATE].config)
+        if request.method in (hdrs.METH_GET, hdrs.METH_HEAD):
+            answer = await handler(request)
+        else:  # a write that has begun goes on when its client disconnects, with all its locks
+            answer = await asyncio.shield(asyncio.ensure_future(handler(request)))
+    except tuple(STATUSES) as error:
+        answer = reply(STATUSES[type(error)], encode({"error": str(error)}))
+    except web.HTTPException as error:
+        kept = {name: text for name, text in error.headers.items() if name in KEPT_HEADERS}
+        answer = reply(error.status, encode({"error": error.reason}), **kept)
+    except ConnectionError:
+        answer = Answer(200)  # nobody gets it: the client has disconnected
+    except Exception:
+        log.exception("%s %r failed", request.method, request.path)
+        answer = reply(500, encode({"error": "internal error"}))
+    request.app[STATE].requests[answer.status // 100] += 1
+    return answer
+
+
 async def add_safety_headers(_: web.Request, response: web.StreamResponse) -> None:
-    """Put them on what is no `Ready`: long answers, and aiohttp's own."""
+    """Put them on aiohttp's own answers, too."""
     response.headers.update(SAFETY_HEADERS)
 
 
@@ -1511,7 +1728,7 @@ def read_page(path: Path) -> tuple[bytes, str]:
 # Each parses, asks the rules above, and answers.
 
 
-async def get_page(request: web.Request) -> web.StreamResponse:
+async def get_page(request: web.Request) -> Answer:
     """Show the page as it is on disk, or as it last was."""
     state = request.app[STATE]
     with contextlib.suppress(OSError):
@@ -1519,41 +1736,56 @@ async def get_page(request: web.Request) -> web.StreamResponse:
     page, policy = state.page
     etag = hashlib.sha256(page).hexdigest()[:16]
 
-    async def make(_: object) -> bytes:
-        return page
+    def make() -> Pieces:
+        yield page
 
-    return await send(request, etag, "html", make, ("Content-Security-Policy", policy))
+    headers = ("Content-Security-Policy", policy)
+    return await send(request, "html", "page", make, headers, etag=etag, most=math.inf)
 
 
-async def get_usage(request: web.Request) -> web.StreamResponse:
-    """List the events that are asked for, or their sums."""
+def is_in_future(state: State, asked: Mapping[str, Any]) -> bool:
+    """Tell whether `from` is later than now."""
+    return bool(asked.get("from", 0) > state.clock())
+
+
+def take(chunks: deque[Chunk], asked: Mapping[str, Any]) -> Iterator[Chunk]:
+    """Yield the chunks with what is wanted of them, and hold only those that are yet to come."""
+    newest_first, wanted = asked.get("order") == "desc", wanted_in(asked)
+    while chunks:
+        found = matching(chunks.pop() if newest_first else chunks.popleft(), wanted)
+        yield Chunk(reversed(found)) if newest_first else found
+
+
+async def get_usage(request: web.Request) -> Answer:
+    """List the events that are asked for, or their totals."""
     state = request.app[STATE]
-    asked = parse_query(request.rel_url.raw_query_string, *FILTERS, "group_by", "window", "format")
-    if asked.get("from", 0) > state.clock():
-        return Ready(400)  # with an empty body: the challenge wants it so
+    query = request.rel_url.raw_query_string
+    asked = parse_query(query, *FILTERS, "group_by", "window", "order", "limit", "format")
     kind, by, window = asked.get("format", "json"), asked.get("group_by", ()), asked.get("window")
+    grouped, limit = bool(by or window), asked.get("limit")
+    if grouped and "order" in asked:
+        raise InvalidError("order is for events: rows of group_by and window have an order of their own")
+    if is_in_future(state, asked):
+        return Answer(400)  # with an empty body: the challenge wants it so
 
-    def write_usage() -> Pieces:
-        events = select(state.usage, asked)
-        if not (by or window):
-            as_json, as_csv = attrgetter("json"), attrgetter("csv")
-            return write_rows(kind, FIELDS, events, as_json=as_json, as_line=as_json, as_csv=as_csv)
-        columns = (*(["window_start"] if window else []), *by, "events", "seconds_streamed")
-        return write_rows(kind, columns, grouped(events, by, window, columns))
+    def make() -> Pieces:
+        chunks = state.usage.by_start.between(asked.get("from"), asked.get("to"))
+        if grouped:
+            columns = (*(["window_start"] if window else []), *by, "events", "seconds_streamed")
+            return write_totals(kind, columns, aggregate(chunks, by, window, wanted_in(asked), limit))
+        events = first_of(take(chunks, asked), limit or math.inf)
+        return write(kind, FIELDS, events, attrgetter("json"), attrgetter("csv"))
 
-    def make(askers: Sequence[web.Request]) -> Coroutine[Any, Any, bytes | None]:
-        return gather(state, askers, write_usage())
-
-    try:
-        return await send(request, state.usage.etag, kind, make)
-    except TooLongError:
-        sums = by and not window
-        async with state.summing if sums else contextlib.nullcontext():
-            headers = cache_headers(state.usage.etag, kind)
-            return await stream(request, write_usage(), headers, SUM_SECONDS if sums else None)
+    key = "usage", frozenset(asked.items()) - DEFAULTS
+    return await send(request, kind, key, make, most=math.inf if grouped else KEPT_BYTES)
 
 
-async def get_health(request: web.Request) -> Ready:
+def write_totals(kind: str, columns: Sequence[str], rows: Generator[None, None, list[Any]]) -> Pieces:
+    """Yield the rows of `aggregate` as json, ndjson or csv, once they are all there."""
+    yield from write_rows(kind, columns, (yield from rows))
+
+
+async def get_health(request: web.Request) -> Answer:
     """Tell whether all is well: 503 when the simulation has stopped or the last write failed."""
     state = request.app[STATE]
     age = time.monotonic() - state.simulation.last_batch
@@ -1577,30 +1809,28 @@ async def get_health(request: web.Request) -> Ready:
     return reply(200 if healthy else 503, encode(value))
 
 
-async def get_streams(request: web.Request) -> Ready:
+async def get_streams(request: web.Request) -> Answer:
     """List a page of streams in order of id."""
     state = request.app[STATE]
     asked = dict(parse_query(request.rel_url.raw_query_string, *FILTERS, "limit", "after"))
-    limit, after = asked.pop("limit", 100), asked.pop("after", 0)
-    page: list[Event] = []
-    if asked.get("from", 0) > state.clock():
+    limit, (name, after) = asked.pop("limit", 100), asked.pop("after", ("", 0))
+    if limit > PAGE_STREAMS or name:
+        raise InvalidError(f"limit must be an int from 1 to {PAGE_STREAMS}, after an id")
+    if is_in_future(state, asked):
         raise InvalidError("from is in the future")
-    if asked:
-        total = 0
-        async for block in in_turns(state.turn, select(state.usage, asked)):
-            total += len(block)
-            later = (event for event in block if event.id > after)
-            page = nsmallest(limit + 1, itertools.chain(page, later), key=attrgetter("id"))
-    else:
-        total = state.usage.count
-        following = itertools.chain.from_iterable(state.usage.by_id.between(after + 1))
-        page = list(itertools.islice(following, limit + 1))
+    since, until = asked.get("from", 0), asked.get("to", sys.maxsize)
+    wanted = (*wanted_in(asked), ("stream_started_on", range(since, until)))
+    in_time = state.usage.by_start.between(asked.get("from"), asked.get("to"))
+    following = (matching(chunk, wanted) for chunk in state.usage.by_id.between(after + 1))
+    totals = await result_of(state, aggregate(in_time, (), None, wanted_in(asked), None))
+    page: list[Event] = [*itertools.chain.from_iterable(await collect(state, first_of(following, limit + 1)))]
     data = b",".join(event.stream for event in page[:limit])
     following_id = page[limit - 1].id if len(page) > limit else None
+    total = totals[0][0] if totals else 0
     return succeed("Found Streams", b'[%b],"total":%d,"next":%b' % (data, total, encode(following_id)))
 
 
-async def post_streams(request: web.Request) -> Ready:
+async def post_streams(request: web.Request) -> Answer:
     """Store one event or an array of them: all or none, and once for an `Idempotency-Key`."""
     state = request.app[STATE]
     key = request.headers.get("Idempotency-Key")
@@ -1610,20 +1840,28 @@ async def post_streams(request: web.Request) -> Ready:
     digest = hashlib.sha256(body).digest()
     # A retry of what is stored is not in the future, even if the clock has been set back since.
     stored = digest == state.usage.keys.get(key or "", (None, 0))[0]
-    events = parse_events(value, sys.maxsize if stored else state.clock())
-    async with state.alone("key", key) if key else contextlib.nullcontext():
+    events = await collect(state, parse_events(value, sys.maxsize if stored else state.clock()))
+    async with state.lock("key", key) if key else contextlib.nullcontext():
         known, first_id = state.usage.keys.get(key or "", (None, 0))
         if known is None:
+            if state.usage.is_too_old(events):
+                raise ConflictError("a stream is older than all that --keep keeps")
             await state.add(events, (key, digest) if key else None)
         elif known != digest:
             raise web.HTTPUnprocessableEntity(reason="this Idempotency-Key came with another body before")
-        for number, event in enumerate(events if known else []):
-            event.id = first_id + number  # so the first answer is made again, whatever has become of them
+        for number, event in enumerate(events if known else [], first_id):
+            event.id = event.version = number  # so the first answer is made again, whatever became of them
     headers = {"Idempotent-Replayed": "true"} if known else {}
-    data = b",".join(event.stream for event in events)
     if isinstance(value, list):
+        data = b",".join(event.stream for event in events)
         return succeed("Streams Created", b"[%b]" % data, 201, **headers)
-    return succeed("Stream Created", data, 201, Location=f"/api/v1/streams/{events[0].id}", **headers)
+    headers["Location"] = f"/api/v1/streams/{events[0].id}"
+    return show_stream("Stream Created", events[0], 201, **headers)
+
+
+def show_stream(message: str, stream: Event, status: int = 200, **headers: str) -> Answer:
+    """Answer with one stream, under its strong ETag."""
+    return succeed(message, stream.stream, status, ETag=f'"{stream.version}"', **headers)
 
 
 def find_stream(request: web.Request) -> Event:
@@ -1634,47 +1872,118 @@ def find_stream(request: web.Request) -> Event:
     return request.app[STATE].usage.find(int(text.lstrip("0")[:30] or "0"))
 
 
-async def get_stream(request: web.Request) -> Ready:
+def check_version(request: web.Request, stream: Event) -> None:
+    """Raise an HTTPException if the client has said what it changes, and it is not this version."""
+    known = [each.value for each in request.if_match or () if not each.is_weak]
+    if hdrs.IF_MATCH in request.headers and not {str(stream.version), "*"} & {*known}:
+        raise web.HTTPPreconditionFailed(reason=f'the stream is of another version: "{stream.version}"')
+
+
+async def get_stream(request: web.Request) -> Answer:
     """Show a stream."""
-    return succeed("Found Stream", find_stream(request).stream)
+    stream = find_stream(request)
+    if any(known.value in (str(stream.version), "*") for known in request.if_none_match or ()):
+        return Answer(304, headers=(("ETag", f'"{stream.version}"'), ("Cache-Control", "no-store")))
+    return show_stream("Found Stream", stream)
 
 
-async def change_stream(request: web.Request) -> Ready:
+async def change_stream(request: web.Request) -> Answer:
     """Replace a stream (PUT), or change some of its fields (PATCH)."""
     state, old = request.app[STATE], find_stream(request)
-    fields, _ = await read_json(request)
-    async with state.alone("stream", old.id):
+    is_patch = request.method == hdrs.METH_PATCH
+    fields, _ = await read_json(request, PATCH_TYPES if is_patch else JSON_TYPES)
+    async with state.lock("stream", old.id):
         old = find_stream(request)  # as it is now that the body has arrived
-        if request.method == hdrs.METH_PATCH and isinstance(fields, dict):
+        if is_patch and isinstance(fields, dict):
             fields = {name: getattr(old, name) for name in FIELDS} | fields
         new = parse_event(fields, state.clock())
-        new.id = old.id
-        await state.write([(SET_STREAMS, [new])], lambda: state.usage.replace(old, new))
-    return succeed("Stream Updated", new.stream)
+        check_version(request, old)
+        new.id, new.version = old.id, state.usage.number()
+        await state.write([(UPDATE_STREAM, [new])], lambda: state.usage.replace(old, new))
+    return show_stream("Stream Updated", new)
 
 
-async def delete_stream(request: web.Request) -> Ready:
+async def delete_stream(request: web.Request) -> Answer:
     """Remove a stream."""
     state, stream = request.app[STATE], find_stream(request)
-    async with state.alone("stream", stream.id):
+    async with state.lock("stream", stream.id):
         stream = find_stream(request)
-        await state.write([(DELETE_STREAM, [(stream.id,)])], lambda: state.usage.remove([stream]))
-    return succeed("Stream Removed", stream.stream)
+        check_version(request, stream)
+        number = state.usage.number()
+        statements: Statements = [(DELETE_STREAM, [(stream.id,)]), (INSERT_TOMBSTONE, [(stream.id, number)])]
+        await state.write(statements, lambda: state.usage.remove([(stream, number)]))
+    return show_stream("Stream Removed", stream)
 
 
-async def describe(state: State, only: str | None = None) -> list[bytes]:
-    """Return the JSON of the users, or of `only` one; in a thread, for there may be many; on copies."""
-    async with state.reporting:
-        months = [Totals(totals) for totals in state.usage.months.values()]
-        tracks, subscriptions = Totals(state.usage.tracks), dict(state.subscriptions)
-        return await asyncio.to_thread(
-            lambda: [encode(user) for user in describe_users(tracks, months, subscriptions, only)]
-        )
+async def get_changes(request: web.Request) -> Answer:
+    """List what was created, changed or removed after a number, each stream once, as it is now."""
+    usage = request.app[STATE].usage
+    asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
+    (name, after), limit = asked.get("after", ("", 0)), asked.get("limit", math.inf)
+    if name not in ("", usage.name) or after > usage.sequence or 0 < after < usage.forgotten:
+        raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
+    chunks = deque(first_of(usage.by_version.between(after + 1), limit))
+    whole = sum(map(len, chunks)) < limit
+    cursor = usage.sequence if whole else chunks[-1][-1].version
+
+    def lines() -> Pieces:
+        while chunks:
+            yield "".join([each.change for each in chunks.popleft()]).encode()
+
+    headers = (
+        ("Link", f'</api/v1/changes?after={usage.name}-{cursor}>; rel="next"'),
+        ("Cache-Control", "no-store"),
+        ("Vary", "Accept-Encoding"),
+        ("Content-Type", MEDIA_TYPES["ndjson"]),
+    )
+    return Answer(200, lines() if chunks else b"", headers)
 
 
-async def get_users(request: web.Request) -> Ready:
+def describe(
+    user: str, months: Iterable[dict[str, Totals]], tracks: Totals, found: Subscription | None
+) -> bytes:
+    """Return the JSON of a user: what was streamed, by month and label and by track; the subscription."""
+    labels = Counter[str]()
+    for month in months:
+        for label, (_, seconds) in month.get(user, {}).items():
+            labels[label] += seconds
+    return encode({
+        "user_id": user,
+        "streams": sum(streams for streams, _ in tracks.values()),
+        "seconds_streamed": sum(seconds for _, seconds in tracks.values()),
+        "labels": dict(sorted(labels.items())),
+        "tracks": {track: seconds for track, (_, seconds) in sorted(tracks.items())},
+        "subscription": asdict(found) | {"fee": euros(found.fee)} if found else None,
+    })
+
+
+def describe_all(
+    months: Iterable[dict[str, Totals]], tracks: dict[str, Totals], subscriptions: Mapping[str, Subscription]
+) -> Pieces:
+    """Yield the JSON of all users in order of their ids."""
+    runs = []
+    for some in batched(tracks.keys() | subscriptions.keys(), CHUNK_EVENTS):
+        runs.append(sorted(some))
+        yield None
+
+    def as_json(users: list[str]) -> bytes:
+        each = (describe(user, months, tracks.get(user, {}), subscriptions.get(user)) for user in users)
+        return b",".join(each)
+
+    yield b'{"message":"Found Users","data":'
+    yield from write("json", ("user_id",), batched(merge(*runs), USERS_A_STEP), as_json, str)
+    yield b"}"
+
+
+async def get_users(request: web.Request) -> Answer:
     """List all who streamed or subscribe."""
-    return succeed("Found Users", b"[%b]" % b",".join(await describe(request.app[STATE])))
+    state = request.app[STATE]
+
+    def make() -> Pieces:
+        months = [{**month} for month in state.usage.totals.months.values()]
+        return describe_all(months, {**state.usage.totals.tracks}, {**state.subscriptions})
+
+    return await send(request, "json", "users", make)
 
 
 def parse_user(request: web.Request) -> str:
@@ -1685,30 +1994,34 @@ def parse_user(request: web.Request) -> str:
         raise InvalidError("User ID Invalid") from None
 
 
-async def get_user(request: web.Request) -> Ready:
+def describe_now(state: State, user: str) -> bytes:
+    """Return the JSON of a user; raises MissingError."""
+    tracks, found = state.usage.totals.tracks.get(user, {}), state.subscriptions.get(user)
+    if not (tracks or found):
+        raise MissingError(f"there is no user {user!r}")
+    return describe(user, state.usage.totals.months.values(), tracks, found)
+
+
+async def get_user(request: web.Request) -> Answer:
     """Show what a user streamed and subscribes to."""
-    user = parse_user(request)
-    for described in await describe(request.app[STATE], user):
-        return succeed("Found User Stream Report", described)
-    raise MissingError(f"there is no user {user!r}")
+    return succeed("Found User Stream Report", describe_now(request.app[STATE], parse_user(request)))
 
 
-async def put_user(request: web.Request) -> Ready:
+async def put_user(request: web.Request) -> Answer:
     """Set a user's subscription."""
     state, user = request.app[STATE], parse_user(request)
     value, _ = await read_json(request)
-    subscription = parse_subscription(value)
+    subscription, number = parse_subscription(value), state.usage.number()
 
     def apply() -> None:
         state.subscriptions[user] = subscription
-        state.usage.etag = secrets.token_hex(8)
+        state.usage.sequence = number
 
     await state.write([(SET_SUBSCRIPTION, [(user, *astuple(subscription), None)])], apply)
-    (described,) = await describe(state, user)
-    return succeed("Subscription Set", described)
+    return succeed("Subscription Set", describe_now(state, user))
 
 
-async def get_report(request: web.Request) -> web.StreamResponse:
+async def get_report(request: web.Request) -> Answer:
     """Tell how much each label is owed, for a month or for all."""
     state = request.app[STATE]
     asked = parse_query(request.rel_url.raw_query_string, "month", "format")
@@ -1716,22 +2029,42 @@ async def get_report(request: web.Request) -> web.StreamResponse:
         raise InvalidError("format must be json or csv")
     kind = asked.get("format", "json")
 
-    def make_report(months: dict[str, Totals], subscriptions: dict[str, Subscription]) -> bytes:
-        data, lines = report(months, subscriptions)
-        if kind == "csv":
-            return b"".join(write_rows("csv", REPORT_COLUMNS, [lines]))
-        return SUCCESS % (encode("Found Label Stream Report"), encode(data))
+    def make() -> Pieces:
+        months = {month: {**totals} for month, totals in state.usage.totals.months.items()}
+        if month := asked.get("month"):
+            months = {month: months.get(month, {})}
+        return write_report(kind, months, {**state.subscriptions})
 
-    async def make(_: object) -> bytes:
-        # In a thread, for with many subscribers it takes seconds; on copies, for others go on writing. If
-        # something has changed while it waited, it is newer than its etag: the next poll gets it again.
-        async with state.reporting:
-            months = {month: Totals(totals) for month, totals in state.usage.months.items() if totals}
-            if month := asked.get("month"):
-                months = {month: months.get(month, Totals())}
-            return await asyncio.to_thread(make_report, months, dict(state.subscriptions))
+    return await send(request, kind, ("report", frozenset(asked.items()) - DEFAULTS), make, most=math.inf)
 
-    return await send(request, state.usage.etag, kind, make)
+
+async def get_metrics(request: web.Request) -> Answer:
+    """Tell Prometheus how the program fares."""
+    state = request.app[STATE]
+    statuses = {f'{{status="{first}xx"}}': state.requests[first] for first in (2, 3, 4, 5)}
+    figures: list[tuple[str, str, str, Mapping[str, float]]] = [
+        ("usage_events", "gauge", "Events that are kept.", {"": state.usage.count}),
+        ("usage_sequence", "counter", "The number of the latest change.", {"": state.usage.sequence}),
+        ("usage_requests_total", "counter", "Requests that were answered.", statuses),
+        ("usage_simulation_errors_total", "counter", "Batches that failed.", {"": state.simulation.errors}),
+        ("process_resident_memory_bytes", "gauge", "Resident memory.", {"": resident_memory()}),
+    ]
+    if state.journal and state.journal.last_commit > 0:
+        age = {"": time.monotonic() - state.journal.last_commit}
+        figures.append(("usage_last_commit_age_seconds", "gauge", "Seconds since the last commit.", age))
+    lines = []
+    for name, kind, said, values in figures:
+        lines += [f"# HELP {name} {said}", f"# TYPE {name} {kind}"]
+        lines += [f"{name}{labels} {value}" for labels, value in values.items()]
+    headers = (("Content-Type", "text/plain; version=0.0.4; charset=utf-8"), ("Cache-Control", "no-store"))
+    return Answer(200, "".join(f"{line}\n" for line in lines).encode(), headers)
+
+
+def resident_memory() -> int:
+    """Return the resident memory in bytes; where there is no /proc, the most that it has been."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 STREAM_PATH = "/api/v1/{_:streams?}/{id}"  # the seed spells it both ways
@@ -1741,8 +2074,10 @@ ROUTES = (
     web.get("/", get_page),
     web.get("/usage", get_usage),
     web.get("/health", get_health),
+    web.get("/metrics", get_metrics),
     web.get("/api/v1/streams", get_streams),
     web.post("/api/v1/streams", post_streams),
+    web.get("/api/v1/changes", get_changes),
     web.get(STREAM_PATH, get_stream),
     web.put(STREAM_PATH, change_stream),
     web.patch(STREAM_PATH, change_stream),
@@ -1785,17 +2120,20 @@ class State:
     journal: Journal | None
     page: tuple[bytes, str]  # and its policy
     clock: Callable[[], float]
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of all that is long: see `let_others_in`
-    answers: dict[object, Answer] = field(default_factory=dict)  # see `share`
-    answers_of: str = ""  # the etag of the usage that they are of
-    gathering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(SUMMING))
-    summing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(SUMMING))
-    reporting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(REPORTING))
+    answers: SingleFlight
+    requests: Counter[int] = field(default_factory=Counter)  # answered, by the status' first digit
+    slices: asyncio.Lock = field(default_factory=asyncio.Lock)
+    long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LONG_WORK))
     locks: WeakValueDictionary[object, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
-    def alone(self, *name: object) -> asyncio.Lock:
+    def lock(self, *name: object) -> asyncio.Lock:
         """Return the lock of what has this name, so that one change of it waits for the other."""
         return self.locks.setdefault(name, asyncio.Lock())
+
+    async def yield_to_others(self) -> None:
+        """Let the event loop go round. Of all that is long, one goes on each time, for one time slice."""
+        async with self.slices:
+            await asyncio.sleep(0)
 
     async def write(self, statements: Statements, apply: Callable[[], None]) -> None:
         """Make a change: stored first, visible second; raises StorageError."""
@@ -1805,8 +2143,8 @@ class State:
             apply()
 
     async def add(self, events: Sequence[Event], key: tuple[str, bytes] | None = None) -> None:
-        """Number and keep `events`, and the idempotency key, with the body's hash, that they came with."""
-        self.usage.number(events)
+        """Create and keep `events`, and the idempotency key, with the body's hash, that they came with."""
+        self.usage.create(events)
         keys = {key[0]: (key[1], events[0].id)} if key else {}
 
         def apply() -> None:
@@ -1865,10 +2203,12 @@ def create_app(
         journal.load(usage, subscriptions)
     elif imported:
         subscriptions = dict(imported.subscriptions)
-        usage.number(imported.events)
+        usage.create(imported.events)
         usage.add(imported.events)
     simulation = Simulation(random.Random(config.random_seed))  # noqa: S311 - no secret comes of it
-    app[STATE] = State(config, usage, subscriptions, simulation, journal, page, clock)
+    app[STATE] = State(
+        config, usage, subscriptions, simulation, journal, page, clock, SingleFlight(usage)
+    )
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_safety_headers)
     app.cleanup_ctx.extend((own_journal, own_simulation))
@@ -1987,6 +2327,8 @@ async def serve(app: web.Application, listener: socket.socket, url: str, verbose
         access_log_format='%a "%r" %s %b',  # no header: it may hold any control character above 127
         shutdown_timeout=SHUTDOWN_SECONDS,
         auto_decompress=False,
+        handler_cancellation=True,
+        lingering_time=LINGER_SECONDS,
     )
     try:
         await runner.setup()

@@ -23,11 +23,18 @@ import signal
 import socket
 import sqlite3
 import sys
-import threading
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from datetime import UTC, datetime
 from fractions import Fraction
 from operator import attrgetter
@@ -39,7 +46,7 @@ from urllib.parse import quote, urlencode
 import aiohttp
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient
+from aiohttp.test_utils import TestClient, TestServer
 from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
@@ -74,14 +81,23 @@ def random_events(rng: random.Random, count: int) -> list[Event]:
 
 
 def add(usage: Usage, events: list[Event]) -> None:
-    """Number events and have them kept."""
-    usage.number(events)
+    """Create events and have them kept."""
+    usage.create(events)
     usage.add(events)
 
 
-def flat(blocks: Iterable[list[Event]]) -> list[Event]:
-    """Put blocks back together."""
-    return list(itertools.chain.from_iterable(blocks))
+def flat(chunks: Iterable[list[Event]]) -> list[Event]:
+    """Put chunks back together."""
+    return list(itertools.chain.from_iterable(chunks))
+
+
+def result(work: Generator[Any, None, Any]) -> Any:
+    """Return what `work` returns when it is done."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            return done.value
 
 
 @pytest.fixture
@@ -96,9 +112,10 @@ def start(aiohttp_client: AiohttpClient) -> Start:
     ) -> Client:
         app = server.create_app(Config(**({"simulate": False} | options)), imported, clock)
         given = list(events)
-        app[server.STATE].usage.number(given)
-        app[server.STATE].usage.add(given)
-        return await aiohttp_client(app)
+        add(app[server.STATE].usage, given)
+        running = TestServer(app)
+        await running.start_server(lingering_time=server.LINGER_SECONDS)
+        return await aiohttp_client(running)
 
     return start_app
 
@@ -168,7 +185,7 @@ async def read_answer(reader: asyncio.StreamReader, method: str = "GET") -> tupl
 
 def test_an_event_is_encoded_as_the_contract_shows_it() -> None:
     made = Event("user1", "track1", "label1", 1546421951, 1290)
-    assert made.json == (
+    assert server.Chunk([made]).json == (
         b'{"user_id":"user1","track_id":"track1","label":"label1",'
         b'"stream_started_on":1546421951,"seconds_streamed":1290}'
     )
@@ -176,8 +193,8 @@ def test_an_event_is_encoded_as_the_contract_shows_it() -> None:
 
 def test_names_of_any_script_come_back_from_the_json_as_they_were() -> None:
     name = 'Sigur Rós "☃" \\ 名 \u2028 <b>'
-    assert json.loads(event(label=name).json)["label"] == name
-    assert "☃".encode() in event(label=name).json
+    assert json.loads(server.Chunk([event(label=name)]).json)["label"] == name
+    assert "☃".encode() in server.Chunk([event(label=name)]).json
 
 
 @pytest.mark.parametrize("value", ["a", "a" * 128, "☃", " ", "'; DROP TABLE"])
@@ -195,7 +212,7 @@ def test_what_is_no_identifier_is_refused_with_the_name_of_the_field(value: obje
 
 
 def test_usage_is_in_order_of_start_and_equal_starts_in_order_of_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "BLOCK_EVENTS", 8)
+    monkeypatch.setattr(server, "CHUNK_EVENTS", 8)
     rng = random.Random(1)
     for _ in range(200):
         usage, arrived = Usage(keep=1_000), list[Event]()
@@ -204,40 +221,40 @@ def test_usage_is_in_order_of_start_and_equal_starts_in_order_of_arrival(monkeyp
             add(usage, batch)
             arrived += batch
         assert [made.id for made in arrived] == list(range(1, len(arrived) + 1))
-        assert flat(usage.by_start.blocks) == sorted(arrived, key=lambda made: made.stream_started_on)
-        assert flat(usage.by_id.blocks) == arrived
-        assert all(1 <= len(block) <= 8 for block in [*usage.by_start.blocks, *usage.by_id.blocks])
+        assert flat(usage.by_start.chunks) == sorted(arrived, key=lambda made: made.stream_started_on)
+        assert flat(usage.by_id.chunks) == arrived
+        assert all(1 <= len(chunk) <= 8 for chunk in [*usage.by_start.chunks, *usage.by_id.chunks])
         assert usage.count == len(arrived)
 
 
 def test_between_and_matching_find_what_a_naive_filter_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "BLOCK_EVENTS", 8)
+    monkeypatch.setattr(server, "CHUNK_EVENTS", 8)
     rng = random.Random(2)
     usage = Usage(keep=1_000)
     add(usage, random_events(rng, 300))
-    everything = flat(usage.by_start.blocks)
+    everything = flat(usage.by_start.chunks)
     for _ in range(500):
         since, until = (rng.choice((None, NOW - rng.randrange(-10, 5_010))) for _ in range(2))
-        names = {
-            name: frozenset(rng.choices((f"{name}0", f"{name}1", "nobody"), k=2))
+        wanted = tuple(
+            (name, frozenset(rng.choices((f"{name}0", f"{name}1", "nobody"), k=2)))
             for name in rng.sample(server.NAMES, rng.randrange(3))
-        }
-        assert flat(server.matching(usage.by_start.between(since, until), names)) == [
+        )
+        assert flat(server.matching(chunk, wanted) for chunk in usage.by_start.between(since, until)) == [
             made
             for made in everything
             if (since is None or made.stream_started_on >= since)
             and (until is None or made.stream_started_on < until)
-            and all(getattr(made, name) in wanted for name, wanted in names.items())
+            and all(getattr(made, name) in values for name, values in wanted)
         ]
 
 
 def test_a_reader_keeps_the_moment_at_which_it_began() -> None:
     usage = Usage(keep=3_000)
     add(usage, random_events(random.Random(3), 3_000))
-    blocks = usage.by_start.between(None, None)
-    before = flat(blocks)
+    chunks = usage.by_start.between(None, None)
+    before = flat(chunks)
     add(usage, random_events(random.Random(4), 3_000))
-    assert flat(blocks) == before
+    assert flat(chunks) == before
 
 
 def test_the_oldest_events_go_first_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -247,13 +264,10 @@ def test_the_oldest_events_go_first_with_one_warning(caplog: pytest.LogCaptureFi
         everything += batch
         add(usage, batch)
         everything = sorted(everything, key=attrgetter("stream_started_on", "id"))[-10:]
-        assert flat(usage.by_start.blocks) == everything
+        assert flat(usage.by_start.chunks) == everything
         assert usage.count == len(everything)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "--keep" in caplog.text
-
-
-FIGURES = ("events", "seconds_streamed")
 
 
 def test_groups_come_by_seconds_and_then_by_name() -> None:
@@ -261,17 +275,11 @@ def test_groups_come_by_seconds_and_then_by_name() -> None:
         event(seconds=5, label="b"), event(seconds=5, label="a"), event(seconds=9, label="c"),
         event(seconds=5, label="c", track_id="track2"), event(seconds=0, label="d"),
     ]
-    *nothing, rows = server.grouped([events[:2], events[2:]], ("label",), None, ("label", *FIGURES))
-    assert not any(nothing)
-    assert rows == [
-        {"label": "c", "events": 2, "seconds_streamed": 14},
-        {"label": "a", "events": 1, "seconds_streamed": 5},
-        {"label": "b", "events": 1, "seconds_streamed": 5},
-        {"label": "d", "events": 1, "seconds_streamed": 0},
-    ]
-    *_, rows = server.grouped([events], ("track_id", "label"), None, ("track_id", "label", *FIGURES))
-    assert [list(row) for row in rows] == [["track_id", "label", "events", "seconds_streamed"]] * 5
-    assert [(row["track_id"], row["label"]) for row in rows] == [
+    chunks = [server.Chunk(events[:2]), server.Chunk(events[2:])]
+    rows = result(server.aggregate(chunks, ("label",), None, (), None))
+    assert rows == [("c", 2, 14), ("a", 1, 5), ("b", 1, 5), ("d", 1, 0)]
+    rows = result(server.aggregate(chunks, ("track_id", "label"), None, (), None))
+    assert [row[:2] for row in rows] == [
         ("track1", "c"), ("track1", "a"), ("track1", "b"), ("track2", "c"), ("track1", "d"),
     ]
 
@@ -289,19 +297,23 @@ def test_a_window_begins_in_utc(window: str, started: int, began: int) -> None:
 
 @pytest.mark.parametrize("window", [None, "minute", "hour", "day", "month"])
 @pytest.mark.parametrize("by", [(), ("label",), ("user_id", "label")])
-def test_groups_and_windows_add_up_to_what_a_naive_sum_finds(window: str | None, by: tuple[str, ...]) -> None:
-    if not by and not window:
-        return
+@pytest.mark.parametrize("wanted", [(), ("label",), ("track_id", "user_id")])
+@pytest.mark.parametrize("limit", [None, 1, 7])
+def test_groups_and_windows_add_up_to_what_a_naive_sum_finds(
+    window: str | None, by: tuple[str, ...], wanted: tuple[str, ...], limit: int | None
+) -> None:
     events = random_events(random.Random(31), 900)
     for made in events:
-        made.stream_started_on -= random.Random(made.json).randrange(3) * 86_400 * 20
+        made.stream_started_on -= random.Random(made.fields).randrange(3) * 86_400 * 20
     events.sort(key=attrgetter("stream_started_on"))
-    columns = [*(["window_start"] if window else []), *by]
-    blocks = [events[:40], *(server.Block(events[at : at + 100]) for at in range(40, 900, 100))]
-    for _ in range(2):  # the second time the blocks know their sums
-        rows = list(itertools.chain.from_iterable(server.grouped(blocks, by, window, [*columns, *FIGURES])))
+    chunks = [server.Chunk(events[:40]), *(server.Chunk(events[at : at + 100]) for at in range(40, 900, 100))]
+    values = tuple((name, frozenset((f"{name}0", f"{name}2"))) for name in wanted)
+    for _ in range(2):  # the second time the chunks know their totals
+        rows = result(server.aggregate(chunks, by, window, values, limit))
     naive: dict[tuple[Any, ...], list[int]] = {}
     for made in events:
+        if any(getattr(made, name) == f"{name}1" for name in wanted):
+            continue
         moment = datetime.fromtimestamp(made.stream_started_on, UTC)
         start = moment.replace(second=0)
         start = start.replace(minute=0) if window in ("hour", "day", "month") else start
@@ -311,11 +323,21 @@ def test_groups_and_windows_add_up_to_what_a_naive_sum_finds(window: str | None,
         total = naive.setdefault(key, [0, 0])
         total[0] += 1
         total[1] += made.seconds_streamed
-    assert {tuple(row[name] for name in columns): [row["events"], row["seconds_streamed"]] for row in rows} == naive
-    order = [(row.get("window_start", 0), -row["seconds_streamed"], [row[name] for name in by]) for row in rows]
-    assert order == sorted(order)
-    assert [list(row) for row in rows] == [[*columns, "events", "seconds_streamed"]] * len(naive)
-    assert len(naive) > 1
+    in_order = sorted(naive, key=lambda key: (key[:1] if window else (), -naive[key][1], key))
+    assert rows == [(*key, *naive[key]) for key in in_order][:limit]
+
+
+def test_more_rows_than_an_answer_may_have_are_refused_and_a_limit_lets_them_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MOST_ROWS", 100)
+    for count in (100, 101):
+        chunks = [server.Chunk([event(user_id=f"user{number}") for number in range(count)])]
+        if count > 100:
+            with pytest.raises(InvalidError, match=r"100 rows.*limit"):
+                result(server.aggregate(chunks, ("user_id",), None, (), None))
+        else:
+            assert len(result(server.aggregate(chunks, ("user_id",), None, (), None))) == 100
+        assert result(server.aggregate(chunks, ("user_id",), None, (), 3)) == [("user0", 1, 60), ("user1", 1, 60), ("user10", 1, 60)]
+        assert result(server.aggregate(chunks, ("user_id",), None, (("user_id", {"user7"}),), None)) == [("user7", 1, 60)]
 
 
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
@@ -369,10 +391,10 @@ def test_both_columns_agree_with_a_naive_calculation_over_10_000_ledgers() -> No
             event(rng.choice(starts[: rng.choice((1, 4))]), rng.choice(lengths), rng.choice(users), label=rng.choice(labels))
             for _ in range(rng.choice((0, 1, 3, 20)) if labels else 0)
         ])
-        data, lines = server.report(usage.months, subscriptions)
+        data, lines = server.report(usage.totals.months, subscriptions)
         revenue = distributed = 0
-        for month in usage.months:
-            events = [made for made in flat(usage.by_start.blocks) if time.strftime("%Y-%m", time.gmtime(made.stream_started_on)) == month]
+        for month in usage.totals.months:
+            events = [made for made in flat(usage.by_start.chunks) if time.strftime("%Y-%m", time.gmtime(made.stream_started_on)) == month]
             of_month, *columns = naive_month(events, subscriptions)
             found = [line for line in lines if line["month"] == month]
             for name, naive in zip(("amount", "amount_user_centric"), columns, strict=True):
@@ -403,14 +425,14 @@ def test_three_equal_labels_share_100_euros_as_33_34_33_33_and_33_33() -> None:
 def test_a_subscriber_pays_once_however_many_streams_there_are() -> None:
     usage = Usage(keep=100)
     add(usage, [event(user_id="user1", label=f"label{number % 2}") for number in range(50)])
-    data, _ = server.report(usage.months, {"user1": Subscription("premium", 799, "app_store")})
+    data, _ = server.report(usage.totals.months, {"user1": Subscription("premium", 799, "app_store")})
     assert (data["revenue"], data["distributed"]) == ("5.59", "5.59")
 
 
 def test_the_report_has_the_shape_of_the_contract() -> None:
     usage = Usage(keep=100)
     add(usage, [event(1_551_398_400, 600, "user1", label="a"), event(1_551_398_400, 400, "user2", label="b")])
-    data, lines = server.report(usage.months, server.SUBSCRIPTIONS)
+    data, lines = server.report(usage.totals.months, server.SUBSCRIPTIONS)
     assert data == {
         "currency": "EUR", "months": ["2019-03"], "subscribers": 3, "revenue": "26.28", "distributed": "26.28",
         "seconds_streamed": 1_000,
@@ -446,7 +468,7 @@ def test_a_subscription_that_is_none_is_refused_by_name(field: str, value: objec
 
 
 def test_totals_stay_right_after_any_mix_of_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "BLOCK_EVENTS", 4)
+    monkeypatch.setattr(server, "CHUNK_EVENTS", 4)
     rng = random.Random(25)
     for _ in range(150):
         usage, model = Usage(keep=25), dict[int, Event]()
@@ -456,23 +478,23 @@ def test_totals_stay_right_after_any_mix_of_changes(monkeypatch: pytest.MonkeyPa
             if model and (change := rng.randrange(3)) < 2:
                 old = usage.find(rng.choice(list(model)))
                 if change:
-                    made.id = old.id
+                    made.id, made.version = old.id, usage.number()
                     usage.replace(old, made)
                     model[old.id] = made
                 else:
-                    usage.remove([old])
+                    usage.remove([(old, usage.number())])
                     del model[old.id]
             else:
                 add(usage, [made])
                 model[made.id] = made
                 for oldest in sorted(model.values(), key=attrgetter("stream_started_on", "id"))[:-25]:
                     del model[oldest.id]
-        assert flat(usage.by_start.blocks) == sorted(model.values(), key=attrgetter("stream_started_on", "id"))
-        assert flat(usage.by_id.blocks) == sorted(model.values(), key=attrgetter("id"))
+        assert flat(usage.by_start.chunks) == sorted(model.values(), key=attrgetter("stream_started_on", "id"))
+        assert flat(usage.by_id.chunks) == sorted(model.values(), key=attrgetter("id"))
         fresh = Usage(keep=25)
         fresh._count(list(model.values()), 1)
-        assert {month: totals for month, totals in usage.months.items() if totals} == fresh.months
-        assert (usage.tracks, usage.count) == (fresh.tracks, fresh.count)
+        assert (usage.totals.months, usage.totals.tracks) == (fresh.totals.months, fresh.totals.tracks)
+        assert usage.count == fresh.count
 
 
 # ── Import ──────────────────────────────────────────────────────────────────────────────────────
@@ -505,7 +527,7 @@ def test_both_spellings_are_imported_alike(tmp_path: Path) -> None:
     assert one.subscriptions == two.subscriptions == {
         "user 1": Subscription("premium", 799, "app_store"), "user 2": Subscription("platinum", 1499, "web"),
     }
-    assert [made.json for made in one.events] == [made.json for made in two.events]
+    assert [made.fields for made in one.events] == [made.fields for made in two.events]
     assert [(made.stream_started_on, made.label) for made in one.events] == [
         (1_551_398_400, "label 1"), (1_553_990_400, "label;2"), (1_554_076_800, "label 1"),
     ]
@@ -779,7 +801,7 @@ def test_a_batch_holds_1_to_5_streams_that_have_just_ended() -> None:
     rng = random.Random(6)
     batches = [server.simulate_batch(NOW, rng) for _ in range(2_000)]
     assert {len(batch) for batch in batches} == {1, 2, 3, 4, 5}
-    check_simulated((json.loads(made.json) for made in flat(batches)), NOW)
+    check_simulated((json.loads(server.Chunk([made]).json) for made in flat(batches)), NOW)
     assert all(made.stream_started_on + made.seconds_streamed == NOW for made in flat(batches))
 
 
@@ -796,7 +818,7 @@ def test_users_tracks_and_labels_are_independent_of_each_other() -> None:
 
 
 def test_a_random_seed_makes_the_simulation_repeatable() -> None:
-    one, two, other = ([made.json for made in server.simulate_batch(NOW, random.Random(seed))] for seed in (1, 1, 2))
+    one, two, other = ([made.fields for made in server.simulate_batch(NOW, random.Random(seed))] for seed in (1, 1, 2))
     assert one == two != other
 
 
@@ -852,14 +874,14 @@ async def test_a_clock_that_jumps_changes_neither_the_rhythm_nor_what_is_in_the_
     usage = client.app[server.STATE].usage
     for now in (NOW, NOW - 3_600, NOW, NOW + 3_600):
         clock[0] = now
-        batches, last_id, before = len(came), usage.last_id, flat(usage.by_start.blocks)
+        batches, last_id, before = len(came), usage.sequence, flat(usage.by_start.chunks)
         async with asyncio.timeout(10):
             while len(came) < batches + 5:
                 await asyncio.sleep(0.01)
         assert {made.stream_started_on + made.seconds_streamed for made in flat(usage.by_id.between(last_id + 1))} == {now}
         # What was there before the clock went back stays, and can be asked for; nothing new comes there.
         later = await (await client.get(f"/usage?from={now}")).json()
-        assert later == [json.loads(made.json) for made in before if made.stream_started_on >= now]
+        assert later == [json.loads(server.Chunk([made]).json) for made in before if made.stream_started_on >= now]
         assert now != NOW - 3_600 or later
         starts = [made["stream_started_on"] for made in await (await client.get("/usage")).json()]
         assert starts == sorted(starts)
@@ -1092,7 +1114,7 @@ async def test_an_answer_that_is_worth_it_is_gzipped_on_request(start: Start, ac
 
 @pytest.mark.parametrize("query", ["group_by=label", "label=nobody", "label=label1", "format=csv"])
 async def test_a_large_answer_lets_other_requests_in(start: Start, query: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "TURN_SECONDS", 0)
+    monkeypatch.setattr(server, "SLICE_SECONDS", 0)
     client = await start(random_events(random.Random(13), 60_000))
 
     async def download() -> bytes:
@@ -1121,18 +1143,17 @@ async def test_a_long_answer_is_streamed_and_a_short_one_is_whole(start: Start) 
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[list[Event]]:
-    """Give a list of the blocks that answers have been made from."""
-    blocks: list[list[Event]] = []
-    matching = server.matching
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Give a list of the moments of usage, one for each answer that has been begun to be made."""
+    begun: list[str] = []
+    between = server.Chunks.between
 
-    def noting(*args: Any) -> Iterator[list[Event]]:
-        for block in matching(*args):
-            blocks.append(block)
-            yield block
+    def noting(chunks: server.Chunks, *args: Any) -> Any:
+        begun.append("read")
+        return between(chunks, *args)
 
-    monkeypatch.setattr(server, "matching", noting)
-    return blocks
+    monkeypatch.setattr(server.Chunks, "between", noting)
+    return begun
 
 
 @pytest.mark.parametrize("query", ["", "?group_by=label,track_id", "?window=day", "?label=nobody", "?format=csv&to=9"])
@@ -1152,7 +1173,7 @@ async def test_an_answer_is_made_once_for_all_who_ask_until_something_changes(st
 
 async def test_a_long_answer_is_made_for_each_and_holds_no_other_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "KEPT_BYTES", 9_000)
-    monkeypatch.setattr(server, "STREAM_BYTES", 3_000)
+    monkeypatch.setattr(server, "PIECE_BYTES", 3_000)
     events = [event(NOW - 9_999 + number, user_id=f"user{number}") for number in range(300)]
     client = await start(events)
     for query, count in (("", 300), ("group_by=user_id", 300), ("group_by=user_id&window=day", 300), ("to=1", 0)):
@@ -1180,40 +1201,53 @@ async def test_an_answer_that_is_too_long_to_be_kept_keeps_no_events_alive(
 
 async def test_a_short_answer_does_not_wait_behind_long_ones(start: Start) -> None:
     client = await start([event()])
-    gathering = client.app[server.STATE].gathering
-    for _ in range(server.SUMMING):
-        await gathering.acquire()
+    for _ in range(server.LONG_WORK):
+        await client.app[server.STATE].long_work.acquire()
     async with asyncio.timeout(5):
         assert (await client.get("/usage")).status == 200
 
 
-async def test_a_long_report_is_not_kept(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_long_is_not_kept(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "KEPT_BYTES", 9_000)
     client = await start([event(label=f"label{number}") for number in range(300)])
-    for _ in range(2):
-        assert len(await (await client.get("/api/v1/report")).read()) > server.KEPT_BYTES
-    made = [each.made.result() for each in client.app[server.STATE].answers.values()]
-    assert all(len(each) <= server.KEPT_BYTES for each in made)
+    for path in ("/api/v1/report", "/usage?group_by=label") * 2:
+        answer = await client.get(path, headers={"Accept-Encoding": "identity"})
+        assert len(await answer.read()) > server.KEPT_BYTES
+    assert not client.app[server.STATE].answers.flights
 
 
 async def test_no_more_answers_are_kept_than_fit_and_the_latest_ones(start: Start) -> None:
     client = await start([event(NOW - number) for number in range(30)])
     for number in range(3 * server.KEPT_ANSWERS):
         await client.get(f"/usage?to={NOW - number}")
-    state = client.app[server.STATE]
-    assert len(state.answers) == server.KEPT_ANSWERS
-    assert (f"/usage?to={NOW - 3 * server.KEPT_ANSWERS + 1}", state.usage.etag) in state.answers
-    add(state.usage, [event()])
+    flights = client.app[server.STATE].answers.flights
+    assert len(flights) == server.KEPT_ANSWERS
+    await client.get(f"/usage?to={NOW - 3 * server.KEPT_ANSWERS + 1}")
+    assert client.app[server.STATE].answers.flights is flights
+    add(client.app[server.STATE].usage, [event()])
     await client.get("/usage", headers={"Accept-Encoding": "identity"})
-    assert len(state.answers) == 1
+    assert len(client.app[server.STATE].answers.flights) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("label=label1", "%6Cabel=%6cabel1&format=json"), ("from=7&to=9", "to=09&from=007"), ("order=asc", ""),
+        ("label=a&label=b", "label=b&label=a&label=a"), ("group_by=label&limit=5", "limit=05&group_by=%6cabel"),
+    ],
+)
+async def test_one_query_is_one_answer_however_it_is_spelled(start: Start, read: list[Any], one: str, other: str) -> None:
+    client = await start([event()])
+    bodies = {await (await client.get(URL(f"/usage?{query}", encoded=True))).text() for query in (one, other)}
+    assert (len(bodies), len(read)) == (1, 1)
 
 
 async def test_an_answer_that_failed_is_made_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     client = await start([event()])
     with monkeypatch.context() as patch:
-        patch.setattr(server, "write_rows", Mock(side_effect=RuntimeError))
+        patch.setattr(server, "write", Mock(side_effect=RuntimeError))
         assert (await client.get("/usage")).status == 500
-        patch.setattr(server, "gather", Mock(side_effect=RuntimeError))
+        patch.setattr(server, "collect", Mock(side_effect=RuntimeError))
         assert (await client.get("/usage?to=9")).status == 500
     assert (await client.get("/usage")).status == 200
     assert (await client.get("/usage?to=9")).status == 200
@@ -1251,7 +1285,7 @@ async def test_a_client_that_asks_on_without_reading_is_not_answered_on(start: S
 async def test_a_client_that_takes_nothing_is_cut_off(
     start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, events: int, requests: int
 ) -> None:
-    monkeypatch.setattr(server, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(server, "WRITE_SECONDS", 0.2)
     client = await start(random_events(random.Random(22), events))
     url = client.make_url("/usage")
     reader, writer = await asyncio.open_connection(url.host, url.port, limit=1)
@@ -1263,47 +1297,61 @@ async def test_a_client_that_takes_nothing_is_cut_off(
     assert caplog.text == ""
 
 
-async def test_sums_of_many_are_not_held_for_long(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "SUM_SECONDS", 3)
-    client = await start(event(NOW - 9, user_id=f"user{number:0120}") for number in range(40_000))
-    url = client.make_url("/usage")
-    opened = [await asyncio.open_connection(url.host, url.port, limit=1) for _ in range(server.SUMMING)]
-    for _, writer in opened:
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        writer.write(b"GET /usage?group_by=user_id HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    for reader, _ in opened:
-        await reader.readexactly(100)
-    async with asyncio.timeout(20):
-        assert len(await (await client.get("/usage?group_by=user_id")).json()) == 40_000
-    for _, writer in opened:
-        writer.close()
-
-
-async def test_work_for_a_client_that_has_gone_ends_without_a_word(
-    start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, read: list[Any]
+@pytest.mark.parametrize("path", ["/usage?label=nobody", "/usage?group_by=user_id", "/api/v1/report", "/api/v1/users", "/api/v1/streams?label=nobody"])
+async def test_work_for_clients_that_have_disconnected_ends_without_a_word(
+    start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr(server, "TURN_SECONDS", 0)
-    client = await start(random_events(random.Random(20), 100_000))
-    url = client.make_url("/usage?label=nobody")
-    _, writer = await asyncio.open_connection(url.host, url.port)
-    writer.write(b"GET /usage?label=nobody HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    """The work is cut into so many steps that it cannot be done before it is cancelled."""
+    steps, time_slice = 0, server.time_slice
+
+    def one_step(work: Any) -> tuple[list[Any], bool]:
+        nonlocal steps
+        steps += 1
+        return time_slice(work)
+
+    monkeypatch.setattr(server, "SLICE_SECONDS", 0)
+    monkeypatch.setattr(server, "CHUNK_EVENTS", 16)
+    monkeypatch.setattr(server, "time_slice", one_step)
+    client = await start(event(NOW - number, user_id=f"user{number}") for number in range(20_000))
+    url = client.make_url(path)
+    writers = [(await asyncio.open_connection(url.host, url.port))[1] for _ in range(30)]
+    for writer in writers:
+        writer.write(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode())
     async with asyncio.timeout(10):
-        while not read:
+        while steps < 2:
             await asyncio.sleep(0)
-    writer.transport.abort()
-    await asyncio.sleep(0.5)
-    assert len(read) < len(client.app[server.STATE].usage.by_start.blocks)
+    for writer in writers:
+        writer.transport.abort()
+    await asyncio.sleep(0.1)
+    before = steps
+    await asyncio.sleep(0.1)
+    assert steps == before
+    assert not client.app[server.STATE].answers.flights
     assert caplog.text == ""
 
 
+async def test_a_client_that_disconnects_takes_the_answer_from_nobody_else(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "SLICE_SECONDS", 0)
+    client = await start(random_events(random.Random(20), 50_000))
+    url = client.make_url("/usage")
+    _, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(b"GET /usage?group_by=label HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    while not client.app[server.STATE].answers.flights:
+        await asyncio.sleep(0)
+    other = asyncio.create_task(client.get("/usage?group_by=label"))
+    await asyncio.sleep(0.02)
+    writer.transport.abort()
+    assert len(await (await other).json()) == 3
+
+
 async def test_http_1_0_gets_a_large_answer_and_its_end(start: Start) -> None:
-    client = await start(random_events(random.Random(21), 5_000))
+    client = await start(random_events(random.Random(21), 20_000))
     url = client.make_url("/usage")
     reader, writer = await asyncio.open_connection(url.host, url.port)
     writer.write(b"GET /usage HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\n\r\n")
     async with asyncio.timeout(10):
         _, body = (await reader.read()).split(b"\r\n\r\n", 1)
-    assert len(json.loads(body)) == 5_000
+    assert len(json.loads(body)) == 20_000
     writer.close()
 
 
@@ -1421,6 +1469,19 @@ async def test_a_page_of_another_origin_cannot_write(start: Start, headers: dict
     assert not [name for name in answer.headers if name.startswith("Access-Control")]
 
 
+@pytest.mark.parametrize("origin", ["http://[", "http://[zz]", "http://℀", "null", "localhost", "://", "http://localhost@evil.example"])
+async def test_an_origin_that_is_none_is_refused_and_leaves_nothing_in_the_log(
+    start: Start, origin: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await start()
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    writer.write(f"POST /api/v1/streams HTTP/1.1\r\nHost: localhost\r\nOrigin: {origin}\r\nContent-Length: 0\r\n\r\n".encode())
+    status, _, body = await read_answer(reader)
+    assert (status, list(json.loads(body))) == (403, ["error"])
+    assert caplog.text == ""
+    writer.close()
+
+
 @pytest.mark.parametrize(
     ("authorization", "status"),
     [("Bearer s3cret", 201), ("bearer s3cret", 201), ("Bearer wrong", 401), ("Bearer", 401), ("Basic s3cret", 401), ("s3cret", 401), (None, 401), ("Bearer s3cret2", 401)],
@@ -1495,7 +1556,7 @@ async def test_a_stream_is_created_read_replaced_changed_and_removed(start: Star
     for method in ("GET", "PUT", "PATCH", "DELETE"):
         answer = await client.request(method, "/api/v1/streams/1", json=STREAM)
         assert (answer.status, await answer.json()) == (404, {"error": "there is no stream 1"})
-    assert (await (await client.post("/api/v1/streams", json=STREAM)).json())["data"]["id"] == 2
+    assert (await (await client.post("/api/v1/streams", json=STREAM)).json())["data"]["id"] == 7  # the seventh change
 
 
 async def test_an_array_is_stored_as_a_whole_and_seen_by_usage(start: Start) -> None:
@@ -1582,6 +1643,42 @@ async def test_a_body_that_does_not_arrive_is_408(start: Start, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("POST /api/v1/streams", 408), ("PUT /api/v1/users/user1", 408), ("POST /usage", 405), ("POST /nowhere", 404),
+        ("PUT /api/v1/streams/9", 404), ("POST /api/v1/streams HTTP/1.1\r\nOrigin: http://evil.example", 403),
+        ("POST /api/v1/streams HTTP/1.1\r\nContent-Type: text/plain", 415), ("GET /usage", 200), ("GET /usage?from=x", 400),
+        ("POST /api/v1/streams HTTP/1.1\r\nContent-Length: 1048577", 413), ("GET /usage HTTP/1.1\r\nIf-None-Match: *", 304),
+    ],
+)
+async def test_an_answer_before_the_body_has_come_closes_the_connection_within_2_s(
+    start: Start, monkeypatch: pytest.MonkeyPatch, head: str, status: int
+) -> None:
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.1)
+    client = await start([event()])
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    first, *lines = (head if "\r\n" in head else f"{head} HTTP/1.1").split("\r\n")
+    lines += [] if "Content-Length" in head else ["Content-Length: 1000"]
+    lines += [] if "Content-Type" in head else ["Content-Type: application/json"]
+    writer.write("\r\n".join([first, "Host: localhost", *lines, "\r\n{"]).encode())
+    found, headers, _ = await read_answer(reader)
+    assert (found, headers["connection"]) == (status, "close")
+    async with asyncio.timeout(2):
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_body_that_has_come_leaves_the_connection_open(start: Start) -> None:
+    client = await start()
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    for path in (b"/usage", b"/api/v1/streams", b"/nowhere"):
+        writer.write(b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 3\r\n\r\n{ }" % path)
+        status, headers, _ = await read_answer(reader)
+        assert (status, headers["connection"]) == ({b"/usage": 405, b"/nowhere": 404}.get(path, 415), "keep-alive")
+    writer.close()
+
+
+@pytest.mark.parametrize(
     ("stream_id", "status"), [("0", 404), ("2", 404), ("1" + "0" * 30, 404), ("9" * 5_000, 404), ("0" * 99 + "2", 404), ("abc", 400), ("-1", 400), ("1.0", 400), ("٣", 400), ("1%20", 400), ("%00", 400)]
 )
 async def test_an_id_that_is_none_is_4xx(start: Start, stream_id: str, status: int) -> None:
@@ -1604,6 +1701,39 @@ async def test_an_id_that_is_none_is_4xx(start: Start, stream_id: str, status: i
 async def test_a_wrong_method_is_405_and_says_what_is_allowed(start: Start, method: str, path: str, allowed: str) -> None:
     answer = await (await start([event()])).request(method, path, json=STREAM)
     assert (answer.status, answer.headers["Allow"], list(await answer.json())) == (405, allowed, ["error"])
+
+
+async def test_a_stream_that_keep_would_drop_at_once_is_409_and_nothing_is_stored(start: Start) -> None:
+    client = await start([event(NOW - number) for number in range(3)], keep=3)
+    before = [await (await client.get(path)).read() for path in ("/usage", "/api/v1/changes", "/api/v1/report")]
+    for starts in ([NOW - 3], [NOW, NOW - 3], [NOW, NOW, NOW - 1], [NOW] * 4, [NOW - 3, NOW - 4]):
+        streams = [STREAM | {"stream_started_on": started} for started in starts]
+        answer = await client.post("/api/v1/streams", json=streams if len(streams) > 1 else streams[0], headers={"Idempotency-Key": "k"})
+        assert (answer.status, list(await answer.json())) == (409, ["error"])
+        assert [await (await client.get(path)).read() for path in ("/usage", "/api/v1/changes", "/api/v1/report")] == before
+    answer = await client.post("/api/v1/streams", json=STREAM | {"stream_started_on": NOW - 2}, headers={"Idempotency-Key": "k"})
+    assert answer.status == 201
+    assert (await client.get(answer.headers["Location"])).status == 200
+
+
+def test_what_is_too_old_is_what_keep_would_drop() -> None:
+    rng = random.Random(43)
+    for _ in range(3_000):
+        usage = Usage(keep=rng.randrange(1, 8))
+        add(usage, random_events(rng, rng.randrange(8)))
+        new = [event(NOW - rng.randrange(5_000) // 1_000 * 1_000) for _ in range(rng.randrange(1, 5))]
+        too_old = usage.is_too_old(new)
+        add(usage, new)
+        assert too_old == (not {*new} <= {*flat(usage.by_start.chunks)})
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/merge-patch+json", "application/merge-patch+json; charset=utf-8"])
+async def test_a_patch_may_say_what_it_is(start: Start, kind: str) -> None:
+    client = await start([event()])
+    answer = await client.patch("/api/v1/streams/1", data=b'{"label":"other"}', headers={"Content-Type": kind})
+    assert (answer.status, (await answer.json())["data"]["label"]) == (200, "other")
+    refused = await client.put("/api/v1/streams/1", data=json.dumps(STREAM), headers={"Content-Type": kind})
+    assert refused.status == (200 if kind == "application/json" else 415)
 
 
 async def test_streams_come_in_pages_in_order_of_id(start: Start) -> None:
@@ -1726,9 +1856,15 @@ async def test_a_report_is_for_a_month_or_for_all_and_in_two_formats(start: Star
 async def test_reports_hold_up_no_answer_that_is_to_be_compressed(
     start: Start, monkeypatch: pytest.MonkeyPatch, query: str
 ) -> None:
-    done = threading.Event()
-    for name in ("report", "describe_users"):
-        monkeypatch.setattr(server, name, Mock(side_effect=lambda *_: done.wait(20)))
+    done = False
+
+    def for_ever(*_: object) -> Iterator[None]:
+        while not done:
+            yield None
+        raise server.MissingError
+
+    for name in ("write_report", "describe_all"):
+        monkeypatch.setattr(server, name, for_ever)
     client = await start([event(NOW - number) for number in range(99)])
     asked = [asyncio.create_task(client.get(f"/api/v1/{query}{'&' * number}")) for number in range(50)]
     try:
@@ -1737,7 +1873,7 @@ async def test_reports_hold_up_no_answer_that_is_to_be_compressed(
             answer = await client.get("/usage", headers={"Accept-Encoding": "gzip"})
         assert answer.headers["Content-Encoding"] == "gzip"
     finally:
-        done.set()
+        done = True
         await asyncio.gather(*asked)
 
 
@@ -3457,7 +3593,7 @@ async def test_numbers_change_without_a_shift_the_total_counts_up_and_no_motion_
         await server.tick(state, now, state.simulation.rng)
         await page.clock.run_for(4_000)
         await page.wait_for_function("document.querySelector('[data-testid=status]').textContent.includes('updated 0 s ago')")
-        after = sum(made.seconds_streamed for made in flat(state.usage.by_start.blocks))
+        after = sum(made.seconds_streamed for made in flat(state.usage.by_start.chunks))
         moving = await page.evaluate("document.getAnimations().length")
         if motion == "reduce":
             assert (moving, (await figures(page))[0]) == (0, after)
