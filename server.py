@@ -1638,8 +1638,8 @@ def write_rows(kind: str, columns: Sequence[str], rows: Iterable[Sequence[Any]])
     template = "{" + ",".join(f'"{column}":%s' for column in columns) + "}"
 
     def as_json(batch: list[Sequence[Any]]) -> bytes:
-        columns = (map(quote, cells) if isinstance(cells[0], str) else cells for cells in zip(*batch, strict=True))
-        return ",".join([template % row for row in zip(*columns, strict=True)]).encode()
+        cells = [map(quote, column) if isinstance(column[0], str) else column for column in zip(*batch, strict=True)]
+        return ",".join([template % row for row in zip(*cells, strict=True)]).encode()
 
     def as_csv(batch: list[Sequence[Any]]) -> str:
         return "".join([encode_cells(*row) + CSV_END for row in batch])
