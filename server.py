@@ -315,6 +315,14 @@ class Chunk(list[Any]):
     def json(self) -> bytes:
         """The JSON of each event, with commas between."""
         return ",".join([f"{{{event.fields}}}" for event in self]).encode()
+<<<<<<< HEAD
+=======
+
+    @property
+    def csv(self) -> str:
+        """The lines of a CSV file."""
+        return "".join([event.csv for event in self])
+>>>>>>> main
 
     @cached_property
     def known(self) -> dict[object, Totals | None]:
@@ -578,7 +586,11 @@ def count_by_window(events: Chunk, window: str | None, names: tuple[str, ...]) -
 
 
 def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted: Wanted) -> Totals:
+<<<<<<< HEAD
     """Return totals from which `pick` takes what is wanted.
+=======
+    """Return totals that hold what is wanted, and maybe more.
+>>>>>>> main
 
     A chunk remembers totals that are few. Where they are many, to filter before counting is quicker.
     """
@@ -598,6 +610,7 @@ def aggregate(
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
     names = (*by, *(name for name, _ in wanted if name not in by))
+<<<<<<< HEAD
     sums: Totals = {}
     for chunk in chunks:
         for key, total in count_chunk(chunk, window, names, wanted).items():
@@ -626,6 +639,23 @@ def pick(
     return picked
 
 
+=======
+    size = bool(window) + len(by)
+    places = [(bool(window) + names.index(name), values) for name, values in wanted]
+    sums: Totals = {}
+    for chunk in chunks:
+        totals = count_chunk(chunk, window, names, wanted)
+        for place, values in places:
+            totals = {key: total for key, total in totals.items() if key[place] in values}
+        for key, total in totals.items():
+            add_up(sums, key[:size], total)
+        if len(sums) > MOST_ROWS and not limit:
+            raise InvalidError(f"there are more than {MOST_ROWS:,} rows: narrow the query, or pass limit")
+        yield
+    return (yield from order(sums, bool(window), limit or MOST_ROWS))
+
+
+>>>>>>> main
 def order(sums: Totals, windowed: bool, limit: int) -> Generator[None, None, list[tuple[Any, ...]]]:
     """Return the first `limit` rows: by window, then most seconds first, ties in order of the names.
 
@@ -1646,8 +1676,13 @@ def write_rows(kind: str, columns: Sequence[str], rows: Iterable[Sequence[Any]])
     template = "{" + ",".join(f'"{column}":%s' for column in columns) + "}"
 
     def as_json(batch: list[Sequence[Any]]) -> bytes:
+<<<<<<< HEAD
         quoted = ([quote(cell) if isinstance(cell, str) else cell for cell in row] for row in batch)
         return ",".join([template % tuple(row) for row in quoted]).encode()
+=======
+        cells = [map(quote, column) if isinstance(column[0], str) else column for column in zip(*batch, strict=True)]
+        return ",".join([template % row for row in zip(*cells, strict=True)]).encode()
+>>>>>>> main
 
     def as_csv(batch: list[Sequence[Any]]) -> str:
         return "".join([encode_cells(*row) + CSV_END for row in batch])

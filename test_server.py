@@ -23,7 +23,6 @@ import signal
 import socket
 import sqlite3
 import sys
-import threading
 import time
 import unicodedata
 from collections import Counter
@@ -33,6 +32,7 @@ from collections.abc import (
     Callable,
     Generator,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
@@ -1212,7 +1212,8 @@ async def test_what_is_long_is_not_kept(start: Start, monkeypatch: pytest.Monkey
     monkeypatch.setattr(server, "KEPT_BYTES", 9_000)
     client = await start([event(label=f"label{number}") for number in range(300)])
     for path in ("/api/v1/report", "/usage?group_by=label") * 2:
-        assert len(await (await client.get(path)).read()) > server.KEPT_BYTES
+        answer = await client.get(path, headers={"Accept-Encoding": "identity"})
+        assert len(await answer.read()) > server.KEPT_BYTES
     assert not client.app[server.STATE].answers.flights
 
 
@@ -1238,7 +1239,7 @@ async def test_no_more_answers_are_kept_than_fit_and_the_latest_ones(start: Star
 )
 async def test_one_query_is_one_answer_however_it_is_spelled(start: Start, read: list[Any], one: str, other: str) -> None:
     client = await start([event()])
-    bodies = {await (await client.get(URL(f"{client.make_url('/usage')}?{query}", encoded=True))).text() for query in (one, other)}
+    bodies = {await (await client.get(URL(f"/usage?{query}", encoded=True))).text() for query in (one, other)}
     assert (len(bodies), len(read)) == (1, 1)
 
 
@@ -1345,13 +1346,13 @@ async def test_a_client_that_disconnects_takes_the_answer_from_nobody_else(start
 
 
 async def test_http_1_0_gets_a_large_answer_and_its_end(start: Start) -> None:
-    client = await start(random_events(random.Random(21), 5_000))
+    client = await start(random_events(random.Random(21), 20_000))
     url = client.make_url("/usage")
     reader, writer = await asyncio.open_connection(url.host, url.port)
     writer.write(b"GET /usage HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\n\r\n")
     async with asyncio.timeout(10):
         _, body = (await reader.read()).split(b"\r\n\r\n", 1)
-    assert len(json.loads(body)) == 5_000
+    assert len(json.loads(body)) == 20_000
     writer.close()
 
 
@@ -1469,6 +1470,19 @@ async def test_a_page_of_another_origin_cannot_write(start: Start, headers: dict
     assert not [name for name in answer.headers if name.startswith("Access-Control")]
 
 
+@pytest.mark.parametrize("origin", ["http://[", "http://[zz]", "http://℀", "null", "localhost", "://", "http://localhost@evil.example"])
+async def test_an_origin_that_is_none_is_refused_and_leaves_nothing_in_the_log(
+    start: Start, origin: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await start()
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    writer.write(f"POST /api/v1/streams HTTP/1.1\r\nHost: localhost\r\nOrigin: {origin}\r\nContent-Length: 0\r\n\r\n".encode())
+    status, _, body = await read_answer(reader)
+    assert (status, list(json.loads(body))) == (403, ["error"])
+    assert caplog.text == ""
+    writer.close()
+
+
 @pytest.mark.parametrize(
     ("authorization", "status"),
     [("Bearer s3cret", 201), ("bearer s3cret", 201), ("Bearer wrong", 401), ("Bearer", 401), ("Basic s3cret", 401), ("s3cret", 401), (None, 401), ("Bearer s3cret2", 401)],
@@ -1543,7 +1557,7 @@ async def test_a_stream_is_created_read_replaced_changed_and_removed(start: Star
     for method in ("GET", "PUT", "PATCH", "DELETE"):
         answer = await client.request(method, "/api/v1/streams/1", json=STREAM)
         assert (answer.status, await answer.json()) == (404, {"error": "there is no stream 1"})
-    assert (await (await client.post("/api/v1/streams", json=STREAM)).json())["data"]["id"] == 2
+    assert (await (await client.post("/api/v1/streams", json=STREAM)).json())["data"]["id"] == 7  # the seventh change
 
 
 async def test_an_array_is_stored_as_a_whole_and_seen_by_usage(start: Start) -> None:
@@ -1630,6 +1644,42 @@ async def test_a_body_that_does_not_arrive_is_408(start: Start, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("POST /api/v1/streams", 408), ("PUT /api/v1/users/user1", 408), ("POST /usage", 405), ("POST /nowhere", 404),
+        ("PUT /api/v1/streams/9", 404), ("POST /api/v1/streams HTTP/1.1\r\nOrigin: http://evil.example", 403),
+        ("POST /api/v1/streams HTTP/1.1\r\nContent-Type: text/plain", 415), ("GET /usage", 200), ("GET /usage?from=x", 400),
+        ("POST /api/v1/streams HTTP/1.1\r\nContent-Length: 1048577", 413), ("GET /usage HTTP/1.1\r\nIf-None-Match: *", 304),
+    ],
+)
+async def test_an_answer_before_the_body_has_come_closes_the_connection_within_2_s(
+    start: Start, monkeypatch: pytest.MonkeyPatch, head: str, status: int
+) -> None:
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.1)
+    client = await start([event()])
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    first, *lines = (head if "\r\n" in head else f"{head} HTTP/1.1").split("\r\n")
+    lines += [] if "Content-Length" in head else ["Content-Length: 1000"]
+    lines += [] if "Content-Type" in head else ["Content-Type: application/json"]
+    writer.write("\r\n".join([first, "Host: localhost", *lines, "\r\n{"]).encode())
+    found, headers, _ = await read_answer(reader)
+    assert (found, headers["connection"]) == (status, "close")
+    async with asyncio.timeout(2):
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_body_that_has_come_leaves_the_connection_open(start: Start) -> None:
+    client = await start()
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    for path in (b"/usage", b"/api/v1/streams", b"/nowhere"):
+        writer.write(b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 3\r\n\r\n{ }" % path)
+        status, headers, _ = await read_answer(reader)
+        assert (status, headers["connection"]) == ({b"/usage": 405, b"/nowhere": 404}.get(path, 415), "keep-alive")
+    writer.close()
+
+
+@pytest.mark.parametrize(
     ("stream_id", "status"), [("0", 404), ("2", 404), ("1" + "0" * 30, 404), ("9" * 5_000, 404), ("0" * 99 + "2", 404), ("abc", 400), ("-1", 400), ("1.0", 400), ("٣", 400), ("1%20", 400), ("%00", 400)]
 )
 async def test_an_id_that_is_none_is_4xx(start: Start, stream_id: str, status: int) -> None:
@@ -1652,6 +1702,39 @@ async def test_an_id_that_is_none_is_4xx(start: Start, stream_id: str, status: i
 async def test_a_wrong_method_is_405_and_says_what_is_allowed(start: Start, method: str, path: str, allowed: str) -> None:
     answer = await (await start([event()])).request(method, path, json=STREAM)
     assert (answer.status, answer.headers["Allow"], list(await answer.json())) == (405, allowed, ["error"])
+
+
+async def test_a_stream_that_keep_would_drop_at_once_is_409_and_nothing_is_stored(start: Start) -> None:
+    client = await start([event(NOW - number) for number in range(3)], keep=3)
+    before = [await (await client.get(path)).read() for path in ("/usage", "/api/v1/changes", "/api/v1/report")]
+    for starts in ([NOW - 3], [NOW, NOW - 3], [NOW, NOW, NOW - 1], [NOW] * 4, [NOW - 3, NOW - 4]):
+        streams = [STREAM | {"stream_started_on": started} for started in starts]
+        answer = await client.post("/api/v1/streams", json=streams if len(streams) > 1 else streams[0], headers={"Idempotency-Key": "k"})
+        assert (answer.status, list(await answer.json())) == (409, ["error"])
+        assert [await (await client.get(path)).read() for path in ("/usage", "/api/v1/changes", "/api/v1/report")] == before
+    answer = await client.post("/api/v1/streams", json=STREAM | {"stream_started_on": NOW - 2}, headers={"Idempotency-Key": "k"})
+    assert answer.status == 201
+    assert (await client.get(answer.headers["Location"])).status == 200
+
+
+def test_what_is_too_old_is_what_keep_would_drop() -> None:
+    rng = random.Random(43)
+    for _ in range(3_000):
+        usage = Usage(keep=rng.randrange(1, 8))
+        add(usage, random_events(rng, rng.randrange(8)))
+        new = [event(NOW - rng.randrange(5_000) // 1_000 * 1_000) for _ in range(rng.randrange(1, 5))]
+        too_old = usage.is_too_old(new)
+        add(usage, new)
+        assert too_old == (not {*new} <= {*flat(usage.by_start.chunks)})
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/merge-patch+json", "application/merge-patch+json; charset=utf-8"])
+async def test_a_patch_may_say_what_it_is(start: Start, kind: str) -> None:
+    client = await start([event()])
+    answer = await client.patch("/api/v1/streams/1", data=b'{"label":"other"}', headers={"Content-Type": kind})
+    assert (answer.status, (await answer.json())["data"]["label"]) == (200, "other")
+    refused = await client.put("/api/v1/streams/1", data=json.dumps(STREAM), headers={"Content-Type": kind})
+    assert refused.status == (200 if kind == "application/json" else 415)
 
 
 async def test_streams_come_in_pages_in_order_of_id(start: Start) -> None:
@@ -1774,9 +1857,15 @@ async def test_a_report_is_for_a_month_or_for_all_and_in_two_formats(start: Star
 async def test_reports_hold_up_no_answer_that_is_to_be_compressed(
     start: Start, monkeypatch: pytest.MonkeyPatch, query: str
 ) -> None:
-    done = threading.Event()
-    for name in ("report", "describe_users"):
-        monkeypatch.setattr(server, name, Mock(side_effect=lambda *_: done.wait(20)))
+    done = False
+
+    def for_ever(*_: object) -> Iterator[None]:
+        while not done:
+            yield None
+        raise server.MissingError
+
+    for name in ("write_report", "describe_all"):
+        monkeypatch.setattr(server, name, for_ever)
     client = await start([event(NOW - number) for number in range(99)])
     asked = [asyncio.create_task(client.get(f"/api/v1/{query}{'&' * number}")) for number in range(50)]
     try:
@@ -1785,7 +1874,7 @@ async def test_reports_hold_up_no_answer_that_is_to_be_compressed(
             answer = await client.get("/usage", headers={"Accept-Encoding": "gzip"})
         assert answer.headers["Content-Encoding"] == "gzip"
     finally:
-        done.set()
+        done = True
         await asyncio.gather(*asked)
 
 
