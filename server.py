@@ -315,14 +315,11 @@ class Chunk(list[Any]):
     def json(self) -> bytes:
         """The JSON of each event, with commas between."""
         return ",".join([f"{{{event.fields}}}" for event in self]).encode()
-<<<<<<< HEAD
-=======
 
     @property
     def csv(self) -> str:
         """The lines of a CSV file."""
         return "".join([event.csv for event in self])
->>>>>>> main
 
     @cached_property
     def known(self) -> dict[object, Totals | None]:
@@ -586,11 +583,7 @@ def count_by_window(events: Chunk, window: str | None, names: tuple[str, ...]) -
 
 
 def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted: Wanted) -> Totals:
-<<<<<<< HEAD
-    """Return totals from which `pick` takes what is wanted.
-=======
     """Return totals that hold what is wanted, and maybe more.
->>>>>>> main
 
     A chunk remembers totals that are few. Where they are many, to filter before counting is quicker.
     """
@@ -610,36 +603,6 @@ def aggregate(
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
     names = (*by, *(name for name, _ in wanted if name not in by))
-<<<<<<< HEAD
-    sums: Totals = {}
-    for chunk in chunks:
-        for key, total in count_chunk(chunk, window, names, wanted).items():
-            add_up(sums, key, total)
-        if not (limit or wanted) and len(sums) > MOST_ROWS:
-            break
-        yield
-    if wanted:
-        sums = yield from pick(sums, names, len(by), bool(window), wanted)
-    if not limit and len(sums) > MOST_ROWS:
-        raise InvalidError(f"group_by and window make more than {MOST_ROWS:,} rows; narrow them or pass limit")
-    return (yield from order(sums, bool(window), limit or MOST_ROWS))
-
-
-def pick(
-    sums: Totals, names: tuple[str, ...], size: int, windowed: bool, wanted: Wanted
-) -> Generator[None, None, Totals]:
-    """Return the totals of what is `wanted`, by the window and the first `size` of the names."""
-    places = [(names.index(name) + windowed, values) for name, values in wanted]
-    picked: Totals = {}
-    for some in batched(sums.items(), CHUNK_EVENTS):
-        for key, total in some:
-            if all(key[place] in values for place, values in places):
-                add_up(picked, key[: windowed + size], total)
-        yield
-    return picked
-
-
-=======
     size = bool(window) + len(by)
     places = [(bool(window) + names.index(name), values) for name, values in wanted]
     sums: Totals = {}
@@ -655,7 +618,6 @@ def pick(
     return (yield from order(sums, bool(window), limit or MOST_ROWS))
 
 
->>>>>>> main
 def order(sums: Totals, windowed: bool, limit: int) -> Generator[None, None, list[tuple[Any, ...]]]:
     """Return the first `limit` rows: by window, then most seconds first, ties in order of the names.
 
@@ -1676,13 +1638,8 @@ def write_rows(kind: str, columns: Sequence[str], rows: Iterable[Sequence[Any]])
     template = "{" + ",".join(f'"{column}":%s' for column in columns) + "}"
 
     def as_json(batch: list[Sequence[Any]]) -> bytes:
-<<<<<<< HEAD
-        quoted = ([quote(cell) if isinstance(cell, str) else cell for cell in row] for row in batch)
-        return ",".join([template % tuple(row) for row in quoted]).encode()
-=======
         cells = [map(quote, column) if isinstance(column[0], str) else column for column in zip(*batch, strict=True)]
         return ",".join([template % row for row in zip(*cells, strict=True)]).encode()
->>>>>>> main
 
     def as_csv(batch: list[Sequence[Any]]) -> str:
         return "".join([encode_cells(*row) + CSV_END for row in batch])
