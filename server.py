@@ -101,7 +101,13 @@ GATHER_SECONDS = 0.001  # how long a commit waits for more to come with it
 TURN_SECONDS = 0.002  # how long a long answer may keep the event loop at a stretch
 SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way; 5 s are promised
 LATE_SECONDS = 5  # a batch that is no later than this, or than three intervals, is not missed
-FETCH_TIMEOUT = aiohttp.ClientTimeout(total=30)
+IMPORT_BYTES = 256 * 1024 * 1024  # at most, of each file of an import
+IMPORT_FAULTS = 20  # an import is read up to so many
+FAULT_CHARACTERS = 300
+LINE_CHARACTERS = 65_536  # at most, in a line of a CSV file
+FETCH_TRIES = 5
+FETCH_SECONDS = 30  # how long each may take
+FETCH_WAIT = 0.5  # seconds before the second try; twice as many before each further one
 BACKLOG = 1024  # how many connections may wait to be taken
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DAY = 86_400
@@ -139,7 +145,8 @@ EVENT_KEYS = frozenset(FIELDS)
 FORBIDDEN_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 TEXT_CHARACTERS = 128
 
-SECONDS = tuple(range(DAY + 1))  # what a stream can have lasted
+LONGEST = 2**31 - 1  # seconds
+SECONDS = {seconds: seconds for seconds in range(7_200)}  # one object of each that is common
 CSV_END = "\r\n"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
@@ -173,7 +180,9 @@ class Event:
     def __post_init__(self) -> None:
         # The same few names and numbers come again and again: one object of each takes half the memory.
         self.user_id, self.track_id = sys.intern(self.user_id), sys.intern(self.track_id)
-        self.label, self.seconds_streamed = sys.intern(self.label), SECONDS[self.seconds_streamed]
+        self.label = sys.intern(self.label)
+        if self.seconds_streamed < len(SECONDS):
+            self.seconds_streamed = SECONDS[self.seconds_streamed]
 
     @property
     def json(self) -> bytes:
@@ -247,7 +256,7 @@ def parse_event(value: object, now: float) -> Event:
         check_text("track_id", fields["track_id"]),
         check_text("label", fields["label"]),
         check_int("stream_started_on", fields["stream_started_on"], int(now)),
-        check_int("seconds_streamed", fields["seconds_streamed"], DAY),
+        check_int("seconds_streamed", fields["seconds_streamed"], LONGEST),
     )
 
 
@@ -697,6 +706,33 @@ class ImportFailedError(Exception):
     """The files cannot be imported; the message names file, line and fault, one a line, 20 at most."""
 
 
+class ImportFile(io.FileIO):
+    """A regular file of an import, which is hashed while it is read; raises InvalidError for others."""
+
+    def __init__(self, path: Path, digest: hashlib._Hash) -> None:
+        """Open it, without waiting for anybody to write to it."""
+        super().__init__(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+        self.digest = digest
+        self.size = 0
+        if not stat.S_ISREG(os.fstat(self.fileno()).st_mode):
+            self.close()
+            raise InvalidError("it is no regular file")
+
+    def readinto(self, buffer: Any) -> int:
+        """Read the next piece; raises InvalidError when the file is too large."""
+        count = super().readinto(buffer) or 0
+        self.digest.update(memoryview(buffer)[:count])
+        self.size += count
+        check_size(self.size)
+        return count
+
+
+def check_size(size: int) -> None:
+    """Raise InvalidError if a file of an import has so many bytes that memory could run out."""
+    if size > IMPORT_BYTES:
+        raise InvalidError(f"it is larger than {IMPORT_BYTES >> 20} MiB")
+
+
 class Import:
     """What `users.csv` and `streaming.csv` hold, with the labels that the tracks belong to."""
 
@@ -712,16 +748,20 @@ class Import:
         self._read_rows(directory / "users.csv", USER_COLUMNS, self._add_user)
         self._read_rows(directory / "streaming.csv", STREAM_COLUMNS, self._add_stream)
         if self.faults:
-            raise ImportFailedError("\n".join(self.faults[:20]))
+            raise ImportFailedError("\n".join(self.faults))
 
     @contextlib.contextmanager
     def _noting(self, where: str) -> Iterator[None]:
         try:
             yield
+            return
         except OSError as error:
-            self.faults.append(f"{where}: {error.strerror}")
+            fault = str(error.strerror)
         except (ValueError, RecursionError, csv.Error) as error:
-            self.faults.append(f"{where}: {error}")
+            fault = str(error)
+        self.faults.append(f"{where}: {fault[:FAULT_CHARACTERS]}")
+        if len(self.faults) == IMPORT_FAULTS:
+            raise ImportFailedError("\n".join(self.faults))
 
     def _read_tracks(self, tracks: bytes) -> None:
         with self._noting("tracks.json"):
@@ -742,30 +782,29 @@ class Import:
 
     def _read_rows(self, path: Path, columns: Sequence[str], take: Callable[[dict[str, str]], None]) -> None:
         """Give each row's cells, by column, to `take`, and note with its line what is wrong with it."""
-        began = shown = time.monotonic()
+        progress, digest = Progress(f"reading {path.name}, lines so far"), hashlib.sha256(self.hash)
         with (
             self._noting(path.name),
-            path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+            ImportFile(path, digest) as pieces,
+            io.TextIOWrapper(io.BufferedReader(pieces), "utf-8-sig", "surrogateescape", newline="") as file,
         ):
-            self.hash = hashlib.sha256(self.hash + path.read_bytes()).digest()
-            delimiter = ";" if ";" in (header := file.readline()) else ","
+            delimiter = ";" if ";" in (header := file.readline(LINE_CHARACTERS)) else ","
             cells = next(csv.reader([header], delimiter=delimiter), [])
             names = [cell.strip().casefold().replace(" ", "_") for cell in cells]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            reader = csv.reader(lines_of(file), delimiter=delimiter, strict=True)
             end: list[str] = []
             while cells is not end:
-                with self._noting(where := f"{path.name}:{reader.line_num + 2}"):
+                with self._noting(f"{path.name}:{reader.line_num + 2}"):
                     cells = next(reader, end)
                     if not "".join(cells).strip():
                         continue
                     if len(cells) != len(names):
                         raise InvalidError(f"{len(cells)} columns instead of {len(names)}")
                     take(dict(zip(names, map(str.strip, cells), strict=True)))
-                if sys.stderr.isatty() and (now := time.monotonic()) > shown + 1:
-                    shown = now
-                    print(f"{where} after {now - began:.0f} s", file=sys.stderr)
+                progress.step(reader.line_num)
+            self.hash = digest.digest()
 
     def _add_user(self, row: dict[str, str]) -> None:
         user = check_text("user_id", row.pop("user_id"))
@@ -785,32 +824,55 @@ class Import:
         self.events.append(parse_event(dict(zip(FIELDS, cells, strict=True)), self.now))
 
 
+def lines_of(file: io.TextIOWrapper) -> Iterator[str]:
+    """Yield the lines of a CSV file, of which none may be so long that it fills the memory."""
+    while line := file.readline(LINE_CHARACTERS + 1):
+        if len(line) > LINE_CHARACTERS:
+            raise InvalidError(f"a line is longer than {LINE_CHARACTERS:,} characters")
+        yield line
+
+
 @lru_cache(maxsize=4096)
 def midnight(date: str) -> int:
     """Return the time, in Unix seconds, at which the day dd/mm/yyyy begins in UTC; raises InvalidError."""
-    try:
-        if not re.fullmatch(r"[0-9]{2}/[0-9]{2}/[0-9]{4}", date):
-            raise ValueError
-        return calendar.timegm(time.strptime(date, "%d/%m/%Y"))
-    except ValueError:
-        raise InvalidError(f"date {date!r} is no day dd/mm/yyyy") from None
+    with contextlib.suppress(ValueError):
+        day = time.strptime(date, "%d/%m/%Y")
+        if time.strftime("%d/%m/%Y", day) == date:  # strptime alone takes 1/3/2019 and any script's digits
+            return calendar.timegm(day)
+    raise InvalidError(f"date {date!r} is no day dd/mm/yyyy")
+
+
+def read_tracks(path: Path) -> bytes:
+    """Return what the file holds; raises OSError or InvalidError."""
+    with io.BufferedReader(ImportFile(path, hashlib.sha256())) as file:
+        return b"".join(iter(lambda: file.read(1 << 20), b""))
 
 
 async def fetch_tracks(url: str) -> bytes:
-    """Return what `url` answers; it is tried up to 5 times, the wait doubling from 0.5 s.
-
-    Raises aiohttp.ClientError, OSError or ValueError for what went wrong the last time.
-    """
-    async with aiohttp.ClientSession(raise_for_status=True, timeout=FETCH_TIMEOUT) as session:
-        for wait in (0.5, 1, 2, 4):
+    """Return what `url` answers; raises InvalidError, with the reason, if it can't be had."""
+    timeout = aiohttp.ClientTimeout(total=FETCH_SECONDS)
+    # A compressed body could hold a thousand times of what it may, so it is not unpacked.
+    async with aiohttp.ClientSession(
+        raise_for_status=True, timeout=timeout, auto_decompress=False, headers={"Accept-Encoding": "identity"}
+    ) as session:
+        for tried in range(FETCH_TRIES):
+            if tried:
+                await asyncio.sleep(FETCH_WAIT * 2 ** (tried - 1))
             try:
-                return await (await session.get(url)).read()
+                async with session.get(url) as answer:
+                    if coding := answer.headers.get(hdrs.CONTENT_ENCODING):
+                        raise InvalidError(f"it is compressed ({coding})")
+                    content = bytearray()
+                    async for piece in answer.content.iter_any():
+                        content += piece
+                        check_size(len(content))
+                    return bytes(content)
             except aiohttp.InvalidURL:
-                raise ValueError("it is no URL") from None
+                raise InvalidError("it is no URL") from None
             except (aiohttp.ClientError, OSError) as error:
-                log.warning("the tracks could not be fetched, next try in %s s: %s", wait, error or "timeout")
-            await asyncio.sleep(wait)
-        return await (await session.get(url)).read()
+                reason = str(error) or f"it took longer than {FETCH_SECONDS} s"
+            log.warning("try %d of %d to get the tracks failed: %s", tried + 1, FETCH_TRIES, reason)
+    raise InvalidError(reason)
 
 
 # ── Storage ─────────────────────────────────────────────────────────────────────────────────────
@@ -888,7 +950,7 @@ class Journal:
             raise StorageError("another process uses it") from None
         except OSError as error:
             raise StorageError(str(error.strerror)) from None
-        except (sqlite3.Error, TypeError, ValueError, IndexError) as error:
+        except (sqlite3.Error, TypeError, ValueError, LookupError) as error:
             raise StorageError(f"it is damaged or in use: {error}") from None
 
     def _check_file(self) -> None:
@@ -1948,10 +2010,12 @@ def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> I
     source = tracks or str(directory / "tracks.json")
     remote = source.lower().startswith(("http://", "https://"))
     try:
-        content = asyncio.run(fetch_tracks(source)) if remote else Path(source).read_bytes()
+        content = asyncio.run(fetch_tracks(source)) if remote else read_tracks(Path(source))
         return Import(directory, content, time.time())
-    except (OSError, ValueError, aiohttp.ClientError) as error:
-        parser.error(f"cannot read the tracks from {source}: {error or 'it took too long'}")
+    except OSError as error:
+        parser.error(f"cannot read the tracks from {source}: {error.strerror or error}")
+    except ValueError as error:
+        parser.error(f"cannot read the tracks from {source}: {error}")
     except ImportFailedError as error:
         parser.exit(2, f"{error}\n")
 
