@@ -878,7 +878,7 @@ async def fetch_tracks(url: str) -> bytes:
 # ── Storage ─────────────────────────────────────────────────────────────────────────────────────
 # With --db, what is written is on disk first and visible second: the usage answers, SQLite remembers.
 
-APPLICATION_ID = b"secs"  # in the file's header, beside the version of the schema
+APPLICATION_ID = int.from_bytes(b"secs")  # in the file's header, beside the version of the schema
 MIGRATIONS = (
     """
     CREATE TABLE streams (
@@ -892,53 +892,115 @@ MIGRATIONS = (
     CREATE TABLE imports (
         id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, first_id INTEGER NOT NULL, size INTEGER NOT NULL);
     """,
+    """
+    CREATE TABLE replaced (
+        user_id TEXT NOT NULL, product_type TEXT NOT NULL, fee INTEGER NOT NULL, origin TEXT NOT NULL,
+        import INTEGER, replaced_by INTEGER NOT NULL);
+    """,
 )
 # A thousand rows in one step: between two steps the thread would wait for its turn with the event loop.
-SET_STREAMS = """
-    REPLACE INTO streams SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
+INSERT_STREAMS = """
+    INSERT INTO streams SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
     json_extract(value, '$[2]'), json_extract(value, '$[3]'), json_extract(value, '$[4]'),
     json_extract(value, '$[5]') FROM json_each(?)
 """
+SET_STREAM = "INSERT OR REPLACE INTO streams VALUES (?, ?, ?, ?, ?, ?)"
 DELETE_STREAM = "DELETE FROM streams WHERE id = ?"
 INSERT_KEY = "INSERT INTO keys VALUES (?, ?, ?)"
 SET_SUBSCRIPTION = "INSERT OR REPLACE INTO subscriptions VALUES (?, ?, ?, ?, ?)"
 INSERT_IMPORT = "INSERT INTO imports VALUES (?, ?, ?, ?)"
+KEEP_REPLACED = "INSERT INTO replaced SELECT *, ? FROM subscriptions WHERE user_id = ?"
+LATEST_IMPORT = """
+    SELECT id, first_id, size,
+        (SELECT count(*) FROM streams WHERE streams.id >= first_id AND streams.id < first_id + size),
+        (SELECT count(*) FROM subscriptions WHERE import = imports.id)
+    FROM imports ORDER BY id DESC LIMIT 1
+"""
+UNDO_IMPORT = (  # of the import :number, and what its subscriptions have replaced is there again
+    "DELETE FROM streams WHERE id >= :first_id AND id < :first_id + :size",
+    "DELETE FROM subscriptions WHERE import = :number",
+    """INSERT OR IGNORE INTO subscriptions
+        SELECT user_id, product_type, fee, origin, import FROM replaced WHERE replaced_by = :number""",
+    "DELETE FROM replaced WHERE replaced_by = :number",
+    "DELETE FROM imports WHERE id = :number",
+)
+# An id that was given is in one of these, even if the stream is gone, or SQLite's own table was emptied.
+LAST_ID = """
+    SELECT coalesce(max(id), 0) FROM (
+        SELECT max(id) AS id FROM streams UNION ALL SELECT seq FROM sqlite_sequence WHERE name = 'streams'
+        UNION ALL SELECT max(first_id + size - 1) FROM imports UNION ALL SELECT max(first_id) FROM keys)
+"""
 
-Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows, SET_STREAMS with its events
+Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows, INSERT_STREAMS with its events
 
 
 class StorageError(Exception):
     """The disk does not take what is to be stored, or the file cannot be used."""
 
 
+def said(thousands: Iterable[T], what: str) -> Iterator[T]:
+    """Yield what is given, and say how far that is."""
+    progress = Progress(what)
+    for number, thousand in enumerate(thousands):
+        progress.step(number * POST_EVENTS)
+        yield thousand
+
+
+def is_mounted_alone(path: str) -> bool:
+    """Tell whether the file itself is a mount point, as of `docker -v`: its log would stay behind."""
+    with contextlib.suppress(OSError):
+        mounts = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
+        return path.replace(" ", "\\040") in (line.split(" ")[4] for line in mounts)
+    return os.path.ismount(path)
+
+
+def read_application_id(path: Path) -> int | None:
+    """Return what stands in the file's header, or None if it is no database, and touch nothing beside it."""
+    header = sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)
+    with contextlib.closing(header), contextlib.suppress(sqlite3.DatabaseError):
+        return int(header.execute("PRAGMA application_id").fetchone()[0])
+    return None
+
+
 class Journal:
     """The SQLite file behind the usage; one process writes to it, in one transaction at a time."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the file, new or of any earlier version; raises StorageError and leaves others untouched."""
+    def __init__(self, path: Path, mode: str = "a+b") -> None:
+        """Open the file, new or of any earlier version; raises StorageError and leaves others untouched.
+
+        The mode "r+b" makes no new file.
+        """
         self.waiting: list[tuple[Statements, Callable[[], None], asyncio.Future[None]]] = []
         self.wanted = asyncio.Event()
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.closing = False
         self.failed = False
+        self.unsure = False  # whether the log may hold what was not committed, or not hold what was
         self.last_commit = -math.inf
         self.path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         with self._refusing():
-            self.lock = self.path.open("a+b")  # held to the end: closing it would drop SQLite's own locks
+            real = os.path.realpath(self.path)
+            self.log = Path(f"{real}-wal")
+            self.lock = self.path.open(mode, buffering=0)  # to the end: closing it would drop SQLite's locks
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check_file()
-            self.lock.seek(0)
-            header = self.lock.read(100)
-            if header and not (header.startswith(b"SQLite format 3\0") and header[68:72] == APPLICATION_ID):
+            self.seen = {self.path: os.fstat(self.lock.fileno())}  # the files as they were last
+            self._check_files()
+            if is_mounted_alone(real):
+                raise StorageError("it is mounted alone: mount its directory")
+            if self.seen[self.path].st_size and read_application_id(self.path) != APPLICATION_ID:
                 raise StorageError("it is no database of this program")
             self.connection = sqlite3.connect(self.path, check_same_thread=False, timeout=BUSY_SECONDS)
             (version,) = self.connection.execute("PRAGMA user_version").fetchone()
             if version > len(MIGRATIONS):
                 raise StorageError(f"it is of version {version}, this program is of {len(MIGRATIONS)}")
             for number, migration in enumerate(MIGRATIONS[version:], version + 1):
-                of_file = f"PRAGMA application_id = 0x{APPLICATION_ID.hex()}; PRAGMA user_version = {number};"
+                of_file = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number};"
                 self.connection.executescript(f"BEGIN; {migration} {of_file} COMMIT;")
-            self.connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+            # What a kill has left in the log may not be on disk: it is before it is shown.
+            self.connection.executescript(
+                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
+            )
+            self.seen |= {path: path.stat() for path in (self.log, Path(f"{real}-shm"))}
 
     @staticmethod
     @contextlib.contextmanager
@@ -949,24 +1011,39 @@ class Journal:
         except BlockingIOError:
             raise StorageError("another process uses it") from None
         except OSError as error:
-            raise StorageError(str(error.strerror)) from None
+            raise StorageError(error.strerror or str(error)) from None
         except (sqlite3.Error, TypeError, ValueError, LookupError) as error:
             raise StorageError(f"it is damaged or in use: {error}") from None
 
-    def _check_file(self) -> None:
-        """Raise a StorageError unless the path still leads to the file that was opened, and to it alone.
+    def _check_files(self) -> None:
+        """Raise a StorageError unless all files are those that were opened, and none is shorter than it was.
 
-        SQLite's log goes by the name: under a second one it would not be found.
+        SQLite would go on in files that nobody finds again. Its log goes by the name: under a second name
+        of the file it would not be found. Another process may have emptied the log, as it is in the file.
         """
-        opened = os.fstat(self.lock.fileno())
-        try:
-            found = self.path.stat()
-        except FileNotFoundError:
-            raise StorageError("the file has been removed") from None
-        if not os.path.samestat(opened, found):
-            raise StorageError("the file has been replaced")
-        if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:
-            raise StorageError("it must be a plain file with one name (no hard links)")
+        for path, before in self.seen.items():
+            now = path.stat() if path.exists() else None
+            found = now is not None and os.path.samestat(now, before)
+            self.unsure |= path == self.log and not (now and found and now.st_size)
+            if not now or not found:
+                raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
+            if now.st_size < before.st_size and not (path == self.log and not now.st_size):
+                raise StorageError(f"{path.name} has been truncated")
+            if path == self.path and (not stat.S_ISREG(now.st_mode) or now.st_nlink > 1):
+                raise StorageError("it must be a plain file with one name (no hard links)")
+            self.seen[path] = now
+
+    def _settle(self) -> None:
+        """Empty the log into the file if what it holds is unsure; raises sqlite3.Error or StorageError.
+
+        A commit whose sync has failed is whole in the log, beyond what SQLite knows of: after a kill it
+        would be recovered, although it was refused. A checkpoint takes in only what SQLite knows of.
+        """
+        if self.unsure:
+            busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise StorageError("another process reads the file")
+            self.unsure = False
 
     def take_in(self, imported: Import) -> None:
         """Store what is imported, unless the same has been before; raises StorageError."""
@@ -976,29 +1053,41 @@ class Journal:
                 log.info("the import is stored already")
                 return
             (number,) = execute("SELECT coalesce(max(id), 0) + 1 FROM imports").fetchone()
-            first_id = self.last_id() + 1
+            first_id = self._last_id() + 1
         if number > 1:
             log.warning("this is import %d, beside those stored before: are there streams in both?", number)
         for stream_id, event in enumerate(imported.events, first_id):
             event.id = stream_id
         users = ((user, *astuple(found), number) for user, found in imported.subscriptions.items())
         self.commit([
-            (SET_STREAMS, imported.events),
+            (INSERT_STREAMS, imported.events),
+            (KEEP_REPLACED, ((number, user) for user in imported.subscriptions)),
             (SET_SUBSCRIPTION, users),
             (INSERT_IMPORT, [(number, imported.hash, first_id, len(imported.events))]),
         ])
 
-    def last_id(self) -> int:
-        """Return the highest id that a stream ever had."""
-        (found,) = self.connection.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence").fetchone()
+    def undo_import(self) -> str:
+        """Take the latest import back, and return what that took; raises StorageError."""
+        with self._refusing():
+            found = self.connection.execute(LATEST_IMPORT).fetchone()
+        if not found:
+            raise StorageError("it holds none")
+        number, first_id, size, streams, subscriptions = found
+        names = {"number": number, "first_id": first_id, "size": size}
+        self.commit([(statement, [names]) for statement in UNDO_IMPORT])
+        return f"import {number}: {streams} streams and {subscriptions} subscriptions"
+
+    def _last_id(self) -> int:
+        (found,) = self.connection.execute(LAST_ID).fetchone()
         return int(found)
 
     def load(self, usage: Usage, subscriptions: dict[str, Subscription]) -> None:
         """Put into `usage` and `subscriptions` what is stored; raises StorageError."""
         with self._refusing():
             execute = self.connection.execute
-            usage.add([Event(*row) for row in execute("SELECT * FROM streams")])
-            usage.last_id = self.last_id()
+            rows = said(batched(execute("SELECT * FROM streams"), POST_EVENTS), "loading, streams so far")
+            usage.add([Event(*row) for thousand in rows for row in thousand])
+            usage.last_id = self._last_id()
             usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
             if execute("SELECT 1 FROM imports").fetchone():
                 subscriptions.clear()
@@ -1008,17 +1097,24 @@ class Journal:
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
         try:
-            self._check_file()
+            self._check_files()
+            self._settle()
             with self.connection:
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
-                    if statement == SET_STREAMS:
-                        cells = map(attrgetter(*FIELDS, "id"), rows)
-                        rows = ((to_json(thousand),) for thousand in batched(cells, POST_EVENTS))
+                    if statement == INSERT_STREAMS:
+                        cells = batched(map(attrgetter(*FIELDS, "id"), rows), POST_EVENTS)
+                        rows = ((to_json(thousand),) for thousand in said(cells, "storing, streams so far"))
                     self.connection.executemany(statement, rows)
+                self.unsure = True  # until the commit, which comes now, has succeeded
+            self.unsure = False
         except Exception as error:
             self.failed = True
+            with contextlib.suppress(StorageError, sqlite3.Error):
+                self._settle()
             raise StorageError(f"nothing can be stored: {error}") from None
+        with contextlib.suppress(StorageError, OSError):  # the next commit says so
+            self._check_files()
         self.failed = False
         self.last_commit = time.monotonic()
 
@@ -1727,7 +1823,7 @@ async def change_stream(request: web.Request) -> Ready:
             fields = {name: getattr(old, name) for name in FIELDS} | fields
         new = parse_event(fields, state.clock())
         new.id = old.id
-        await state.write([(SET_STREAMS, [new])], lambda: state.usage.replace(old, new))
+        await state.write([(SET_STREAM, [astuple(new)])], lambda: state.usage.replace(old, new))
     return succeed("Stream Updated", new.stream)
 
 
@@ -1892,7 +1988,7 @@ class State:
             self.usage.keys |= keys
 
         rows = [(INSERT_KEY, [(name, digest, first_id)]) for name, (digest, first_id) in keys.items()]
-        await self.write([(SET_STREAMS, events), *rows], apply)
+        await self.write([(INSERT_STREAMS, events), *rows], apply)
 
 
 def abort_if_failed(journal: asyncio.Task[None]) -> None:
@@ -1997,6 +2093,7 @@ def build_parser(environment: Mapping[str, str]) -> Parser:
     add("--import", dest="directory", type=Path, metavar="DIR",
         help="load users.csv, streaming.csv and tracks.json")
     add("--tracks", metavar="FILE_OR_URL", help="the tracks of an import (DIR/tracks.json)")
+    add("--undo-import", action="store_true", help="with --db: take the latest import back, and end")
     add("--allow-host", action="append", default=[], type=str.lower, metavar="NAME",
         help="a further name that requests may come in under; repeatable")
     add("-v", "--verbose", action="store_true", help="log each request")
@@ -2018,6 +2115,16 @@ def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> I
         parser.error(f"cannot read the tracks from {source}: {error}")
     except ImportFailedError as error:
         parser.exit(2, f"{error}\n")
+
+
+def undo_import(parser: Parser, path: Path | None, directory: Path | None) -> None:
+    """Take the latest import back and say what that took, or exit with status 2 and what is wrong."""
+    if not path or directory:
+        parser.error("--undo-import goes " + ("without --import" if path else "with --db"))
+    try:
+        print(f"Took back {Journal(path, 'r+b').undo_import()}", flush=True)
+    except StorageError as error:
+        parser.error(f"cannot take back an import of {path}: {error}")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -2105,6 +2212,9 @@ def main() -> None:
     token = os.environ.get("USAGE_TOKEN", "")
     if tracks and not directory:
         parser.error("--tracks goes with --import")
+    if options.pop("undo_import"):
+        undo_import(parser, options["db"], directory)
+        return
     try:
         listener = listen(host, port)
     except (OSError, UnicodeError) as error:
