@@ -120,7 +120,13 @@ BUSY_SECONDS = 1  # how long a commit waits for another process that has locked 
 GATHER_SECONDS = 0.001  # how long a commit waits for more to come with it
 SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way; 5 s are promised
 LATE_SECONDS = 5  # a batch that is no later than this, or than three intervals, is not missed
-FETCH_TIMEOUT = aiohttp.ClientTimeout(total=30)
+IMPORT_BYTES = 256 * 1024 * 1024  # at most, of each file of an import
+IMPORT_FAULTS = 20  # an import is read up to so many
+FAULT_CHARACTERS = 300
+LINE_CHARACTERS = 65_536  # at most, in a line of a CSV file
+FETCH_TRIES = 5
+FETCH_SECONDS = 30  # how long each may take
+FETCH_WAIT = 0.5  # seconds before the second try; twice as many before each further one
 BACKLOG = 1024  # how many connections may wait to be taken
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DAY = 86_400
@@ -139,6 +145,21 @@ Wanted = tuple[tuple[str, Container[Any]], ...]  # names of fields, and the valu
 log = logging.getLogger("server")
 
 
+class Progress:
+    """What is said of long work: once a second, how far it is."""
+
+    def __init__(self, what: str) -> None:
+        """Begin; `what` stands before the count."""
+        self.what = what
+        self.began = self.said = time.monotonic()
+
+    def step(self, count: int) -> None:
+        """Log that `count` is done, unless something was said within the last second."""
+        if (now := time.monotonic()) >= self.said + 1:
+            self.said = now
+            log.info("%s: %s after %.0f s", self.what, f"{count:,}", now - self.began)
+
+
 # ── Events ──────────────────────────────────────────────────────────────────────────────────────
 # What an event is: the only place where one is checked and encoded.
 
@@ -151,7 +172,7 @@ FORBIDDEN_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 TEXT_CHARACTERS = 128
 
 HIGHEST_SECONDS = 2**31 - 1
-COMMON_SECONDS = tuple(range(DAY + 1))  # one object of each is enough for all events
+COMMON_SECONDS = tuple(range(7_200))  # one object of each is enough for all events
 CSV_END = "\r\n"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
@@ -192,7 +213,7 @@ class Event:
         # The same few names and numbers come again and again: one object of each takes half the memory.
         self.user_id, self.track_id = sys.intern(self.user_id), sys.intern(self.track_id)
         self.label = sys.intern(self.label)
-        if self.seconds_streamed <= DAY:
+        if self.seconds_streamed < len(COMMON_SECONDS):
             self.seconds_streamed = COMMON_SECONDS[self.seconds_streamed]
 
     @property
@@ -829,6 +850,33 @@ class ImportFailedError(Exception):
     """The files cannot be imported; the message names file, line and fault, one a line, 20 at most."""
 
 
+class ImportFile(io.FileIO):
+    """A regular file of an import, which is hashed while it is read; raises InvalidError for others."""
+
+    def __init__(self, path: Path, digest: hashlib._Hash) -> None:
+        """Open it, without waiting for anybody to write to it."""
+        super().__init__(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+        self.digest = digest
+        self.size = 0
+        if not stat.S_ISREG(os.fstat(self.fileno()).st_mode):
+            self.close()
+            raise InvalidError("it is no regular file")
+
+    def readinto(self, buffer: Any) -> int:
+        """Read the next piece; raises InvalidError when the file is too large."""
+        count = super().readinto(buffer) or 0
+        self.digest.update(memoryview(buffer)[:count])
+        self.size += count
+        check_size(self.size)
+        return count
+
+
+def check_size(size: int) -> None:
+    """Raise InvalidError if a file of an import has so many bytes that memory could run out."""
+    if size > IMPORT_BYTES:
+        raise InvalidError(f"it is larger than {IMPORT_BYTES >> 20} MiB")
+
+
 class Import:
     """What `users.csv` and `streaming.csv` hold, with the labels that the tracks belong to."""
 
@@ -844,16 +892,20 @@ class Import:
         self._read_rows(directory / "users.csv", USER_COLUMNS, self._add_user)
         self._read_rows(directory / "streaming.csv", STREAM_COLUMNS, self._add_stream)
         if self.faults:
-            raise ImportFailedError("\n".join(self.faults[:20]))
+            raise ImportFailedError("\n".join(self.faults))
 
     @contextlib.contextmanager
     def _noting(self, where: str) -> Iterator[None]:
         try:
             yield
+            return
         except OSError as error:
-            self.faults.append(f"{where}: {error.strerror}")
+            fault = str(error.strerror)
         except (ValueError, RecursionError, csv.Error) as error:
-            self.faults.append(f"{where}: {error}")
+            fault = str(error)
+        self.faults.append(f"{where}: {fault[:FAULT_CHARACTERS]}")
+        if len(self.faults) == IMPORT_FAULTS:
+            raise ImportFailedError("\n".join(self.faults))
 
     def _read_tracks(self, tracks: bytes) -> None:
         with self._noting("tracks.json"):
@@ -874,30 +926,29 @@ class Import:
 
     def _read_rows(self, path: Path, columns: Sequence[str], take: Callable[[dict[str, str]], None]) -> None:
         """Give each row's cells, by column, to `take`, and note with its line what is wrong with it."""
-        began = shown = time.monotonic()
+        progress, digest = Progress(f"reading {path.name}, lines so far"), hashlib.sha256(self.hash)
         with (
             self._noting(path.name),
-            path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+            ImportFile(path, digest) as pieces,
+            io.TextIOWrapper(io.BufferedReader(pieces), "utf-8-sig", "surrogateescape", newline="") as file,
         ):
-            self.hash = hashlib.sha256(self.hash + path.read_bytes()).digest()
-            delimiter = ";" if ";" in (header := file.readline()) else ","
+            delimiter = ";" if ";" in (header := file.readline(LINE_CHARACTERS)) else ","
             cells = next(csv.reader([header], delimiter=delimiter), [])
             names = [cell.strip().casefold().replace(" ", "_") for cell in cells]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            reader = csv.reader(lines_of(file), delimiter=delimiter, strict=True)
             end: list[str] = []
             while cells is not end:
-                with self._noting(where := f"{path.name}:{reader.line_num + 2}"):
+                with self._noting(f"{path.name}:{reader.line_num + 2}"):
                     cells = next(reader, end)
                     if not "".join(cells).strip():
                         continue
                     if len(cells) != len(names):
                         raise InvalidError(f"{len(cells)} columns instead of {len(names)}")
                     take(dict(zip(names, map(str.strip, cells), strict=True)))
-                if sys.stderr.isatty() and (now := time.monotonic()) > shown + 1:
-                    shown = now
-                    print(f"{where} after {now - began:.0f} s", file=sys.stderr)
+                progress.step(reader.line_num)
+            self.hash = digest.digest()
 
     def _add_user(self, row: dict[str, str]) -> None:
         user = check_text("user_id", row.pop("user_id"))
@@ -917,38 +968,61 @@ class Import:
         self.events.append(parse_event(dict(zip(FIELDS, cells, strict=True)), self.now))
 
 
+def lines_of(file: io.TextIOWrapper) -> Iterator[str]:
+    """Yield the lines of a CSV file, of which none may be so long that it fills the memory."""
+    while line := file.readline(LINE_CHARACTERS + 1):
+        if len(line) > LINE_CHARACTERS:
+            raise InvalidError(f"a line is longer than {LINE_CHARACTERS:,} characters")
+        yield line
+
+
 @lru_cache(maxsize=4096)
 def midnight(date: str) -> int:
     """Return the time, in Unix seconds, at which the day dd/mm/yyyy begins in UTC; raises InvalidError."""
-    try:
-        if not re.fullmatch(r"[0-9]{2}/[0-9]{2}/[0-9]{4}", date):
-            raise ValueError
-        return calendar.timegm(time.strptime(date, "%d/%m/%Y"))
-    except ValueError:
-        raise InvalidError(f"date {date!r} is no day dd/mm/yyyy") from None
+    with contextlib.suppress(ValueError):
+        day = time.strptime(date, "%d/%m/%Y")
+        if time.strftime("%d/%m/%Y", day) == date:  # strptime alone takes 1/3/2019 and any script's digits
+            return calendar.timegm(day)
+    raise InvalidError(f"date {date!r} is no day dd/mm/yyyy")
+
+
+def read_tracks(path: Path) -> bytes:
+    """Return what the file holds; raises OSError or InvalidError."""
+    with io.BufferedReader(ImportFile(path, hashlib.sha256())) as file:
+        return b"".join(iter(lambda: file.read(1 << 20), b""))
 
 
 async def fetch_tracks(url: str) -> bytes:
-    """Return what `url` answers; it is tried up to 5 times, the wait doubling from 0.5 s.
-
-    Raises aiohttp.ClientError, OSError or ValueError for what went wrong the last time.
-    """
-    async with aiohttp.ClientSession(raise_for_status=True, timeout=FETCH_TIMEOUT) as session:
-        for wait in (0.5, 1, 2, 4):
+    """Return what `url` answers; raises InvalidError, with the reason, if it can't be had."""
+    timeout = aiohttp.ClientTimeout(total=FETCH_SECONDS)
+    # A compressed body could hold a thousand times of what it may, so it is not unpacked.
+    async with aiohttp.ClientSession(
+        raise_for_status=True, timeout=timeout, auto_decompress=False, headers={"Accept-Encoding": "identity"}
+    ) as session:
+        for tried in range(FETCH_TRIES):
+            if tried:
+                await asyncio.sleep(FETCH_WAIT * 2 ** (tried - 1))
             try:
-                return await (await session.get(url)).read()
+                async with session.get(url) as answer:
+                    if coding := answer.headers.get(hdrs.CONTENT_ENCODING):
+                        raise InvalidError(f"it is compressed ({coding})")
+                    content = bytearray()
+                    async for piece in answer.content.iter_any():
+                        content += piece
+                        check_size(len(content))
+                    return bytes(content)
             except aiohttp.InvalidURL:
-                raise ValueError("it is no URL") from None
+                raise InvalidError("it is no URL") from None
             except (aiohttp.ClientError, OSError) as error:
-                log.warning("the tracks could not be fetched, next try in %s s: %s", wait, error or "timeout")
-            await asyncio.sleep(wait)
-        return await (await session.get(url)).read()
+                reason = str(error) or f"it took longer than {FETCH_SECONDS} s"
+            log.warning("try %d of %d to get the tracks failed: %s", tried + 1, FETCH_TRIES, reason)
+    raise InvalidError(reason)
 
 
 # ── Storage ─────────────────────────────────────────────────────────────────────────────────────
 # With --db, what is written is on disk first and visible second: the usage answers, SQLite remembers.
 
-APPLICATION_ID = b"secs"  # in the file's header, beside the version of the schema
+APPLICATION_ID = int.from_bytes(b"secs")  # in the file's header, beside the version of the schema
 MIGRATIONS = (
     """
     CREATE TABLE streams (
@@ -962,55 +1036,126 @@ MIGRATIONS = (
     CREATE TABLE imports (
         id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, first_id INTEGER NOT NULL, size INTEGER NOT NULL);
     """,
+    """
+    CREATE TABLE replaced (
+        user_id TEXT NOT NULL, product_type TEXT NOT NULL, fee INTEGER NOT NULL, origin TEXT NOT NULL,
+        import INTEGER, replaced_by INTEGER NOT NULL);
+    ALTER TABLE streams ADD COLUMN version INTEGER NOT NULL DEFAULT 0;
+    UPDATE streams SET version = id;
+    CREATE TABLE tombstones (id INTEGER PRIMARY KEY, version INTEGER NOT NULL);
+    CREATE TABLE sequence (name TEXT NOT NULL, number INTEGER NOT NULL);
+    INSERT INTO sequence VALUES (lower(hex(randomblob(4))), 0);
+    """,
 )
 # A thousand rows in one step: between two steps the thread would wait for its turn with the event loop.
-SET_STREAMS = """
-    REPLACE INTO streams SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
+INSERT_STREAMS = """
+    INSERT INTO streams SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
     json_extract(value, '$[2]'), json_extract(value, '$[3]'), json_extract(value, '$[4]'),
-    json_extract(value, '$[5]') FROM json_each(?)
+    json_extract(value, '$[5]'), json_extract(value, '$[6]') FROM json_each(?)
 """
-UPDATE_STREAM = SET_STREAMS
-INSERT_TOMBSTONE = "SELECT ?, ?"
+SET_STREAM = "INSERT OR REPLACE INTO streams VALUES (?, ?, ?, ?, ?, ?, ?)"
 DELETE_STREAM = "DELETE FROM streams WHERE id = ?"
+INSERT_TOMBSTONE = "INSERT INTO tombstones VALUES (?, ?)"
+SET_SEQUENCE = "UPDATE sequence SET number = ?"
 INSERT_KEY = "INSERT INTO keys VALUES (?, ?, ?)"
 SET_SUBSCRIPTION = "INSERT OR REPLACE INTO subscriptions VALUES (?, ?, ?, ?, ?)"
 INSERT_IMPORT = "INSERT INTO imports VALUES (?, ?, ?, ?)"
+KEEP_REPLACED = "INSERT INTO replaced SELECT *, ? FROM subscriptions WHERE user_id = ?"
+LATEST_IMPORT = """
+    SELECT id, first_id, size,
+        (SELECT count(*) FROM streams WHERE streams.id >= first_id AND streams.id < first_id + size),
+        (SELECT count(*) FROM subscriptions WHERE import = imports.id)
+    FROM imports ORDER BY id DESC LIMIT 1
+"""
+UNDO_IMPORT = (  # of the import :number, and what its subscriptions have replaced is there again
+    """INSERT INTO tombstones SELECT id, :last + row_number() OVER (ORDER BY id) FROM streams
+        WHERE id >= :first_id AND id < :first_id + :size""",
+    "DELETE FROM streams WHERE id >= :first_id AND id < :first_id + :size",
+    "DELETE FROM subscriptions WHERE import = :number",
+    """INSERT OR IGNORE INTO subscriptions
+        SELECT user_id, product_type, fee, origin, import FROM replaced WHERE replaced_by = :number""",
+    "DELETE FROM replaced WHERE replaced_by = :number",
+    "DELETE FROM imports WHERE id = :number",
+    "UPDATE sequence SET number = :last + :size + 1",
+)
+# A number that was given is in one of these, even if the stream is gone, or a table was emptied.
+LAST_NUMBER = """
+    SELECT coalesce(max(number), 0) FROM (
+        SELECT number FROM sequence UNION ALL SELECT max(max(id), max(version)) FROM streams
+        UNION ALL SELECT max(version) FROM tombstones UNION ALL SELECT seq FROM sqlite_sequence
+        UNION ALL SELECT max(first_id + size) FROM imports UNION ALL SELECT max(first_id) FROM keys)
+"""
 
-Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows, SET_STREAMS with its events
+Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows, INSERT_STREAMS with its events
 
 
 class StorageError(Exception):
     """The disk does not take what is to be stored, or the file cannot be used."""
 
 
+def said(thousands: Iterable[T], what: str) -> Iterator[T]:
+    """Yield what is given, and say how far that is."""
+    progress = Progress(what)
+    for number, thousand in enumerate(thousands):
+        progress.step(number * POST_EVENTS)
+        yield thousand
+
+
+def is_mounted_alone(path: str) -> bool:
+    """Tell whether the file itself is a mount point, as of `docker -v`: its log would stay behind."""
+    with contextlib.suppress(OSError):
+        mounts = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
+        return path.replace(" ", "\\040") in (line.split(" ")[4] for line in mounts)
+    return os.path.ismount(path)
+
+
+def read_application_id(path: Path) -> int | None:
+    """Return what stands in the file's header, or None if it is no database, and touch nothing beside it."""
+    header = sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)
+    with contextlib.closing(header), contextlib.suppress(sqlite3.DatabaseError):
+        return int(header.execute("PRAGMA application_id").fetchone()[0])
+    return None
+
+
 class Journal:
     """The SQLite file behind the usage; one process writes to it, in one transaction at a time."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the file, new or of any earlier version; raises StorageError and leaves others untouched."""
-        self.waiting: list[tuple[Statements, Callable[[], None], asyncio.Future[None]]] = []
+    def __init__(self, path: Path, mode: str = "a+b") -> None:
+        """Open the file, new or of any earlier version; raises StorageError and leaves others untouched.
+
+        The mode "r+b" makes no new file.
+        """
+        self.waiting: list[tuple[int, Statements, Callable[[], None], asyncio.Future[None]]] = []
         self.wanted = asyncio.Event()
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.closing = False
         self.failed = False
+        self.unsure = False  # whether the log may hold what was not committed, or not hold what was
         self.last_commit = -math.inf
         self.path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         with self._refusing():
-            self.lock = self.path.open("a+b")  # held to the end: closing it would drop SQLite's own locks
+            real = os.path.realpath(self.path)
+            self.log = Path(f"{real}-wal")
+            self.lock = self.path.open(mode, buffering=0)  # to the end: closing it would drop SQLite's locks
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check_file()
-            self.lock.seek(0)
-            header = self.lock.read(100)
-            if header and not (header.startswith(b"SQLite format 3\0") and header[68:72] == APPLICATION_ID):
+            self.seen = {self.path: os.fstat(self.lock.fileno())}  # the files as they were last
+            self._check_files()
+            if is_mounted_alone(real):
+                raise StorageError("it is mounted alone: mount its directory")
+            if self.seen[self.path].st_size and read_application_id(self.path) != APPLICATION_ID:
                 raise StorageError("it is no database of this program")
             self.connection = sqlite3.connect(self.path, check_same_thread=False, timeout=BUSY_SECONDS)
             (version,) = self.connection.execute("PRAGMA user_version").fetchone()
             if version > len(MIGRATIONS):
                 raise StorageError(f"it is of version {version}, this program is of {len(MIGRATIONS)}")
             for number, migration in enumerate(MIGRATIONS[version:], version + 1):
-                of_file = f"PRAGMA application_id = 0x{APPLICATION_ID.hex()}; PRAGMA user_version = {number};"
+                of_file = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number};"
                 self.connection.executescript(f"BEGIN; {migration} {of_file} COMMIT;")
-            self.connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+            # What a kill has left in the log may not be on disk: it is before it is shown.
+            self.connection.executescript(
+                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
+            )
+            self.seen |= {path: path.stat() for path in (self.log, Path(f"{real}-shm"))}
 
     @staticmethod
     @contextlib.contextmanager
@@ -1021,24 +1166,39 @@ class Journal:
         except BlockingIOError:
             raise StorageError("another process uses it") from None
         except OSError as error:
-            raise StorageError(str(error.strerror)) from None
-        except (sqlite3.Error, TypeError, ValueError, IndexError) as error:
+            raise StorageError(error.strerror or str(error)) from None
+        except (sqlite3.Error, TypeError, ValueError, LookupError) as error:
             raise StorageError(f"it is damaged or in use: {error}") from None
 
-    def _check_file(self) -> None:
-        """Raise a StorageError unless the path still leads to the file that was opened, and to it alone.
+    def _check_files(self) -> None:
+        """Raise a StorageError unless all files are those that were opened, and none is shorter than it was.
 
-        SQLite's log goes by the name: under a second one it would not be found.
+        SQLite would go on in files that nobody finds again. Its log goes by the name: under a second name
+        of the file it would not be found. Another process may have emptied the log, as it is in the file.
         """
-        opened = os.fstat(self.lock.fileno())
-        try:
-            found = self.path.stat()
-        except FileNotFoundError:
-            raise StorageError("the file has been removed") from None
-        if not os.path.samestat(opened, found):
-            raise StorageError("the file has been replaced")
-        if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:
-            raise StorageError("it must be a plain file with one name (no hard links)")
+        for path, before in self.seen.items():
+            now = path.stat() if path.exists() else None
+            found = now is not None and os.path.samestat(now, before)
+            self.unsure |= path == self.log and not (now and found and now.st_size)
+            if not now or not found:
+                raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
+            if now.st_size < before.st_size and not (path == self.log and not now.st_size):
+                raise StorageError(f"{path.name} has been truncated")
+            if path == self.path and (not stat.S_ISREG(now.st_mode) or now.st_nlink > 1):
+                raise StorageError("it must be a plain file with one name (no hard links)")
+            self.seen[path] = now
+
+    def _settle(self) -> None:
+        """Empty the log into the file if what it holds is unsure; raises sqlite3.Error or StorageError.
+
+        A commit whose sync has failed is whole in the log, beyond what SQLite knows of: after a kill it
+        would be recovered, although it was refused. A checkpoint takes in only what SQLite knows of.
+        """
+        if self.unsure:
+            busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise StorageError("another process reads the file")
+            self.unsure = False
 
     def take_in(self, imported: Import) -> None:
         """Store what is imported, unless the same has been before; raises StorageError."""
@@ -1048,29 +1208,44 @@ class Journal:
                 log.info("the import is stored already")
                 return
             (number,) = execute("SELECT coalesce(max(id), 0) + 1 FROM imports").fetchone()
-            first_id = self.last_id() + 1
+            first_id = self._last_number() + 1
         if number > 1:
             log.warning("this is import %d, beside those stored before: are there streams in both?", number)
         for stream_id, event in enumerate(imported.events, first_id):
             event.id = event.version = stream_id
         users = ((user, *astuple(found), number) for user, found in imported.subscriptions.items())
         self.commit([
-            (SET_STREAMS, imported.events),
+            (INSERT_STREAMS, imported.events),
+            (KEEP_REPLACED, ((number, user) for user in imported.subscriptions)),
             (SET_SUBSCRIPTION, users),
             (INSERT_IMPORT, [(number, imported.hash, first_id, len(imported.events))]),
+            (SET_SEQUENCE, [(first_id + len(imported.events),)]),
         ])
 
-    def last_id(self) -> int:
-        """Return the highest id that a stream ever had."""
-        (found,) = self.connection.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence").fetchone()
+    def undo_import(self) -> str:
+        """Take the latest import back, and return what that took; raises StorageError."""
+        with self._refusing():
+            found = self.connection.execute(LATEST_IMPORT).fetchone()
+        if not found:
+            raise StorageError("it holds none")
+        number, first_id, size, streams, subscriptions = found
+        names = {"number": number, "first_id": first_id, "size": size, "last": self._last_number()}
+        self.commit([(statement, [names]) for statement in UNDO_IMPORT])
+        return f"import {number}: {streams} streams and {subscriptions} subscriptions"
+
+    def _last_number(self) -> int:
+        (found,) = self.connection.execute(LAST_NUMBER).fetchone()
         return int(found)
 
     def load(self, usage: Usage, subscriptions: dict[str, Subscription]) -> None:
         """Put into `usage` and `subscriptions` what is stored; raises StorageError."""
         with self._refusing():
             execute = self.connection.execute
-            usage.add([Event(*row[:5], id=row[5], version=row[5]) for row in execute("SELECT * FROM streams")])
-            usage.last_number = usage.sequence = self.last_id()
+            rows = said(batched(execute("SELECT * FROM streams"), POST_EVENTS), "loading, streams so far")
+            usage.add([Event(*row) for thousand in rows for row in thousand])
+            usage.by_version.add([Tombstone(*row) for row in execute("SELECT * FROM tombstones")])
+            (usage.name,) = execute("SELECT name FROM sequence").fetchone()
+            usage.last_number = usage.sequence = self._last_number()
             usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
             if execute("SELECT 1 FROM imports").fetchone():
                 subscriptions.clear()
@@ -1080,27 +1255,36 @@ class Journal:
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
         try:
-            self._check_file()
+            self._check_files()
+            self._settle()
             with self.connection:
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
-                    if statement == SET_STREAMS:
-                        cells = map(attrgetter(*FIELDS, "id"), rows)
-                        rows = ((to_json(thousand),) for thousand in batched(cells, POST_EVENTS))
+                    if statement == INSERT_STREAMS:
+                        cells = batched(map(attrgetter(*FIELDS, "id", "version"), rows), POST_EVENTS)
+                        rows = ((to_json(thousand),) for thousand in said(cells, "storing, streams so far"))
                     self.connection.executemany(statement, rows)
+                self.unsure = True  # until the commit, which comes now, has succeeded
+            self.unsure = False
         except Exception as error:
             self.failed = True
+            with contextlib.suppress(StorageError, sqlite3.Error):
+                self._settle()
             raise StorageError(f"nothing can be stored: {error}") from None
+        with contextlib.suppress(StorageError, OSError):  # the next commit says so
+            self._check_files()
         self.failed = False
         self.last_commit = time.monotonic()
 
-    async def store(self, statements: Statements, apply: Callable[[], None]) -> None:
-        """Have `statements` stored and then `apply` called; raises StorageError."""
+    async def append(self, number: int, statements: Statements, apply: Callable[[], None]) -> None:
+        """Have the change up to `number` stored and then `apply` called; raises StorageError.
+
+        First in, first out: what a follower of the sequence has seen has nothing missing before it.
+        """
         done = asyncio.get_running_loop().create_future()
-        done.add_done_callback(lambda done: done.exception())  # the client may have gone
-        self.waiting.append((statements, apply, done))
+        self.waiting.append((number, statements, apply, done))
         self.wanted.set()
-        await asyncio.shield(done)
+        await done
 
     async def run(self) -> None:
         """Store what waits, all of it in one commit, until it is closed."""
@@ -1109,16 +1293,17 @@ class Journal:
             await asyncio.sleep(GATHER_SECONDS)
             self.wanted.clear()
             batch, self.waiting = self.waiting, []
-            statements = [statement for of_one, _, _ in batch for statement in of_one]
+            statements = [statement for _, of_one, _, _ in batch for statement in of_one]
+            statements += [(SET_SEQUENCE, [(number,)]) for number, *_ in batch[-1:]]
             try:
                 await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, statements)
             except StorageError as error:
                 log.error("%s", error)
-                for _, _, done in batch:
+                for *_, done in batch:
                     done.set_exception(error)
                 continue
             began = time.monotonic()
-            for _, apply, done in batch:
+            for _, _, apply, done in batch:
                 apply()
                 done.set_result(None)
                 if time.monotonic() > began + SLICE_SECONDS:
@@ -1173,13 +1358,14 @@ async def simulate_history(state: State) -> None:
     config, now = state.config, state.clock()
     if not config.history or (state.journal and state.usage.count):
         return
-    events: list[Event] = []
+    events, progress = list[Event](), Progress("simulating the history, events so far")
     for number in range(1, int(config.history * DAY / config.interval) + 1):  # the latest first
         if len(events) >= state.usage.keep:
             log.warning("--keep ends the history after %.1f days", number * config.interval / DAY)
             break
         events += simulate_batch(int(now - number * config.interval), state.simulation.rng)
         if number % 1_000 == 0:
+            progress.step(len(events))
             await asyncio.sleep(0)  # a signal can end a long start
     await state.add(events[::-1])
 
@@ -1638,7 +1824,7 @@ def write_rows(kind: str, columns: Sequence[str], rows: Iterable[Sequence[Any]])
     template = "{" + ",".join(f'"{column}":%s' for column in columns) + "}"
 
     def as_json(batch: list[Sequence[Any]]) -> bytes:
-        cells = [map(quote, column) if isinstance(column[0], str) else column for column in zip(*batch, strict=True)]
+        cells = [map(quote, each) if isinstance(each[0], str) else each for each in zip(*batch, strict=True)]
         return ",".join([template % row for row in zip(*cells, strict=True)]).encode()
 
     def as_csv(batch: list[Sequence[Any]]) -> str:
@@ -1886,7 +2072,7 @@ async def change_stream(request: web.Request) -> Answer:
         new = parse_event(fields, state.clock())
         check_version(request, old)
         new.id, new.version = old.id, state.usage.number()
-        await state.write([(UPDATE_STREAM, [new])], lambda: state.usage.replace(old, new))
+        await state.write([(SET_STREAM, [astuple(new)])], lambda: state.usage.replace(old, new))
     return show_stream("Stream Updated", new)
 
 
@@ -2125,7 +2311,7 @@ class State:
     async def write(self, statements: Statements, apply: Callable[[], None]) -> None:
         """Make a change: stored first, visible second; raises StorageError."""
         if self.journal:
-            await self.journal.store(statements, apply)
+            await self.journal.append(self.usage.last_number, statements, apply)
         else:
             apply()
 
@@ -2139,7 +2325,7 @@ class State:
             self.usage.keys |= keys
 
         rows = [(INSERT_KEY, [(name, digest, first_id)]) for name, (digest, first_id) in keys.items()]
-        await self.write([(SET_STREAMS, events), *rows], apply)
+        await self.write([(INSERT_STREAMS, events), *rows], apply)
 
 
 def abort_if_failed(journal: asyncio.Task[None]) -> None:
@@ -2246,6 +2432,7 @@ def build_parser(environment: Mapping[str, str]) -> Parser:
     add("--import", dest="directory", type=Path, metavar="DIR",
         help="load users.csv, streaming.csv and tracks.json")
     add("--tracks", metavar="FILE_OR_URL", help="the tracks of an import (DIR/tracks.json)")
+    add("--undo-import", action="store_true", help="with --db: take the latest import back, and end")
     add("--allow-host", action="append", default=[], type=str.lower, metavar="NAME",
         help="a further name that requests may come in under; repeatable")
     add("-v", "--verbose", action="store_true", help="log each request")
@@ -2259,12 +2446,24 @@ def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> I
     source = tracks or str(directory / "tracks.json")
     remote = source.lower().startswith(("http://", "https://"))
     try:
-        content = asyncio.run(fetch_tracks(source)) if remote else Path(source).read_bytes()
+        content = asyncio.run(fetch_tracks(source)) if remote else read_tracks(Path(source))
         return Import(directory, content, time.time())
-    except (OSError, ValueError, aiohttp.ClientError) as error:
-        parser.error(f"cannot read the tracks from {source}: {error or 'it took too long'}")
+    except OSError as error:
+        parser.error(f"cannot read the tracks from {source}: {error.strerror or error}")
+    except ValueError as error:
+        parser.error(f"cannot read the tracks from {source}: {error}")
     except ImportFailedError as error:
         parser.exit(2, f"{error}\n")
+
+
+def undo_import(parser: Parser, path: Path | None, directory: Path | None) -> None:
+    """Take the latest import back and say what that took, or exit with status 2 and what is wrong."""
+    if not path or directory:
+        parser.error("--undo-import goes " + ("without --import" if path else "with --db"))
+    try:
+        print(f"Took back {Journal(path, 'r+b').undo_import()}", flush=True)
+    except StorageError as error:
+        parser.error(f"cannot take back an import of {path}: {error}")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -2354,6 +2553,9 @@ def main() -> None:
     token = os.environ.get("USAGE_TOKEN", "")
     if tracks and not directory:
         parser.error("--tracks goes with --import")
+    if options.pop("undo_import"):
+        undo_import(parser, options["db"], directory)
+        return
     try:
         listener = listen(host, port)
     except (OSError, UnicodeError) as error:
