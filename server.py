@@ -113,6 +113,21 @@ T = TypeVar("T")
 log = logging.getLogger("server")
 
 
+class Progress:
+    """What is said of long work: once a second, how far it is."""
+
+    def __init__(self, what: str) -> None:
+        """Begin; `what` stands before the count."""
+        self.what = what
+        self.began = self.said = time.monotonic()
+
+    def step(self, count: int) -> None:
+        """Log that `count` is done, unless something was said within the last second."""
+        if (now := time.monotonic()) >= self.said + 1:
+            self.said = now
+            log.info("%s: %s after %.0f s", self.what, f"{count:,}", now - self.began)
+
+
 # ── Events ──────────────────────────────────────────────────────────────────────────────────────
 # What an event is: the only place where one is checked and encoded.
 
@@ -1024,13 +1039,14 @@ async def simulate_history(state: State) -> None:
     config, now = state.config, state.clock()
     if not config.history or (state.journal and state.usage.count):
         return
-    events: list[Event] = []
+    events, progress = list[Event](), Progress("simulating the history, events so far")
     for number in range(1, int(config.history * DAY / config.interval) + 1):  # the latest first
         if len(events) >= state.usage.keep:
             log.warning("--keep ends the history after %.1f days", number * config.interval / DAY)
             break
         events += simulate_batch(int(now - number * config.interval), state.simulation.rng)
         if number % 1_000 == 0:
+            progress.step(len(events))
             await asyncio.sleep(0)  # a signal can end a long start
     await state.add(events[::-1])
 
