@@ -892,7 +892,8 @@ async def test_history_fills_no_more_than_keep(start: Start) -> None:
 async def test_a_long_history_says_once_a_second_how_far_it_is() -> None:
     async with started("--history=100", "--keep=10000000", "--interval=2", "--no-simulation") as program:
         assert program.process.stderr
-        lines = [(await program.process.stderr.readline()).decode() for _ in range(3)]  # it is no terminal
+        async with asyncio.timeout(20):
+            lines = [(await program.process.stderr.readline()).decode() for _ in range(3)]  # it is no terminal
         said = [re.search(r" INFO simulating the history, events so far: ([0-9,]+) after [1-9][0-9]* s$", line) for line in lines]
         counts = [int(found[1].replace(",", "")) for found in said if found]
         assert len(set(counts)) == 3
