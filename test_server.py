@@ -2091,32 +2091,37 @@ def full_pipe(stack: contextlib.ExitStack) -> int:
     return writer
 
 
-@pytest.mark.parametrize("options", [[], ["-v"]])
-@pytest.mark.parametrize("closed", ["", ">&-", "2>&-", ">&- 2>&- <&-"])
-@pytest.mark.parametrize("kind", ["full device", "closed pipe", "full pipe"])
-async def test_what_cannot_be_printed_stops_nothing(kind: str, closed: str, options: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("make", "closed"),
+    [(full_device, ""), (closed_pipe, ""), (full_pipe, ""), (full_pipe, ">&-"), (full_pipe, "2>&-"), (full_device, ">&- 2>&- <&-")],
+)
+async def test_what_cannot_be_printed_stops_nothing(make: Callable[[contextlib.ExitStack], int], closed: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     with contextlib.ExitStack() as stack:
-        output = {"full device": full_device, "closed pipe": closed_pipe, "full pipe": full_pipe}[kind](stack)
-        stack.callback(os.close, output)
+        stack.callback(os.close, output := make(stack))
         process = await asyncio.create_subprocess_exec(
-            "sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, HERE / "server.py", f"--port={URL(url).port}", *options, "--host=127.0.0.1",
+            "sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, HERE / "server.py", f"--port={URL(url).port}", "-v",
             stdout=output, stderr=output,
         )
-        async with asyncio.timeout(20), aiohttp.ClientSession() as session:
-            while True:
-                with contextlib.suppress(aiohttp.ClientConnectionError):
-                    await get_json(f"{url}/health")
-                    break
-                await asyncio.sleep(0.05)
-            for _ in range(200):
-                async with session.get(f"{url}/{'x' * 1_000}") as answer:
-                    assert answer.status == 404
-            begin = time.monotonic()
-            process.terminate()
-            assert await process.wait() == 0
-            assert time.monotonic() - begin < 5  # what the contract promises
+        try:
+            async with asyncio.timeout(20), aiohttp.ClientSession() as session:
+                while True:
+                    with contextlib.suppress(aiohttp.ClientConnectionError):
+                        await get_json(f"{url}/health")
+                        break
+                    await asyncio.sleep(0.05)
+                for _ in range(200):
+                    async with session.get(f"{url}/{'x' * 1_000}") as answer:
+                        assert answer.status == 404
+                begin = time.monotonic()
+                process.terminate()
+                assert await process.wait() == 0
+                assert time.monotonic() - begin < 5  # what the contract promises
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
 
 async def test_no_file_gets_the_number_of_an_output_that_is_closed(tmp_path: Path) -> None:
@@ -3125,7 +3130,8 @@ async def test_a_slow_disk_does_not_hold_up_the_end_and_what_is_not_on_it_is_not
         assert await program.stop() == (0, "")
         assert time.monotonic() - begin < (5 if busy else 1)  # 5 is what the contract promises; nothing is to be stored
         statuses = await asyncio.gather(*posts)
-    assert set(statuses) <= {1: {201}, 4: {201, None}, 12: {None}}[seconds]
+    assert None not in statuses or seconds > 1
+    assert 201 not in statuses or seconds < 12
     async with started(*options) as program:
         assert (await get_json(f"{await program.url()}/health"))["events"] >= 1 + statuses.count(201)
 
