@@ -2138,7 +2138,7 @@ async def test_no_file_gets_the_number_of_an_output_that_is_closed(tmp_path: Pat
 async def test_help_and_version_are_printed_whoever_reads_them() -> None:
     for option, said in (("--help", "HOST PORT USAGE_TOKEN python server.py --db usage.db"), ("--version", f"server.py {server.__version__}")):
         async with started(option) as program:
-            out, errors = await program.process.communicate()
+            out, errors = await asyncio.wait_for(program.process.communicate(), 20)
             assert (program.process.returncode, errors) == (0, b"")
             assert set(said.split()) <= set(re.split(r"[\s=]+", out.decode()))
         pipe = closed_pipe(contextlib.ExitStack())
@@ -2162,7 +2162,7 @@ RUN = f"runpy.run_path({str(HERE / 'server.py')!r}, run_name='__main__')"
 )
 async def test_without_what_it_needs_it_ends_with_status_2_and_one_line(command: list[str], said: str) -> None:
     async with started(command=command) as program:
-        out, errors = await program.process.communicate()
+        out, errors = await asyncio.wait_for(program.process.communicate(), 20)
         assert (program.process.returncode, out) == (2, b"")
         assert errors.decode().startswith("server.py: ")
         assert said in errors.decode()
@@ -2175,7 +2175,11 @@ OLD_PYTHONS = [str(found) for found in (*Path.home().glob(".pyenv/versions/3.10.
 @pytest.mark.skipif(not OLD_PYTHONS, reason="there is no Python 3.10 here")
 async def test_a_real_python_3_10_ends_it_with_status_2_and_one_line() -> None:
     process = await asyncio.create_subprocess_exec(OLD_PYTHONS[0], HERE / "server.py", stderr=asyncio.subprocess.PIPE)
-    assert (await process.communicate())[1].startswith(b"server.py: it needs Python 3.11 or newer, this is 3.10.")
+    try:
+        assert (await asyncio.wait_for(process.communicate(), 20))[1].startswith(b"server.py: it needs Python 3.11 or newer, this is 3.10.")
+    finally:
+        if process.returncode is None:
+            process.kill()
     assert process.returncode == 2
 
 
@@ -2206,7 +2210,7 @@ async def test_a_real_python_3_10_ends_it_with_status_2_and_one_line() -> None:
 )
 async def test_bad_options_end_it_with_status_2_and_one_line(options: list[str], said: str) -> None:
     async with started(*options) as program:
-        out, errors = await program.process.communicate()
+        out, errors = await asyncio.wait_for(program.process.communicate(), 20)
         assert (program.process.returncode, out) == (2, b"")
         assert errors.decode().startswith("server.py: ")
         assert said in errors.decode()
