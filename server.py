@@ -34,6 +34,19 @@ loop; all events are in memory, and without --db gone when it ends.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - it is for those who have an older one
+    print(f"server.py: it needs Python 3.11 or newer, this is {sys.version.split()[0]}", file=sys.stderr)
+    sys.exit(2)
+
+import os
+import signal
+
+if __name__ == "__main__":  # until `main` takes them over: the imports take a while
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
 import argparse
 import asyncio
 import base64
@@ -53,16 +66,15 @@ import itertools
 import json
 import logging
 import math
-import os
+import queue
 import random
 import re
 import resource
 import secrets
-import signal
 import socket
 import sqlite3
 import stat
-import sys
+import threading
 import time
 import zlib
 from bisect import bisect_left, bisect_right, insort
@@ -92,10 +104,19 @@ from typing import Any, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, unquote
 from weakref import WeakValueDictionary
 
-import aiohttp
-from aiohttp import hdrs, http_exceptions, web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.typedefs import Handler
+try:
+    import aiohttp
+    from aiohttp import hdrs, http_exceptions, web
+    from aiohttp.abc import AbstractStreamWriter
+    from aiohttp.typedefs import Handler
+
+    if [int(part) for part in aiohttp.__version__.split(".")[:2]] < [3, 14]:
+        raise ImportError(f"aiohttp {aiohttp.__version__} is too old")
+except ImportError as error:
+    print(f"server.py: {error}; install it: python3 -m pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
+
+__version__ = "2.0"
 
 CHUNK_EVENTS = 1024  # at most, in one chunk: about 100 kB of JSON and a millisecond of work
 PIECE_BYTES = 64 * 1024  # of an answer, written at a time
@@ -118,7 +139,8 @@ BODY_SECONDS = 10
 POST_EVENTS = 1_000
 BUSY_SECONDS = 1  # how long a commit waits for another process that has locked the file
 GATHER_SECONDS = 0.001  # how long a commit waits for more to come with it
-SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way; 5 s are promised
+SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way
+END_SECONDS = 4.7  # from the signal on, whatever the disk and the clients do; 5 are promised
 LATE_SECONDS = 5  # a batch that is no later than this, or than three intervals, is not missed
 IMPORT_BYTES = 256 * 1024 * 1024  # at most, of each file of an import
 IMPORT_FAULTS = 20  # an import is read up to so many
@@ -128,6 +150,7 @@ FETCH_TRIES = 5
 FETCH_SECONDS = 30  # how long each may take
 FETCH_WAIT = 0.5  # seconds before the second try; twice as many before each further one
 BACKLOG = 1024  # how many connections may wait to be taken
+OUTPUT_LINES = 1_000  # so many lines may wait to be read, further ones are dropped
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DAY = 86_400
 
@@ -1329,10 +1352,13 @@ LABELS = ("label1", "label2", "label3")
 
 
 def simulate_batch(now: int, rng: random.Random) -> list[Event]:
-    """Make 1 to 5 streams of 30 to 1,800 s that end at `now`: they start out of order, as in life."""
+    """Make 1 to 5 streams of 30 to 1,800 s that end at `now`: they start out of order, as in life.
+
+    None starts before 1970, not even by a clock that has been reset to it: there they are shorter.
+    """
     events = []
     for _ in range(rng.randint(1, 5)):
-        seconds = rng.randint(30, 1_800)
+        seconds = min(rng.randint(30, 1_800), now)
         user, track, label = rng.choice(USERS), rng.choice(TRACKS), rng.choice(LABELS)
         events.append(Event(user, track, label, now - seconds, seconds))
     return events
@@ -1359,7 +1385,8 @@ async def simulate_history(state: State) -> None:
     if not config.history or (state.journal and state.usage.count):
         return
     events, progress = list[Event](), Progress("simulating the history, events so far")
-    for number in range(1, int(config.history * DAY / config.interval) + 1):  # the latest first
+    seconds = min(config.history * DAY, now - 1_800)  # there was nothing before 1970
+    for number in range(1, int(seconds / config.interval) + 1):  # the latest first
         if len(events) >= state.usage.keep:
             log.warning("--keep ends the history after %.1f days", number * config.interval / DAY)
             break
@@ -1367,7 +1394,12 @@ async def simulate_history(state: State) -> None:
         if number % 1_000 == 0:
             progress.step(len(events))
             await asyncio.sleep(0)  # a signal can end a long start
-    await state.add(events[::-1])
+    progress = Progress("adding the history, events so far")
+    size = len(events) if state.journal else 100_000  # a file gets all of it or nothing
+    for part in batched(reversed(events), size):
+        await state.add(part)
+        progress.step(state.usage.count)
+        await asyncio.sleep(0)
 
 
 def next_due(due: float, now: float, interval: float) -> float:
@@ -1399,7 +1431,8 @@ async def run_simulation(state: State) -> None:
 # What comes in: who may ask, and what is asked for. The rules above know nothing of HTTP.
 
 INTEGER = re.compile(r"-?[0-9]{1,100}")
-HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?")
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?")  # RFC 3986: the port may be empty
+HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 JSON_TYPES = ("application/json",)
 PATCH_TYPES = (*JSON_TYPES, "application/merge-patch+json")
 
@@ -2332,6 +2365,7 @@ def abort_if_failed(journal: asyncio.Task[None]) -> None:
     """End the process as a kill does: what is stored and what is visible could differ from now on."""
     if not journal.cancelled() and (error := journal.exception()):
         log.critical("the journal has failed; start again, nothing stored is lost", exc_info=error)
+        logging.shutdown()
         os.abort()
 
 
@@ -2393,12 +2427,55 @@ def create_app(
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 
 
+class Output(logging.Handler):
+    """Standard output or error, which a thread writes to: the server never waits for who reads it.
+
+    What finds the queue full is dropped, and what cannot be written stops nothing.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        """Begin to write to this file descriptor."""
+        super().__init__()
+        self.lines: queue.Queue[str] = queue.Queue(OUTPUT_LINES)
+        threading.Thread(target=self._write, args=(descriptor,), daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line of the log."""
+        self.say(f"{self.format(record)}\n")
+
+    def say(self, text: str) -> None:
+        """Write `text` as soon as that is possible."""
+        with contextlib.suppress(queue.Full):
+            self.lines.put_nowait(text)
+
+    def flush(self) -> None:
+        """Wait until all is written, half a second at most; `logging.shutdown` calls this at the end."""
+        with self.lines.all_tasks_done:
+            self.lines.all_tasks_done.wait_for(lambda: not self.lines.unfinished_tasks, 0.5)
+
+    def _write(self, descriptor: int) -> None:
+        while True:
+            lines = [self.lines.get()]
+            while not self.lines.empty():  # all at once: to write each, it would wait for the event loop
+                lines.append(self.lines.get())
+            with contextlib.suppress(OSError):
+                os.write(descriptor, "".join(lines).encode("utf-8", "backslashreplace"))
+            for _ in lines:
+                self.lines.task_done()
+
+
+output = lru_cache(Output)  # by file descriptor: 1 or 2
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that says in one line what is wrong."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and the message, without the usage: that is for `--help`."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        output(1 if file is sys.stdout else 2).say(message)
 
 
 def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
@@ -2413,13 +2490,35 @@ def between(kind: type[int] | type[float], low: float, high: float) -> Callable[
     return parse
 
 
+def parse_name(text: str) -> str:
+    """Return a name that a Host can have; as the type of an option, it raises ArgumentTypeError."""
+    if not HOST_NAME.fullmatch(name := text.lower()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain host name such as usage.example.com")
+    return name
+
+
 def build_parser(environment: Mapping[str, str]) -> Parser:
     """Return the parser of the command line; HOST and PORT in the environment are defaults."""
-    parser = Parser(description="Collect usage events and share out royalties.", allow_abbrev=False)
+    parser = Parser(
+        description="Collect usage events and share out royalties.",
+        epilog="In the environment HOST and PORT are defaults, and USAGE_TOKEN is what a write then needs:\n"
+        "  USAGE_TOKEN=s3cret PORT=8000 python server.py --db usage.db",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
-    host, port = environment.get("HOST") or "127.0.0.1", environment.get("PORT") or "8080"
+    host, default_port = environment.get("HOST") or "127.0.0.1", environment.get("PORT") or "8080"
+
+    def parse_port(text: str) -> float:
+        try:
+            return between(int, 0, 65_535)(text)
+        except argparse.ArgumentTypeError as error:
+            if text is default_port:
+                parser.error(f"PORT in the environment: {error}")
+            raise
+
     add("--host", default=host, help="address to listen on (%(default)s)")
-    add("--port", default=port, type=between(int, 0, 65_535), help="port; 0 picks a free one (%(default)s)")
+    add("--port", default=default_port, type=parse_port, help="port; 0 picks a free one (%(default)s)")
     add("--interval", default=Config.interval, type=between(float, 0.001, DAY), metavar="SECONDS",
         help="time between two simulated batches (%(default)s)")
     add("--no-simulation", dest="simulate", action="store_false", help="simulate nothing from now on")
@@ -2433,8 +2532,9 @@ def build_parser(environment: Mapping[str, str]) -> Parser:
         help="load users.csv, streaming.csv and tracks.json")
     add("--tracks", metavar="FILE_OR_URL", help="the tracks of an import (DIR/tracks.json)")
     add("--undo-import", action="store_true", help="with --db: take the latest import back, and end")
-    add("--allow-host", action="append", default=[], type=str.lower, metavar="NAME",
+    add("--allow-host", action="append", default=[], type=parse_name, metavar="NAME",
         help="a further name that requests may come in under; repeatable")
+    add("--version", action="version", version=f"%(prog)s {__version__}", help="say the version, and end")
     add("-v", "--verbose", action="store_true", help="log each request")
     return parser
 
@@ -2461,7 +2561,7 @@ def undo_import(parser: Parser, path: Path | None, directory: Path | None) -> No
     if not path or directory:
         parser.error("--undo-import goes " + ("without --import" if path else "with --db"))
     try:
-        print(f"Took back {Journal(path, 'r+b').undo_import()}", flush=True)
+        output(1).say(f"Took back {Journal(path, 'r+b').undo_import()}\n")
     except StorageError as error:
         parser.error(f"cannot take back an import of {path}: {error}")
 
@@ -2497,11 +2597,23 @@ def give_back_memory() -> None:
             mallopt(limit, LARGE_BYTES)
 
 
-async def serve(app: web.Application, listener: socket.socket, url: str, verbose: bool) -> None:
+def end_at_signal(ending: Sequence[Callable[[], object]]) -> None:
+    """End the process at the first signal: at once or, if it is in `ending` how, so and within END_SECONDS.
+
+    A thread does this, so neither a disk nor an event loop that is busy can keep the process alive.
+    """
+    signal.sigwait(SIGNALS)
+    for end in ending:
+        end()
+        time.sleep(END_SECONDS)
+    os._exit(0)  # all that was acknowledged is stored
+
+
+async def serve(
+    app: web.Application, listener: socket.socket, url: str, verbose: bool, ending: list[Callable[[], object]]
+) -> None:
     """Answer until the first signal; whatever signals follow, requests under way are answered first."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    for number in SIGNALS:
-        loop.add_signal_handler(number, lambda: task and not task.cancelling() and task.cancel())
+    loop, signalled = asyncio.get_running_loop(), asyncio.Event()
     loop.set_default_executor(ThreadPoolExecutor(THREADS))  # each keeps some memory of its own
     loop.set_exception_handler(log_loop_error)
     access_log = logging.getLogger("aiohttp.access") if verbose else None
@@ -2516,32 +2628,39 @@ async def serve(app: web.Application, listener: socket.socket, url: str, verbose
         handler_cancellation=True,
         lingering_time=LINGER_SECONDS,
     )
-    try:
-        await runner.setup()
-        # One connection at a time: asyncio takes as many as may wait, and logs as often that it cannot.
-        await web.SockSite(runner, listener, backlog=1).start()
-        listener.listen(BACKLOG)
-        print(f"Listening on {url}", flush=True)
-        await loop.create_future()
-    except asyncio.CancelledError:
-        pass
-    finally:
-        connections = [each.transport for each in runner.server.connections] if runner.server else []
-        await runner.cleanup()
-    for _ in range(50):  # half a second, for what has been answered to be sent, too
-        if not any(each and each.get_write_buffer_size() for each in connections):
-            break
-        await asyncio.sleep(0.01)
-    os._exit(0)  # all is stored; to free so many events, or to end a report that nobody gets, takes seconds
+    connections: list[asyncio.Transport | None] = []
+
+    async def leave(_app: web.Application) -> None:
+        for _ in range(50):  # half a second, for what has been answered to be sent, too
+            if not any(each and each.get_write_buffer_size() for each in connections):
+                break
+            await asyncio.sleep(0.01)
+        logging.shutdown()
+        os._exit(0)  # to free so many events, or to end a report that nobody gets, takes seconds
+
+    app.on_cleanup.insert(0, leave)  # before the database is closed: that syncs, and nothing needs it
+    await runner.setup()
+    ending.append(lambda: loop.call_soon_threadsafe(signalled.set))
+    # One connection at a time: asyncio takes as many as may wait, and logs as often that it cannot.
+    await web.SockSite(runner, listener, backlog=1).start()
+    listener.listen(BACKLOG)
+    output(1).say(f"Listening on {url}\n")
+    await signalled.wait()
+    connections += [each.transport for each in runner.server.connections] if runner.server else []
+    await runner.cleanup()
 
 
 def main() -> None:
     """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
-    for number in SIGNALS:  # until the event loop takes them over
-        signal.signal(number, lambda *_: sys.exit(0))
+    ending: list[Callable[[], object]] = []
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=end_at_signal, args=(ending,), daemon=True).start()
+    for _ in range(3):  # else the database could get the number of an output that is closed
+        os.open(os.devnull, os.O_RDWR)
     give_back_memory()
     gc.set_threshold(10_000, 10, 10)  # seldom, for requests leave few cycles behind
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    line = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=line, handlers=[output(2)])
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # many shells allow 256 or 1,024 until they are asked
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -2550,7 +2669,9 @@ def main() -> None:
     host, port, verbose = options.pop("host"), options.pop("port"), options.pop("verbose")
     directory, tracks = options.pop("directory"), options.pop("tracks")
     options["allow_host"] = tuple(options["allow_host"])
-    token = os.environ.get("USAGE_TOKEN", "")
+    token = os.environ.get("USAGE_TOKEN", "").strip()  # a file that holds a secret ends with a newline
+    if "USAGE_TOKEN" in os.environ and not (token and token.isprintable()):
+        parser.error("USAGE_TOKEN is empty or no printable text; unset it if a write is to need no token")
     if tracks and not directory:
         parser.error("--tracks goes with --import")
     if options.pop("undo_import"):
@@ -2559,7 +2680,8 @@ def main() -> None:
     try:
         listener = listen(host, port)
     except (OSError, UnicodeError) as error:
-        parser.error(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}")
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        parser.error(f"cannot listen on {host}, port {port}: {reason}; --host or --port names another")
     imported = read_import(parser, directory, tracks)
     try:
         app = create_app(Config(**options, token=token), imported)
@@ -2571,7 +2693,7 @@ def main() -> None:
         log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     try:
-        asyncio.run(serve(app, listener, url, verbose))
+        asyncio.run(serve(app, listener, url, verbose, ending))
     except StorageError as error:
         parser.error(f"cannot fill the database {options['db']}: {error}")
 

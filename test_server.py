@@ -1023,10 +1023,24 @@ async def test_history_fills_no_more_than_keep(start: Start) -> None:
     assert len(await (await client.get("/usage")).json()) == 100
 
 
+@pytest.mark.parametrize("now", [0, 1, 29, 30, 600, 1_799, 1_800, 2_000])
+async def test_no_simulated_stream_starts_before_1970(start: Start, now: int) -> None:
+    client = await start(clock=lambda: now, simulate=True, history=1, random_seed=9, interval=1)
+    await asyncio.sleep(0)
+    events = await (await client.get("/usage")).json()
+    assert events
+    for made in events:
+        assert made["stream_started_on"] >= 0
+        assert made["stream_started_on"] + made["seconds_streamed"] <= now
+        assert 30 <= made["seconds_streamed"] <= 1_800 or now < 1_800
+    assert (len(events) > 100) == (now >= 2_000)
+
+
 async def test_a_long_history_says_once_a_second_how_far_it_is() -> None:
     async with started("--history=100", "--keep=10000000", "--interval=2", "--no-simulation") as program:
         assert program.process.stderr
-        lines = [(await program.process.stderr.readline()).decode() for _ in range(3)]  # it is no terminal
+        async with asyncio.timeout(20):
+            lines = [(await program.process.stderr.readline()).decode() for _ in range(3)]  # it is no terminal
         said = [re.search(r" INFO simulating the history, events so far: ([0-9,]+) after [1-9][0-9]* s$", line) for line in lines]
         counts = [int(found[1].replace(",", "")) for found in said if found]
         assert len(set(counts)) == 3
@@ -1509,7 +1523,7 @@ async def test_every_answer_carries_the_safety_headers(start: Start, method: str
     ("host", "own"),
     [
         ("localhost", True), ("LOCALHOST:80", True), ("localhost.", True), ("app.localhost:1", True), ("127.0.0.1:8080", True),
-        ("192.0.2.7", True), ("[::1]:8080", True), ("[::1]", True), ("known.example:80", True), ("Known.Example.", True),
+        ("192.0.2.7", True), ("localhost:", True), ("[::1]:", True), ("[::1]:8080", True), ("[::1]", True), ("known.example:80", True), ("Known.Example.", True),
         ("", False), ("evil.example", False), ("localhost.evil.example", False), ("evillocalhost", False), ("127.0.0.1.evil.example", False),
         ("user@localhost", False), ("localhost/evil", False), ("localhost:x", False), ("[::1", False), ("known.example.evil", False), ("a b", False),
     ],
@@ -2243,6 +2257,20 @@ async def test_a_signal_ends_it_with_status_0_while_it_starts() -> None:
         assert time.monotonic() - begin < 5  # what the contract promises
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_it_with_status_0_while_it_imports_its_packages(number: int) -> None:
+    # Before its first line runs, Python itself is what a signal ends. So the delays begin with its imports.
+    for delay in (0, 0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4):
+        async with started("--no-simulation", command=("-X", "importtime", str(HERE / "server.py"))) as program:
+            assert program.process.stderr
+            while not (await program.process.stderr.readline()).endswith((b" argparse\n", b" gettext\n")):
+                pass
+            await asyncio.sleep(delay)
+            status, errors = await program.stop(number)
+            assert [line for line in errors.splitlines() if not line.startswith("import time:")] == []
+            assert status == 0
+
+
 @pytest.mark.parametrize("pause", [0, 0.001, 0.01, 0.1])
 async def test_more_signals_than_one_change_nothing(pause: float) -> None:
     async with started("--no-simulation") as program:
@@ -2287,6 +2315,122 @@ async def test_a_client_that_does_not_read_cannot_hold_up_the_end() -> None:
         writer.close()
 
 
+def full_device(_: contextlib.ExitStack) -> int:
+    """Return what takes nothing."""
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+def closed_pipe(_: contextlib.ExitStack) -> int:
+    """Return the end to write to of a pipe that has no other."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def full_pipe(stack: contextlib.ExitStack) -> int:
+    """Return the end to write to of a pipe that is full and that nobody reads."""
+    reader, writer = os.pipe()
+    stack.callback(os.close, reader)
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b" " * 4096)
+    os.set_blocking(writer, True)
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("make", "closed"),
+    [(full_device, ""), (closed_pipe, ""), (full_pipe, ""), (full_pipe, ">&-"), (full_pipe, "2>&-"), (full_device, ">&- 2>&- <&-")],
+)
+async def test_what_cannot_be_printed_stops_nothing(make: Callable[[contextlib.ExitStack], int], closed: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, output := make(stack))
+        process = await asyncio.create_subprocess_exec(
+            "sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, HERE / "server.py", f"--port={URL(url).port}", "-v",
+            stdout=output, stderr=output,
+        )
+        try:
+            async with asyncio.timeout(20), aiohttp.ClientSession() as session:
+                while True:
+                    with contextlib.suppress(aiohttp.ClientConnectionError):
+                        await get_json(f"{url}/health")
+                        break
+                    await asyncio.sleep(0.05)
+                for _ in range(200):
+                    async with session.get(f"{url}/{'x' * 1_000}") as answer:
+                        assert answer.status == 404
+                begin = time.monotonic()
+                process.terminate()
+                assert await process.wait() == 0
+                assert time.monotonic() - begin < 5  # what the contract promises
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+
+async def test_no_file_gets_the_number_of_an_output_that_is_closed(tmp_path: Path) -> None:
+    shell = ("sh", "-c", 'exec "$@" >&- 2>&- <&-', "sh", sys.executable, HERE / "server.py", "--port=0", "--db=usage.db")
+    process = await asyncio.create_subprocess_exec(*shell, cwd=tmp_path)
+    async with asyncio.timeout(20):
+        while not (tmp_path / "usage.db").exists():
+            await asyncio.sleep(0.05)
+    assert {Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in range(3)} == {Path("/dev/null")}
+    process.terminate()
+    assert await process.wait() == 0
+
+
+async def test_help_and_version_are_printed_whoever_reads_them() -> None:
+    for option, said in (("--help", "HOST PORT USAGE_TOKEN python server.py --db usage.db"), ("--version", f"server.py {server.__version__}")):
+        async with started(option) as program:
+            out, errors = await asyncio.wait_for(program.process.communicate(), 20)
+            assert (program.process.returncode, errors) == (0, b"")
+            assert set(said.split()) <= set(re.split(r"[\s=]+", out.decode()))
+        pipe = closed_pipe(contextlib.ExitStack())
+        process = await asyncio.create_subprocess_exec(sys.executable, HERE / "server.py", option, stdout=pipe, stderr=asyncio.subprocess.PIPE)
+        os.close(pipe)
+        assert (await process.communicate())[1] == b""
+        assert process.returncode == 0
+
+
+RUN = f"runpy.run_path({str(HERE / 'server.py')!r}, run_name='__main__')"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["-c", f"import runpy, sys; sys.version_info = (3, 10, 12, 'final', 0); sys.modules['argparse'] = None; {RUN}"], "it needs Python 3.11 or newer"),
+        (["-I", "-S", str(HERE / "server.py")], "python3 -m pip install -r requirements.txt"),
+        (["-c", f"import runpy, sys; sys.modules['yarl'] = None; {RUN}"], "python3 -m pip install -r requirements.txt"),
+        (["-c", f"import runpy, aiohttp; aiohttp.__version__ = '3.9.5'; {RUN}"], "aiohttp 3.9.5 is too old; install it: python3 -m pip install"),
+    ],
+)
+async def test_without_what_it_needs_it_ends_with_status_2_and_one_line(command: list[str], said: str) -> None:
+    async with started(command=command) as program:
+        out, errors = await asyncio.wait_for(program.process.communicate(), 20)
+        assert (program.process.returncode, out) == (2, b"")
+        assert errors.decode().startswith("server.py: ")
+        assert said in errors.decode()
+        assert errors.count(b"\n") == 1
+
+
+OLD_PYTHONS = [str(found) for found in (*Path.home().glob(".pyenv/versions/3.10.*/bin/python"), *Path("/usr/bin").glob("python3.10"))]
+
+
+@pytest.mark.skipif(not OLD_PYTHONS, reason="there is no Python 3.10 here")
+async def test_a_real_python_3_10_ends_it_with_status_2_and_one_line() -> None:
+    process = await asyncio.create_subprocess_exec(OLD_PYTHONS[0], HERE / "server.py", stderr=asyncio.subprocess.PIPE)
+    try:
+        assert (await asyncio.wait_for(process.communicate(), 20))[1].startswith(b"server.py: it needs Python 3.11 or newer, this is 3.10.")
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 2
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -2300,6 +2444,11 @@ async def test_a_client_that_does_not_read_cannot_hold_up_the_end() -> None:
         (["--keep=1.5"], "--keep"),
         (["--random-seed=x"], "--random-seed"),
         (["--hist=1"], "--hist"),
+        (["--port=1\n2"], "--port"),
+        (["--host=a\nb"], "cannot listen on a b"),
+        (["a\nb"], "a b"),
+        (["--host="], "cannot listen on"),
+        *((["--allow-host", name], f"--allow-host: {name!r} is no plain host name") for name in ("x.com.", "x.com:80", "*.x.com", ".x.com", "http://x.com", "x.com/", "", " ", "a b", "[::1", "münchen.de")),
         (["--host=no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (["--host=192.0.2.1"], "cannot listen on 192.0.2.1"),
         (["--host=.."], "cannot listen on .."),
@@ -2309,7 +2458,7 @@ async def test_a_client_that_does_not_read_cannot_hold_up_the_end() -> None:
 )
 async def test_bad_options_end_it_with_status_2_and_one_line(options: list[str], said: str) -> None:
     async with started(*options) as program:
-        out, errors = await program.process.communicate()
+        out, errors = await asyncio.wait_for(program.process.communicate(), 20)
         assert (program.process.returncode, out) == (2, b"")
         assert errors.decode().startswith("server.py: ")
         assert said in errors.decode()
@@ -2324,6 +2473,42 @@ async def test_a_taken_port_ends_it_with_status_2_and_one_line() -> None:
             assert (program.process.returncode, out) == (2, b"")
             assert errors.decode().startswith(f"server.py: cannot listen on 127.0.0.1, port {port}: Address already")
             assert errors.count(b"\n") == 1
+            assert (errors.count(b"127.0.0.1"), errors.count(b"--port")) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"PORT": "abc"}, "PORT in the environment: 'abc' is no int from 0 to 65,535"),
+        ({"PORT": "65536"}, "PORT in the environment: '65536' is no int from 0 to 65,535"),
+        ({"HOST": "no.such.host.invalid"}, "cannot listen on no.such.host.invalid, port 0: "),
+        *(({"USAGE_TOKEN": token}, "USAGE_TOKEN is empty or no printable text") for token in ("", " \n", "a\nb", "a\x1bb", os.fsdecode(b"\xff"))),
+    ],
+)
+async def test_a_bad_environment_ends_it_with_status_2_and_one_line(environment: dict[str, str], said: str) -> None:
+    port = [] if "PORT" in environment else ["--port=0"]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, HERE / "server.py", *port, env=os.environ | environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, errors = await asyncio.wait_for(process.communicate(), 20)
+    assert (process.returncode, out) == (2, b"")
+    assert errors.decode().startswith(f"server.py: {said}")
+    assert (errors.count(b"\n"), b"--port:" in errors) == (1, False)
+
+
+async def test_a_port_in_the_environment_does_not_matter_when_the_option_is_given() -> None:
+    async with started("--no-simulation", PORT="abc") as program:
+        assert await get_json(f"{await program.url()}/usage") == []
+
+
+@pytest.mark.parametrize("token", ["s3cret\n", " s3cret\t", "s3cret\r\n", "zwei Wörter"])
+async def test_a_token_is_what_stands_between_the_white_space(token: str) -> None:
+    async with started("--no-simulation", USAGE_TOKEN=token) as program, aiohttp.ClientSession() as session:
+        url = f"{await program.url()}/api/v1/streams"
+        for given, status in ((token.strip(), 201), ("other", 401)):
+            headers = {"Authorization": f"Bearer {given}"}
+            async with session.post(url, json=STREAM | {"stream_started_on": 1}, headers=headers) as answer:
+                assert answer.status == status
 
 
 async def test_host_and_port_come_from_the_environment_and_options_win() -> None:
@@ -2343,8 +2528,8 @@ async def test_an_option_for_ipv6_prints_a_url_that_works() -> None:
 
 
 async def test_listening_beyond_loopback_without_a_token_is_warned_of_once() -> None:
-    for token, lines in (("", 1), ("s3cret", 0)):
-        async with started("--no-simulation", "--host=0.0.0.0", USAGE_TOKEN=token) as program:
+    for environment, lines in (({}, 1), ({"USAGE_TOKEN": "s3cret"}, 0)):
+        async with started("--no-simulation", "--host=0.0.0.0", **environment) as program:
             await program.url()
             status, errors = await program.stop()
             assert (status, errors.count("\n"), errors.count("USAGE_TOKEN")) == (0, lines, lines)
@@ -3538,6 +3723,71 @@ async def test_what_waits_for_the_disk_at_a_signal_is_stored_and_answered(tmp_pa
     assert set(statuses) <= {201}
     async with started("--db", str(tmp_path / "usage.db"), "--no-simulation") as program:
         assert (await get_json(f"{await program.url()}/health"))["events"] >= 100 * len(statuses)
+
+
+SLOW_SYNC = """
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+static long slowly(long call, int fd) {
+    if (access(getenv("SLOW_WHILE"), F_OK) == 0) sleep(atoi(getenv("SLOW_SECONDS")));
+    return syscall(call, fd);
+}
+int fsync(int fd) { return slowly(SYS_fsync, fd); }
+int fdatasync(int fd) { return slowly(SYS_fdatasync, fd); }
+"""
+
+
+@pytest.fixture
+async def slow_disk(tmp_path: Path) -> dict[str, str]:
+    """Give an environment in which each sync takes SLOW_SECONDS while there is a file `slow`."""
+    if shutil.which("gcc") is None and not CI:
+        pytest.skip("gcc is not installed")
+    (tmp_path / "slow.c").write_text(SLOW_SYNC)
+    compiler = await asyncio.create_subprocess_exec("gcc", "-shared", "-fPIC", "-o", tmp_path / "slow.so", tmp_path / "slow.c")
+    assert await compiler.wait() == 0
+    return {"LD_PRELOAD": str(tmp_path / "slow.so"), "SLOW_WHILE": str(tmp_path / "slow")}
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("seconds", [1, 4, 12])
+async def test_a_slow_disk_does_not_hold_up_the_end_and_what_is_not_on_it_is_not_acknowledged(
+    tmp_path: Path, slow_disk: dict[str, str], seconds: int, busy: bool
+) -> None:
+    options = ("--db", str(tmp_path / "usage.db"), "--no-simulation")
+    async with started(*options, **slow_disk, SLOW_SECONDS=str(seconds)) as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+
+        async def post() -> int | None:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with session.post(f"{url}/api/v1/streams", json=STREAM | {"stream_started_on": 1}) as answer:
+                    return answer.status
+            return None
+
+        assert await post() == 201
+        (tmp_path / "slow").touch()
+        posts = [asyncio.create_task(post()) for _ in range(3)] if busy else []
+        await asyncio.sleep(0.3)
+        begin = time.monotonic()
+        assert await program.stop() == (0, "")
+        assert time.monotonic() - begin < (5 if busy else 1)  # 5 is what the contract promises; nothing is to be stored
+        statuses = await asyncio.gather(*posts)
+    assert None not in statuses or seconds > 1
+    assert 201 not in statuses or seconds < 12
+    async with started(*options) as program:
+        assert (await get_json(f"{await program.url()}/health"))["events"] >= 1 + statuses.count(201)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_slow_disk_does_not_hold_up_the_end_of_a_start(tmp_path: Path, slow_disk: dict[str, str], number: int) -> None:
+    (tmp_path / "slow").touch()
+    async with started("--db", str(tmp_path / "usage.db"), **slow_disk, SLOW_SECONDS="9") as program:
+        async with asyncio.timeout(20):
+            while not (tmp_path / "usage.db").exists():
+                await asyncio.sleep(0.05)
+        begin = time.monotonic()
+        assert await program.stop(number) == (0, "")
+        assert time.monotonic() - begin < 5  # what the contract promises
 
 
 def unchunked(received: bytes) -> bytes | None:
