@@ -812,7 +812,7 @@ async def test_a_file_of_every_earlier_version_is_opened(start: Start, tmp_path:
     ("damage", "following"),
     [
         ("DELETE FROM sqlite_sequence", 6),
-        ("DELETE FROM sqlite_sequence; DELETE FROM streams WHERE id > 3", 6),  # the key of 4 and 5 knows of 4
+        ("DELETE FROM sqlite_sequence; DELETE FROM streams WHERE id > 3", 5),  # the key of 4 and 5 knows of 4
         ("DELETE FROM sqlite_sequence; DELETE FROM streams; DELETE FROM keys", 4),  # the import knows of 3
         ("CREATE TABLE others (id INTEGER PRIMARY KEY AUTOINCREMENT); INSERT INTO others VALUES (100)", 6),
     ],
@@ -828,7 +828,7 @@ async def test_an_id_that_any_table_knows_of_is_not_given_again(start: Start, tm
     client = await start(db=path)
     before = (await (await client.get("/api/v1/streams")).json())["data"]
     created = (await (await client.post("/api/v1/streams", json=STREAM)).json())["data"]
-    assert created["id"] == following or (created["id"] == 5 and "id > 3" in damage)
+    assert created["id"] == following
     await client.close()
     client = await start(db=path)
     assert (await (await client.get("/api/v1/streams")).json())["data"] == [*before, created]
