@@ -1023,12 +1023,13 @@ class Journal:
         """
         for path, before in self.seen.items():
             now = path.stat() if path.exists() else None
-            found = now is not None and os.path.samestat(now, before)
-            self.unsure |= path == self.log and not (now and found and now.st_size)
-            if not now or not found:
+            if not now or not os.path.samestat(now, before):
+                self.unsure |= path == self.log
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
-            if now.st_size < before.st_size and not (path == self.log and not now.st_size):
-                raise StorageError(f"{path.name} has been truncated")
+            if now.st_size < before.st_size:
+                self.unsure = path == self.log and not now.st_size
+                if not self.unsure:  # what is left of a log must not get into the file without the rest
+                    raise StorageError(f"{path.name} has been truncated")
             if path == self.path and (not stat.S_ISREG(now.st_mode) or now.st_nlink > 1):
                 raise StorageError("it must be a plain file with one name (no hard links)")
             self.seen[path] = now
@@ -1043,6 +1044,7 @@ class Journal:
             busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             if busy:
                 raise StorageError("another process reads the file")
+            self._check_files()  # the log is empty now
             self.unsure = False
 
     def take_in(self, imported: Import) -> None:
@@ -1100,6 +1102,10 @@ class Journal:
             self._check_files()
             self._settle()
             with self.connection:
+                self.connection.execute("BEGIN IMMEDIATE")
+                self._check_files()  # from here on no other process may empty the log
+                if self.unsure:
+                    raise StorageError(f"{self.log.name} has just been emptied")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
                     if statement == INSERT_STREAMS:

@@ -3342,6 +3342,30 @@ async def test_a_full_disk_is_503_and_it_goes_on_when_there_is_room_again(tmp_pa
         assert (await get_json(f"{await program.url()}/health"))["events"] == 1_000 * (stored + 1)
 
 
+@pytest.mark.skipif(not CAN_MOUNT and not CI, reason="only root may mount")
+async def test_a_disk_that_is_full_and_has_room_again_takes_all_writes_again(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    script = f"mount -t tmpfs -o size=3m none small && head -c 1500000 /dev/zero > small/other && exec {sys.executable} {HERE / 'server.py'}"
+    process = await asyncio.create_subprocess_exec(
+        *MOUNT, f"{script} --port=0 --no-simulation --db small/usage.db", cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    program, statuses = Program(process), list[int]()
+    url = await program.url()
+    async with aiohttp.ClientSession() as session:
+        while statuses.count(503) < 3:
+            async with session.post(f"{url}/api/v1/streams", json=[STREAM | {"stream_started_on": 1}] * 200) as answer:
+                statuses.append(answer.status)
+        Path(f"/proc/{process.pid}/cwd/small/other").unlink()
+        assert [await post_one(session, url) for _ in range(5)] == [201] * 5
+    stored = 200 * statuses.count(201) + 5
+    assert (await get_json(f"{url}/health"))["events"] == stored
+    for name in ("usage.db", "usage.db-wal"):  # as a kill would leave them
+        shutil.copy(f"/proc/{process.pid}/cwd/small/{name}", tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "usage.db")) as other:
+        assert other.execute("SELECT count(*) FROM streams").fetchone() == (stored,)
+    await program.stop()
+
+
 @needs_strace
 async def test_each_answer_is_sent_after_a_sync_that_began_after_its_request_came(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
