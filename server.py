@@ -938,10 +938,10 @@ class StorageError(Exception):
     """The disk does not take what is to be stored, or the file cannot be used."""
 
 
-def said(thousands: Iterable[T], what: str) -> Iterator[T]:
-    """Yield what is given, and say how far that is."""
+def in_thousands(items: Iterable[T], what: str) -> Iterator[list[T]]:
+    """Yield lists of a thousand, and say how far that is."""
     progress = Progress(what)
-    for number, thousand in enumerate(thousands):
+    for number, thousand in enumerate(batched(items, POST_EVENTS)):
         progress.step(number * POST_EVENTS)
         yield thousand
 
@@ -1034,7 +1034,7 @@ class Journal:
                 raise StorageError("it must be a plain file with one name (no hard links)")
             self.seen[path] = now
 
-    def _settle(self) -> None:
+    def _checkpoint(self) -> None:
         """Empty the log into the file if what it holds is unsure; raises sqlite3.Error or StorageError.
 
         A commit whose sync has failed is whole in the log, beyond what SQLite knows of: after a kill it
@@ -1087,7 +1087,7 @@ class Journal:
         """Put into `usage` and `subscriptions` what is stored; raises StorageError."""
         with self._refusing():
             execute = self.connection.execute
-            rows = said(batched(execute("SELECT * FROM streams"), POST_EVENTS), "loading, streams so far")
+            rows = in_thousands(execute("SELECT * FROM streams"), "loading, streams so far")
             usage.add([Event(*row) for thousand in rows for row in thousand])
             usage.last_id = self._last_id()
             usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
@@ -1100,7 +1100,7 @@ class Journal:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
         try:
             self._check_files()
-            self._settle()
+            self._checkpoint()
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")
                 self._check_files()  # from here on no other process may empty the log
@@ -1109,15 +1109,15 @@ class Journal:
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
                     if statement == INSERT_STREAMS:
-                        cells = batched(map(attrgetter(*FIELDS, "id"), rows), POST_EVENTS)
-                        rows = ((to_json(thousand),) for thousand in said(cells, "storing, streams so far"))
+                        cells = in_thousands(map(attrgetter(*FIELDS, "id"), rows), "storing, streams so far")
+                        rows = ((to_json(thousand),) for thousand in cells)
                     self.connection.executemany(statement, rows)
                 self.unsure = True  # until the commit, which comes now, has succeeded
             self.unsure = False
         except Exception as error:
             self.failed = True
             with contextlib.suppress(StorageError, sqlite3.Error):
-                self._settle()
+                self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None
         with contextlib.suppress(StorageError, OSError):  # the next commit says so
             self._check_files()
