@@ -574,13 +574,12 @@ def test_an_import_that_an_earlier_version_stored_is_known_again(tmp_path: Path)
 @pytest.mark.parametrize("name", ["users.csv", "streaming.csv"])
 def test_a_file_of_an_import_is_a_regular_one(tmp_path: Path, name: str) -> None:
     write_import(tmp_path)
-    for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")):
-        with contextlib.suppress(IsADirectoryError):
-            (tmp_path / name).unlink()
+    (tmp_path / name).unlink()
+    for make, remove in ((os.mkfifo, Path.unlink), (Path.mkdir, Path.rmdir), (lambda path: path.symlink_to("/dev/zero"), Path.unlink)):
         make(tmp_path / name)
-        with pytest.raises(server.ImportFailedError, match=f"^{name}: (it is no regular file|Is a directory)$"):
+        with pytest.raises(server.ImportFailedError, match=f"(?m)^{name}: (it is no regular file|Is a directory)$"):
             read_import(tmp_path)
-        shutil.rmtree(tmp_path / name) if make is Path.mkdir else (tmp_path / name).unlink()
+        remove(tmp_path / name)
 
 
 def test_a_file_of_an_import_has_256_mib_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
