@@ -1116,10 +1116,10 @@ class StorageError(Exception):
     """The disk does not take what is to be stored, or the file cannot be used."""
 
 
-def said(thousands: Iterable[T], what: str) -> Iterator[T]:
-    """Yield what is given, and say how far that is."""
+def in_thousands(items: Iterable[T], what: str) -> Iterator[list[T]]:
+    """Yield lists of a thousand, and say how far that is."""
     progress = Progress(what)
-    for number, thousand in enumerate(thousands):
+    for number, thousand in enumerate(batched(items, POST_EVENTS)):
         progress.step(number * POST_EVENTS)
         yield thousand
 
@@ -1201,17 +1201,18 @@ class Journal:
         """
         for path, before in self.seen.items():
             now = path.stat() if path.exists() else None
-            found = now is not None and os.path.samestat(now, before)
-            self.unsure |= path == self.log and not (now and found and now.st_size)
-            if not now or not found:
+            if not now or not os.path.samestat(now, before):
+                self.unsure |= path == self.log
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
-            if now.st_size < before.st_size and not (path == self.log and not now.st_size):
-                raise StorageError(f"{path.name} has been truncated")
+            if now.st_size < before.st_size:
+                self.unsure = path == self.log and not now.st_size
+                if not self.unsure:  # what is left of a log must not get into the file without the rest
+                    raise StorageError(f"{path.name} has been truncated")
             if path == self.path and (not stat.S_ISREG(now.st_mode) or now.st_nlink > 1):
                 raise StorageError("it must be a plain file with one name (no hard links)")
             self.seen[path] = now
 
-    def _settle(self) -> None:
+    def _checkpoint(self) -> None:
         """Empty the log into the file if what it holds is unsure; raises sqlite3.Error or StorageError.
 
         A commit whose sync has failed is whole in the log, beyond what SQLite knows of: after a kill it
@@ -1221,6 +1222,7 @@ class Journal:
             busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             if busy:
                 raise StorageError("another process reads the file")
+            self._check_files()  # the log is empty now
             self.unsure = False
 
     def take_in(self, imported: Import) -> None:
@@ -1264,7 +1266,7 @@ class Journal:
         """Put into `usage` and `subscriptions` what is stored; raises StorageError."""
         with self._refusing():
             execute = self.connection.execute
-            rows = said(batched(execute("SELECT * FROM streams"), POST_EVENTS), "loading, streams so far")
+            rows = in_thousands(execute("SELECT * FROM streams"), "loading, streams so far")
             usage.add([Event(*row) for thousand in rows for row in thousand])
             usage.by_version.add([Tombstone(*row) for row in execute("SELECT * FROM tombstones")])
             (usage.name,) = execute("SELECT name FROM sequence").fetchone()
@@ -1279,20 +1281,26 @@ class Journal:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
         try:
             self._check_files()
-            self._settle()
+            self._checkpoint()
             with self.connection:
+                self.connection.execute("BEGIN IMMEDIATE")
+                self._check_files()  # from here on no other process may empty the log
+                if self.unsure:
+                    raise StorageError(f"{self.log.name} has just been emptied")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
                     if statement == INSERT_STREAMS:
-                        cells = batched(map(attrgetter(*FIELDS, "id", "version"), rows), POST_EVENTS)
-                        rows = ((to_json(thousand),) for thousand in said(cells, "storing, streams so far"))
+                        cells = in_thousands(
+                            map(attrgetter(*FIELDS, "id", "version"), rows), "storing, streams so far"
+                        )
+                        rows = ((to_json(thousand),) for thousand in cells)
                     self.connection.executemany(statement, rows)
                 self.unsure = True  # until the commit, which comes now, has succeeded
             self.unsure = False
         except Exception as error:
             self.failed = True
             with contextlib.suppress(StorageError, sqlite3.Error):
-                self._settle()
+                self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None
         with contextlib.suppress(StorageError, OSError):  # the next commit says so
             self._check_files()
