@@ -195,7 +195,7 @@ FORBIDDEN_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 TEXT_CHARACTERS = 128
 
 HIGHEST_SECONDS = 2**31 - 1
-COMMON_SECONDS = tuple(range(7_200))  # one object of each is enough for all events
+COMMON_SECONDS = {seconds: seconds for seconds in range(7_200)}  # one object of each is enough
 CSV_END = "\r\n"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
