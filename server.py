@@ -65,14 +65,15 @@ from collections.abc import (
     Set,
 )
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from email.utils import formatdate
-from functools import cached_property, lru_cache
+from fractions import Fraction
+from functools import cached_property, lru_cache, partial
 from heapq import merge, nsmallest
 from http import HTTPStatus
 from operator import add, attrgetter, itemgetter
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 from weakref import WeakValueDictionary
 
@@ -532,8 +533,20 @@ FACTORS = {"app_store": 70, "web": 90}  # per cent: what the store or the paymen
 FEE = re.compile(r"([0-9]{1,5})(?:\.([0-9]{1,2}))?")
 HIGHEST_FEE = 1_000_000  # cents
 CURRENCY = "EUR"
-LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", "amount", "amount_user_centric")
+AMOUNTS = ("amount", "amount_user_centric")
+ADJUSTMENTS = ("adjustment", "adjustment_user_centric")
+LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", *AMOUNTS, *ADJUSTMENTS)
 REPORT_COLUMNS = ("month", "currency", *LABEL_COLUMNS)
+PAYER_COLUMNS = ("user_id", "product_type", "fee", "origin", "net", "seconds_streamed", "of_seconds", "part")
+BITS = 128  # of a claim: what is cut off leaves a doubt only at a tie
+STEP_USERS = 50  # with a few labels each a fraction of a millisecond's work
+
+Steps = Generator[None, None, T]  # long work: yields where others may go on, and returns a T
+ByUser = Mapping[str, Mapping[str, tuple[int, int]]]  # user -> label -> a month's streams and seconds
+Figures = tuple[int, int, int, int]  # of a label: streams, seconds, cents pro rata, cents user-centric
+Cents = tuple[int, int]  # pro rata, user-centric
+Adjustments = Mapping[str, Mapping[str, Cents]]  # month that they are for -> label
+Exactly = Callable[[Set[str]], Steps[dict[str, Fraction]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -569,85 +582,403 @@ def parse_subscription(value: object) -> Subscription:
     return Subscription(check_text("product_type", fields["product_type"]), int(cents), fields["origin"])
 
 
-def euros(cents: int) -> str:
-    """Write cents as a decimal."""
-    return f"{cents // 100}.{cents % 100:02}"
+def euros(units: int, places: int = 2) -> str:
+    """Write cents as a decimal; with more `places`, fractions of them."""
+    whole, rest = divmod(abs(units), 10**places)
+    return f"{'-' * (units < 0)}{whole}.{rest:0{places}}"
 
 
-def share_out(cents: int, weights: Mapping[str, int]) -> dict[str, int]:
-    """Share out `cents` in proportion to the weights, to the last cent: by the largest remainder.
+@dataclass(frozen=True)
+class Ledger:
+    """What a month's streams and fees come to, before anything is shared out.
+
+    A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
+    user; the fees of the silent, who streamed nothing, go by the seconds of all. It is added up as price
+    of a second x seconds, in 2^-BITS of a hundredth of a cent. Each price is cut by less than one such
+    unit, and two are paid for a second: so a claim is too low by less than twice the label's seconds.
+    """
+
+    totals: ByUser
+    subscriptions: Mapping[str, Subscription]
+    fees: int  # cents
+    net: int  # hundredths of a cent, like `silent`
+    silent: int
+    silent_users: int
+    seconds: int
+    labels: Mapping[str, tuple[int, int]]  # streams and seconds
+    claims: Mapping[str, tuple[int, int]]  # and by how much it may be too low
+
+    @property
+    def revenue(self) -> int:
+        """What is shared out, in cents: rounded once, half up."""
+        return (self.net + 50) // 100
+
+
+def seconds_of(labels: Mapping[str, tuple[int, int]]) -> int:
+    """Add up the seconds of such totals."""
+    return sum(seconds for _, seconds in labels.values())
+
+
+def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Ledger]:
+    """Return a month's ledger: the one place where its seconds and fees are added up."""
+    fees = net = 0
+    for some in batched(subscriptions.values(), STEP_USERS):
+        yield
+        fees += sum(each.fee for each in some)
+        net += sum(each.net for each in some)
+    silent, users, labels, claims = net, len(subscriptions), Totals(), Counter[str]()
+    for own_totals in batched(totals.items(), STEP_USERS):
+        yield
+        for user, own in own_totals:
+            price, heard = 0, seconds_of(own)
+            if heard and (found := subscriptions.get(user)):
+                price = (found.net << BITS) // heard
+                silent, users = silent - found.net, users - 1
+            for label, (streams, seconds) in own.items():
+                labels.count(label, streams, seconds)
+                claims[label] += price * seconds
+    whole = seconds_of(labels)
+    price = (silent << BITS) // (whole or 1)
+    off = {label: (claims[label] + price * seconds, 2 * seconds) for label, (_, seconds) in labels.items()}
+    return Ledger(totals, subscriptions, fees, net, silent, users, whole, labels, off)
+
+
+def add_exactly(ledger: Ledger, names: Set[str]) -> Steps[dict[str, Fraction]]:
+    """Return the exact claims of some labels, in the same unit, for when a ledger's leave a doubt."""
+    parts = {label: Counter[int]() for label in names}  # numerators by denominator, for many are equal
+
+    def count(label: str, money: int, seconds: int, heard: int) -> None:
+        part = Fraction((money << BITS) * seconds, heard or 1)
+        parts[label][part.denominator] += part.numerator
+
+    for some in batched(ledger.totals.items(), STEP_USERS):
+        yield
+        for user, own in some:
+            if found := ledger.subscriptions.get(user):
+                for label in names & own.keys():
+                    count(label, found.net, own[label][1], seconds_of(own))
+    for label in names:
+        count(label, ledger.silent, ledger.labels[label][1], ledger.seconds)
+    kinds = {label: frozenset(of.items()) for label, of in parts.items()}
+    sums = {}
+    for kind in set(kinds.values()):  # those who truly tie are mostly the same sum
+        sums[kind] = yield from add_fractions(kind)
+    return {label: sums[kind] for label, kind in kinds.items()}
+
+
+def add_fractions(parts: Iterable[tuple[int, int]]) -> Steps[Fraction]:
+    """Add up numerators, each after its denominator, two by two: so long numbers only meet long ones."""
+    sums = [(numerator, denominator) for denominator, numerator in parts]
+    while len(sums) > 1:
+        yield
+        odd = sums[len(sums) & ~1 :]
+        sums = [(a * d + c * b, b * d) for (a, b), (c, d) in zip(sums[::2], sums[1::2], strict=False)] + odd
+    return Fraction(*sums[0])
+
+
+def share_out(
+    cents: int, whole: int, claims: Mapping[str, tuple[int | Fraction, int]], exactly: Exactly
+) -> Steps[dict[str, int]]:
+    """Share out `cents` by claims that add up to `whole`, to the last cent: by the largest remainder.
 
     Each gets its share rounded down; what is left goes, a cent each, to those who lost most by the
-    rounding, ties in order of the name. Without any weight nobody gets anything.
+    rounding, ties in order of the name. Beside a claim stands by how much it may be too low. That changes
+    nothing unless the last who gets a cent is as near as that to the next who gets none: then those near
+    them are asked for `exactly`. (A claim that is just below a whole cent is among the first to get one.)
     """
-    whole = sum(weights.values()) or 1
-    shares = {name: cents * weight // whole for name, weight in weights.items()}
-    left = cents - sum(shares.values()) if any(weights.values()) else 0
-    for name in sorted(weights, key=lambda name: (-(cents * weights[name] % whole), name))[:left]:
-        shares[name] += 1
-    return shares
+    known = dict(claims)
+    while True:
+        quotas: dict[str, Any] = {name: divmod(cents * claim, whole) for name, (claim, _) in known.items()}
+        order = sorted(quotas, key=lambda name: (-quotas[name][1], name))
+        rests = [quotas[name][1] for name in order]
+        left = cents - sum(share for share, _ in quotas.values())
+        width = cents * max((off for _, off in known.values()), default=0)
+        if not 0 < left < len(order) or rests[left - 1] - rests[left] > width:
+            break
+        near = {name for name, rest in zip(order, rests, strict=True) if abs(rest - rests[left - 1]) <= width}
+        if not any(known[name][1] for name in near):
+            break
+        known |= {name: (claim, 0) for name, claim in (yield from exactly(near)).items()}
+    return {name: quotas[name][0] + (at < left) for at, name in enumerate(order)}
 
 
-def share_month(
-    revenue: int, totals: Mapping[tuple[str, str], tuple[int, int]], subscriptions: Mapping[str, Subscription]
-) -> dict[str, list[int]]:
-    """Return each label's streams and seconds in a month, and the cents of the revenue that it is owed.
-
-    `totals` holds streams and seconds by user and label. The cents are owed pro rata, where a label's
-    weight is its seconds, and user-centric, where it is what the label gets of each subscriber's net
-    fee: fractions by that subscriber's seconds, which a common denominator makes ints.
-    """
-    labels, heard = Totals(), Counter[str]()
-    for (user, label), (streams, seconds) in totals.items():
-        labels.count(label, streams, seconds)
-        heard[user] += seconds
-    weights = {label: seconds for label, (_, seconds) in labels.items()}
-    whole = heard.total() or 1
-    paying = [user for user in subscriptions if heard[user]]
-    common = whole
-    for user in paying:  # one call for all of them would hold up every other thread
-        common = math.lcm(common, heard[user])
-    per_second = {user: subscriptions[user].net * (common // heard[user]) for user in paying}
-    silent = sum(each.net for user, each in subscriptions.items() if not heard[user])
-    claims = {label: silent * (common // whole) * seconds for label, seconds in weights.items()}
-    for (user, label), (_, seconds) in totals.items():
-        claims[label] += per_second.get(user, 0) * seconds
-    pro_rata, user_centric = share_out(revenue, weights), share_out(revenue, claims)
-    return {label: [*labels[label], pro_rata[label], user_centric[label]] for label in labels}
+def share_month(ledger: Ledger) -> Steps[dict[str, Figures]]:
+    """Return each label's streams and seconds, and the cents that it is owed pro rata and user-centric."""
+    cents = ledger.revenue if ledger.seconds else 0
+    by_seconds = {label: (seconds, 0) for label, (_, seconds) in ledger.labels.items()}
+    exactly = partial(add_exactly, ledger)
+    pro_rata = yield from share_out(cents, ledger.seconds or 1, by_seconds, exactly)
+    centric = yield from share_out(cents, (ledger.net or 1) << BITS, ledger.claims, exactly)
+    return {label: (*of, pro_rata[label], centric[label]) for label, of in ledger.labels.items()}
 
 
-def write_shares(owed: Mapping[str, list[int]]) -> list[dict[str, Any]]:
-    """Return the report's lines for what `share_month` found: highest amount first, then by name."""
-    whole = sum(seconds for _, seconds, _, _ in owed.values()) or 1
-    lines = []
-    for label, (streams, seconds, *amounts) in sorted(owed.items(), key=lambda item: (-item[1][2], item[0])):
+@dataclass(frozen=True)
+class Account:
+    """A month's money: what was frozen when it was closed, or what closing it now would freeze."""
+
+    closed_on: int | None
+    subscriptions: Mapping[str, Subscription]
+    totals: ByUser
+    fees: int  # cents, like all below
+    revenue: int
+    labels: Mapping[str, Figures]
+    adjustments: Adjustments  # what is paid with this month for others
+
+    @property
+    def status(self) -> str:
+        """Whether it was closed."""
+        return "open" if self.closed_on is None else "closed"
+
+    def lines(self) -> dict[str, list[int]]:
+        """Return each label's figures and, after them, the sums of its adjustments."""
+        lines = {label: [*figures, 0, 0] for label, figures in self.labels.items()}
+        for of_month in self.adjustments.values():
+            for label, cents in of_month.items():
+                line = lines.setdefault(label, [0] * 6)
+                line[4:] = map(add, line[4:], cents)
+        return lines
+
+
+@dataclass
+class Month:
+    """A month's totals as they are now and, once it is closed, its account."""
+
+    totals: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    closed: Account | None = None
+    _late: list[dict[str, Cents]] = field(default_factory=list)  # what `find_late` found, or nothing yet
+    _shared: bool = False
+
+    def change(self, user: str, labels: dict[str, tuple[int, int]]) -> None:
+        """Put a user's totals by label in the place of those before; they must not change any more."""
+        if self._shared:
+            self.totals, self._shared = dict(self.totals), False
+        if labels:
+            self.totals[user] = labels
+        else:
+            self.totals.pop(user, None)
+        self._late = []  # a new list: who reads an earlier snapshot writes into the old one
+
+    def close(self, account: Account | None) -> None:
+        """Close the month with this account or, with none, open it again."""
+        self.closed, self._late = account, []
+
+    def snapshot(self) -> Month:
+        """Return the month as it is now; the next change copies the totals that the two share."""
+        self._shared = True
+        return replace(self)
+
+    def find_late(self) -> Steps[Mapping[str, Cents]]:
+        """Return how much more each label of a closed month would get now, where that is not nothing."""
+        if not self.closed:
+            return {}
+        if not self._late:
+            now = yield from share_month((yield from tally(self.totals, self.closed.subscriptions)))
+            both = ({label: of[2:] for label, of in owed.items()} for owed in (now, self.closed.labels))
+            self._late.append(subtract(*both))
+        return self._late[0]
+
+
+@dataclass
+class Books:
+    """All that money follows from. Who reads in steps needs a snapshot: others write in between."""
+
+    months: defaultdict[str, Month]
+    subscriptions: dict[str, Subscription]
+
+    def snapshot(self) -> Books:
+        """Return the books as they are now."""
+        months = {name: month.snapshot() for name, month in self.months.items()}
+        return Books(defaultdict(Month, months), dict(self.subscriptions))
+
+    def closed(self) -> dict[str, Account]:
+        """Return the accounts of the closed months, in order."""
+        return {name: month.closed for name, month in sorted(self.months.items()) if month.closed}
+
+    def streamed(self) -> list[str]:
+        """Return the open months with a stream, in order."""
+        return sorted(name for name, month in self.months.items() if month.totals and not month.closed)
+
+    def target(self) -> str:
+        """Return the month that adjustments go to: the first of these or, with none, after the closed."""
+        return next(iter(self.streamed() or map(next_month, reversed(self.closed()))), "")
+
+    def obstacle(self, month: str, status: str, now: float) -> str:
+        """Return what stands in the way of making a month closed or open; "" when it is so, or can be."""
+        closed, first = self.closed(), min(self.streamed(), default=month)
+        if (month in closed) == (status == "closed"):
+            return ""
+        if status == "open":
+            return f"{max(closed)} is closed: open it first" if max(closed) > month else ""
+        if month >= month_of(int(now) // DAY):
+            return f"{month} is not over"
+        return f"{first} has streams and is open: close it first" if first < month else ""
+
+
+def next_month(month: str) -> str:
+    """Return the month after a month such as 2019-12."""
+    year, number = map(int, month.split("-"))
+    return f"{year + number // 12:04}-{number % 12 + 1:02}"
+
+
+def subtract(these: Mapping[str, Cents], those: Mapping[str, Cents]) -> dict[str, Cents]:
+    """Return by how much the labels' amounts differ, where they do."""
+    pairs = ((label, these.get(label, (0, 0)), those.get(label, (0, 0))) for label in {**these, **those})
+    return {label: (a - c, b - d) for label, (a, b), (c, d) in pairs if (a, b) != (c, d)}
+
+
+def find_due(books: Books) -> Steps[Adjustments]:
+    """Return what is still to be paid for each month: what the closed would get now less what was paid."""
+    due: dict[str, Mapping[str, Cents]] = {}
+    for name in books.closed():
+        due[name] = yield from books.months[name].find_late()
+    for account in books.closed().values():
+        for name, paid in account.adjustments.items():  # for months that are open again, too
+            due[name] = subtract(due.get(name, {}), paid)
+    return {name: of_month for name, of_month in sorted(due.items()) if of_month}
+
+
+def find_account(books: Books, name: str, closed_on: int | None = None) -> Steps[Account]:
+    """Return what was frozen of a month or, when it is open, what closing it now freezes."""
+    month = books.months.get(name, Month())
+    if month.closed:
+        return month.closed
+    ledger = yield from tally(month.totals, books.subscriptions)
+    labels = yield from share_month(ledger)
+    due = (yield from find_due(books)) if name == books.target() else {}
+    return Account(closed_on, books.subscriptions, month.totals, ledger.fees, ledger.revenue, labels, due)
+
+
+def find_accounts(books: Books) -> Steps[dict[str, Account]]:
+    """Return all months that have a stream or an adjustment, or are closed, in order."""
+    found = {}
+    for name in sorted({*books.months, books.target()}):
+        account = yield from find_account(books, name)
+        if account.totals or account.adjustments or account.status == "closed":
+            found[name] = account
+    return found
+
+
+def describe_month(books: Books, name: str) -> Steps[dict[str, Any]]:
+    """Return the row of a month in the list of months."""
+    account = yield from find_account(books, name)
+    late = yield from books.months.get(name, Month()).find_late()
+    streams, seconds, amount, _, adjusted, _ = map(sum, zip([0] * 6, *account.lines().values(), strict=True))
+    row = {"month": name, "status": account.status, "closed_on": account.closed_on}
+    row |= {"subscribers": len(account.subscriptions), "streams": streams, "seconds_streamed": seconds}
+    row |= {"fees": euros(account.fees), "revenue": euros(account.revenue), "distributed": euros(amount)}
+    return row | {"adjusted": euros(adjusted), "late": len(late)}
+
+
+def write_lines(lines: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+    """Return the report's lines for each label's figures: highest amount first, then by name."""
+    whole = sum(line[1] for line in lines.values()) or 1
+    written = []
+    for label, (streams, seconds, *cents) in sorted(lines.items(), key=lambda item: (-item[1][2], item[0])):
         share = round(seconds / whole, 6)  # no money, so a float will do
-        cells = label, streams, seconds, share, *map(euros, amounts)
-        lines.append(dict(zip(LABEL_COLUMNS, cells, strict=True)))
-    return lines
+        cells = label, streams, seconds, share, *map(euros, cents)
+        written.append(dict(zip(LABEL_COLUMNS, cells, strict=True)))
+    return written
 
 
-def report(
-    months: Mapping[str, Mapping[tuple[str, str], tuple[int, int]]], subscriptions: Mapping[str, Subscription]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the report over `months`, each shared out on its own, and its lines by month and label."""
-    revenue = (sum(subscription.net for subscription in subscriptions.values()) + 50) // 100  # half up
-    added, lines = defaultdict[str, list[int]](lambda: [0, 0, 0, 0]), []
-    for month in sorted(months):
-        owed = share_month(revenue, months[month], subscriptions)
-        lines += [{"month": month, "currency": CURRENCY} | line for line in write_shares(owed)]
-        for label, figures in owed.items():
+def report(books: Books, month: str | None = None) -> Steps[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Return the report over a month, or over all with a stream or an adjustment, and its CSV's rows."""
+    if month:
+        accounts = {month: (yield from find_account(books, month))}
+    else:
+        every = yield from find_accounts(books)
+        accounts = {name: account for name, account in every.items() if account.totals or account.adjustments}
+    added, rows = defaultdict[str, list[int]](lambda: [0] * 6), []
+    for name, account in accounts.items():
+        yield
+        lines = account.lines()
+        rows += [{"month": name, "currency": CURRENCY} | line for line in write_lines(lines)]
+        for label, figures in lines.items():
             added[label] = list(map(add, figures, added[label]))
     data = {
         "currency": CURRENCY,
-        "months": sorted(months),
-        "subscribers": len(subscriptions),
-        "revenue": euros(revenue * len(months)),
-        "distributed": euros(sum(amount for _, _, amount, _ in added.values())),
-        "seconds_streamed": sum(seconds for _, seconds, _, _ in added.values()),
-        "labels": write_shares(added),
+        "months": list(accounts),
+        **({"status": accounts[month].status} if month else {}),
+        "subscribers": len(accounts[month].subscriptions if month else books.subscriptions),
+        "revenue": euros(sum(account.revenue for account in accounts.values())),
+        "distributed": euros(sum(line[2] for line in added.values())),
+        "adjusted": euros(sum(line[4] for line in added.values())),
+        "seconds_streamed": sum(line[1] for line in added.values()),
+        "labels": write_lines(added),
     }
-    return data, lines
+    return data, rows
+
+
+def find_payers(ledger: Ledger, label: str) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
+    """Return a statement's rows of subscribers, and the seconds of each listener who does not subscribe."""
+    rows: list[tuple[Any, ...]] = []
+    others = []
+    for some in batched(ledger.totals.items(), STEP_USERS):
+        yield
+        for user, own in some:
+            _, seconds = own.get(label, (0, 0))
+            if seconds and (found := ledger.subscriptions.get(user)):
+                rows.append((user, *astuple(found), found.net, seconds, seconds_of(own)))
+            elif seconds:
+                others.append(seconds)
+    if ledger.silent_users:
+        _, seconds = ledger.labels.get(label, (0, 0))
+        rows.append((None, None, None, None, ledger.silent, seconds, ledger.seconds))
+    written = []
+    for user, product, fee, origin, net, seconds, heard in rows:
+        part = 100 * net * seconds // (heard or 1)
+        cells = user, product, euros(fee) if user else None, origin, euros(100 * net, 6), seconds, heard
+        row = dict(zip(PAYER_COLUMNS, (*cells, euros(part, 6)), strict=True))
+        written.append((user is None, -part, user, row))
+    return [row for *_, row in sorted(written, key=itemgetter(0, 1, 2))], others
+
+
+def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
+    """Return why a label is owed its amounts, every figure cut; raises MissingError if it has nothing."""
+    account = yield from find_account(books, month)
+    lines = account.lines()
+    if label not in lines:
+        raise MissingError(f"there is nothing for the label {label!r} in {month}")
+    ledger = yield from tally(account.totals, account.subscriptions)
+    payers, others = yield from find_payers(ledger, label)
+    _, seconds, *amounts, _, _ = lines[label]
+    low, off = ledger.claims.get(label, (0, 0))
+    scales = Fraction(100, 1 << BITS), Fraction(account.revenue * 10_000, (ledger.net or 1) << BITS)
+    cuts = [{int(scale * low), int(scale * (low + off))} for scale in scales]
+    if sum(map(len, cuts)) > len(cuts):
+        claim = (yield from add_exactly(ledger, {label}))[label]
+        cuts = [{int(scale * claim)} for scale in scales]
+    (added,), (centric,) = cuts
+    exact = account.revenue * 10_000 * seconds // (ledger.seconds or 1), centric
+    revenue = {"revenue": euros(account.revenue)}
+    pro_rata, user_centric = (
+        {"exact": euros(cut, 6), "rounded_down": euros(cut // 10_000), "cent_added": amount > cut // 10_000}
+        for cut, amount in zip(exact, amounts, strict=True)
+    )
+    sums = {"sum": euros(added, 6), "of_sum": euros(100 * ledger.net, 6)}
+    adjustments = [
+        {"month": name} | dict(zip(AMOUNTS, map(euros, cents[label]), strict=True))
+        for name, cents in account.adjustments.items()
+        if label in cents
+    ]
+    return {
+        "month": month,
+        "status": account.status,
+        "currency": CURRENCY,
+        "line": next(line for line in write_lines(lines) if line["label"] == label),
+        "pro_rata": revenue | {"seconds_streamed": seconds, "of_seconds": ledger.seconds} | pro_rata,
+        "user_centric": {"subscribers": payers} | sums | revenue | user_centric,
+        "listeners_without_subscription": {"users": len(others), "seconds_streamed": sum(others)},
+        "adjustments": adjustments,
+    }
+
+
+def finish(steps: Steps[T]) -> T:
+    """Take all steps at once."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast("T", end.value)
 
 
 def describe_users(
@@ -1717,7 +2048,11 @@ async def get_report(request: web.Request) -> web.StreamResponse:
     kind = asked.get("format", "json")
 
     def make_report(months: dict[str, Totals], subscriptions: dict[str, Subscription]) -> bytes:
-        data, lines = report(months, subscriptions)
+        books = Books(defaultdict(Month), subscriptions)
+        for name, totals in months.items():
+            for (user, label), total in totals.items():
+                books.months[name].totals.setdefault(user, {})[label] = total
+        data, lines = finish(report(books, asked.get("month")))
         if kind == "csv":
             return b"".join(write_rows("csv", REPORT_COLUMNS, [lines]))
         return SUCCESS % (encode("Found Label Stream Report"), encode(data))
