@@ -34,6 +34,7 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 from urllib.parse import quote, urlencode
@@ -450,7 +451,9 @@ def ledger_of(totals: dict[str, dict[str, int]], fees: dict[str, tuple[int, str]
 
 def naive_shares(totals: dict[str, dict[str, int]], fees: dict[str, tuple[int, str]]) -> dict[str, tuple[int, int]]:
     """Share out the same in fractions, by the contract's words alone."""
-    events = [event(0, seconds, user, label=label) for user, own in totals.items() for label, seconds in own.items()]
+    events: list[Any] = [
+        SimpleNamespace(user_id=user, label=label, seconds_streamed=seconds) for user, own in totals.items() for label, seconds in own.items()
+    ]
     _, pro_rata, centric = naive_month(events, {user: Subscription("p", *fee) for user, fee in fees.items()})
     return {label: (pro_rata[label], centric[label]) for label in pro_rata}
 
