@@ -542,11 +542,14 @@ BITS = 128  # of a claim: what is cut off leaves a doubt only at a tie
 STEP_USERS = 50  # with a few labels each a fraction of a millisecond's work
 
 Steps = Generator[None, None, T]  # long work: yields where others may go on, and returns a T
-ByUser = Mapping[str, Mapping[str, tuple[int, int]]]  # user -> label -> a month's streams and seconds
+ByLabel = Mapping[str, tuple[int, int]]  # streams and seconds
+ByUser = Mapping[str, Mapping[str, tuple[int, int]]]
+Claims = Mapping[str, tuple[int, int]]  # of labels, each with by how much it may be too low
+Parts = Counter[int]  # the numerators of fractions, by denominator, for many have the same
+Exactly = Callable[[Set[str]], Steps[dict[str, Parts]]]
 Figures = tuple[int, int, int, int]  # of a label: streams, seconds, cents pro rata, cents user-centric
 Cents = tuple[int, int]  # pro rata, user-centric
 Adjustments = Mapping[str, Mapping[str, Cents]]  # month that they are for -> label
-Exactly = Callable[[Set[str]], Steps[dict[str, Fraction]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -590,31 +593,27 @@ def euros(units: int, places: int = 2) -> str:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a month's streams and fees come to, before anything is shared out.
+    """What a month's streams and fees come to: `fees` and `revenue` in cents, the rest in hundredths of one.
 
     A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
     user; the fees of the silent, who streamed nothing, go by the seconds of all. It is added up as price
-    of a second x seconds, in 2^-BITS of a hundredth of a cent. Each price is cut by less than one such
-    unit, and two are paid for a second: so a claim is too low by less than twice the label's seconds.
+    of a second x seconds, in 2^-BITS of the unit. Each price is cut by less than that, and two are paid
+    for a second: so a claim is too low by less than twice the label's seconds.
     """
 
     totals: ByUser
     subscriptions: Mapping[str, Subscription]
-    fees: int  # cents
-    net: int  # hundredths of a cent, like `silent`
+    labels: ByLabel  # streams and seconds
+    claims: Claims
+    seconds: int
+    fees: int
+    net: int
+    revenue: int  # rounded once, half up
     silent: int
     silent_users: int
-    seconds: int
-    labels: Mapping[str, tuple[int, int]]  # streams and seconds
-    claims: Mapping[str, tuple[int, int]]  # and by how much it may be too low
-
-    @property
-    def revenue(self) -> int:
-        """What is shared out, in cents: rounded once, half up."""
-        return (self.net + 50) // 100
 
 
-def seconds_of(labels: Mapping[str, tuple[int, int]]) -> int:
+def seconds_of(labels: ByLabel) -> int:
     """Add up the seconds of such totals."""
     return sum(seconds for _, seconds in labels.values())
 
@@ -626,49 +625,47 @@ def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Le
         yield
         fees += sum(each.fee for each in some)
         net += sum(each.net for each in some)
-    silent, users, labels, claims = net, len(subscriptions), Totals(), Counter[str]()
-    for own_totals in batched(totals.items(), STEP_USERS):
+    silent, silent_users, labels, claims = net, len(subscriptions), Totals(), Counter[str]()
+    for listeners in batched(totals.items(), STEP_USERS):
         yield
-        for user, own in own_totals:
+        for user, own in listeners:
             price, heard = 0, seconds_of(own)
             if heard and (found := subscriptions.get(user)):
                 price = (found.net << BITS) // heard
-                silent, users = silent - found.net, users - 1
+                silent, silent_users = silent - found.net, silent_users - 1
             for label, (streams, seconds) in own.items():
                 labels.count(label, streams, seconds)
                 claims[label] += price * seconds
     whole = seconds_of(labels)
     price = (silent << BITS) // (whole or 1)
-    off = {label: (claims[label] + price * seconds, 2 * seconds) for label, (_, seconds) in labels.items()}
-    return Ledger(totals, subscriptions, fees, net, silent, users, whole, labels, off)
+    low = {label: (claims[label] + price * seconds, 2 * seconds) for label, (_, seconds) in labels.items()}
+    revenue = (net + 50) // 100
+    return Ledger(totals, subscriptions, labels, low, whole, fees, net, revenue, silent, silent_users)
 
 
-def add_exactly(ledger: Ledger, names: Set[str]) -> Steps[dict[str, Fraction]]:
-    """Return the exact claims of some labels, in the same unit, for when a ledger's leave a doubt."""
-    parts = {label: Counter[int]() for label in names}  # numerators by denominator, for many are equal
-
-    def count(label: str, money: int, seconds: int, heard: int) -> None:
-        part = Fraction((money << BITS) * seconds, heard or 1)
-        parts[label][part.denominator] += part.numerator
-
+def find_listeners(ledger: Ledger) -> Iterator[list[tuple[str | None, int, ByLabel, int]]]:
+    """Yield in steps who listened: net fee, totals by label, all seconds; then, as None, all the silent."""
     for some in batched(ledger.totals.items(), STEP_USERS):
+        found = [(ledger.subscriptions.get(user), user, own) for user, own in some]
+        yield [(user, each.net if each else 0, own, seconds_of(own)) for each, user, own in found]
+    yield [(None, ledger.silent, ledger.labels, ledger.seconds)]
+
+
+def find_parts(ledger: Ledger, labels: Set[str]) -> Steps[dict[str, Parts]]:
+    """Return the fractions that the exact claims of some labels are the sums of."""
+    parts = {label: Counter[int]() for label in labels}
+    for some in find_listeners(ledger):
         yield
-        for user, own in some:
-            if found := ledger.subscriptions.get(user):
-                for label in names & own.keys():
-                    count(label, found.net, own[label][1], seconds_of(own))
-    for label in names:
-        count(label, ledger.silent, ledger.labels[label][1], ledger.seconds)
-    kinds = {label: frozenset(of.items()) for label, of in parts.items()}
-    sums = {}
-    for kind in set(kinds.values()):  # those who truly tie are mostly the same sum
-        sums[kind] = yield from add_fractions(kind)
-    return {label: sums[kind] for label, kind in kinds.items()}
+        for _, net, own, heard in some:
+            for label in labels & own.keys():
+                part = Fraction((net << BITS) * own[label][1], heard or 1)
+                parts[label][part.denominator] += part.numerator
+    return parts
 
 
-def add_fractions(parts: Iterable[tuple[int, int]]) -> Steps[Fraction]:
-    """Add up numerators, each after its denominator, two by two: so long numbers only meet long ones."""
-    sums = [(numerator, denominator) for denominator, numerator in parts]
+def add_parts(parts: Parts) -> Steps[Fraction]:
+    """Add up fractions two by two, so that long numbers only meet long ones."""
+    sums = [(numerator, denominator) for denominator, numerator in parts.items() if numerator] or [(0, 1)]
     while len(sums) > 1:
         yield
         odd = sums[len(sums) & ~1 :]
@@ -676,50 +673,53 @@ def add_fractions(parts: Iterable[tuple[int, int]]) -> Steps[Fraction]:
     return Fraction(*sums[0])
 
 
-def share_out(
-    cents: int, whole: int, claims: Mapping[str, tuple[int | Fraction, int]], exactly: Exactly
-) -> Steps[dict[str, int]]:
+def share_out(cents: int, whole: int, claims: Claims, exactly: Exactly) -> Steps[dict[str, int]]:
     """Share out `cents` by claims that add up to `whole`, to the last cent: by the largest remainder.
 
     Each gets its share rounded down; what is left goes, a cent each, to those who lost most by the
-    rounding, ties in order of the name. Beside a claim stands by how much it may be too low. That changes
-    nothing unless the last who gets a cent is as near as that to the next who gets none: then those near
-    them are asked for `exactly`. (A claim that is just below a whole cent is among the first to get one.)
+    rounding, ties in order of the name. Beside a claim stands by how much it may be too low. That matters
+    only if the last who gets a cent is no further from the next, who gets none: then the exact
+    differences between those near them decide. (A claim that is cut to just below a whole cent has lost
+    so much that it gets the cent again.)
     """
-    known = dict(claims)
+    known: dict[str, Any] = {name: claim for name, (claim, _) in claims.items()}
+    width, near = cents * max((off for _, off in claims.values()), default=0), set[str]()
     while True:
-        quotas: dict[str, Any] = {name: divmod(cents * claim, whole) for name, (claim, _) in known.items()}
+        quotas = {name: divmod(cents * claim, whole) for name, claim in known.items()}
         order = sorted(quotas, key=lambda name: (-quotas[name][1], name))
         rests = [quotas[name][1] for name in order]
         left = cents - sum(share for share, _ in quotas.values())
-        width = cents * max((off for _, off in known.values()), default=0)
         if not 0 < left < len(order) or rests[left - 1] - rests[left] > width:
             break
-        near = {name for name, rest in zip(order, rests, strict=True) if abs(rest - rests[left - 1]) <= width}
-        if not any(known[name][1] for name in near):
+        found = {name for name in order if abs(quotas[name][1] - rests[left - 1]) <= width}
+        if found <= near or not width:
             break
-        known |= {name: (claim, 0) for name, claim in (yield from exactly(near)).items()}
+        near |= found
+        parts, first = (yield from exactly(near)), min(near)
+        for name in near:
+            difference = Counter(parts[name])
+            difference.subtract(parts[first])
+            known[name] = claims[first][0] + (yield from add_parts(difference))
     return {name: quotas[name][0] + (at < left) for at, name in enumerate(order)}
 
 
 def share_month(ledger: Ledger) -> Steps[dict[str, Figures]]:
     """Return each label's streams and seconds, and the cents that it is owed pro rata and user-centric."""
-    cents = ledger.revenue if ledger.seconds else 0
+    cents, parts = ledger.revenue if ledger.seconds else 0, partial(find_parts, ledger)
     by_seconds = {label: (seconds, 0) for label, (_, seconds) in ledger.labels.items()}
-    exactly = partial(add_exactly, ledger)
-    pro_rata = yield from share_out(cents, ledger.seconds or 1, by_seconds, exactly)
-    centric = yield from share_out(cents, (ledger.net or 1) << BITS, ledger.claims, exactly)
+    pro_rata = yield from share_out(cents, ledger.seconds or 1, by_seconds, parts)
+    centric = yield from share_out(cents, (ledger.net or 1) << BITS, ledger.claims, parts)
     return {label: (*of, pro_rata[label], centric[label]) for label, of in ledger.labels.items()}
 
 
 @dataclass(frozen=True)
 class Account:
-    """A month's money: what was frozen when it was closed, or what closing it now would freeze."""
+    """A month's money, in cents: what was frozen when it was closed, or what closing it now would freeze."""
 
     closed_on: int | None
-    subscriptions: Mapping[str, Subscription]
     totals: ByUser
-    fees: int  # cents, like all below
+    subscriptions: Mapping[str, Subscription]
+    fees: int
     revenue: int
     labels: Mapping[str, Figures]
     adjustments: Adjustments  # what is paid with this month for others
@@ -732,10 +732,9 @@ class Account:
     def lines(self) -> dict[str, list[int]]:
         """Return each label's figures and, after them, the sums of its adjustments."""
         lines = {label: [*figures, 0, 0] for label, figures in self.labels.items()}
-        for of_month in self.adjustments.values():
-            for label, cents in of_month.items():
-                line = lines.setdefault(label, [0] * 6)
-                line[4:] = map(add, line[4:], cents)
+        for label, cents in itertools.chain(*(of_month.items() for of_month in self.adjustments.values())):
+            line = lines.setdefault(label, [0] * 6)
+            line[4:] = map(add, line[4:], cents)
         return lines
 
 
@@ -769,13 +768,11 @@ class Month:
 
     def find_late(self) -> Steps[Mapping[str, Cents]]:
         """Return how much more each label of a closed month would get now, where that is not nothing."""
-        if not self.closed:
-            return {}
-        if not self._late:
+        if self.closed and not self._late:
             now = yield from share_month((yield from tally(self.totals, self.closed.subscriptions)))
             both = ({label: of[2:] for label, of in owed.items()} for owed in (now, self.closed.labels))
             self._late.append(subtract(*both))
-        return self._late[0]
+        return self._late[0] if self.closed else {}
 
 
 @dataclass
@@ -845,7 +842,7 @@ def find_account(books: Books, name: str, closed_on: int | None = None) -> Steps
     ledger = yield from tally(month.totals, books.subscriptions)
     labels = yield from share_month(ledger)
     due = (yield from find_due(books)) if name == books.target() else {}
-    return Account(closed_on, books.subscriptions, month.totals, ledger.fees, ledger.revenue, labels, due)
+    return Account(closed_on, month.totals, books.subscriptions, ledger.fees, ledger.revenue, labels, due)
 
 
 def find_accounts(books: Books) -> Steps[dict[str, Account]]:
@@ -858,9 +855,8 @@ def find_accounts(books: Books) -> Steps[dict[str, Account]]:
     return found
 
 
-def describe_month(books: Books, name: str) -> Steps[dict[str, Any]]:
+def describe_month(books: Books, name: str, account: Account) -> Steps[dict[str, Any]]:
     """Return the row of a month in the list of months."""
-    account = yield from find_account(books, name)
     late = yield from books.months.get(name, Month()).find_late()
     streams, seconds, amount, _, adjusted, _ = map(sum, zip([0] * 6, *account.lines().values(), strict=True))
     row = {"month": name, "status": account.status, "closed_on": account.closed_on}
@@ -880,56 +876,48 @@ def write_lines(lines: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
     return written
 
 
-def report(books: Books, month: str | None = None) -> Steps[tuple[dict[str, Any], list[dict[str, Any]]]]:
+def report(books: Books, month: str | None = None) -> Steps[tuple[dict[str, Any], Iterator[dict[str, Any]]]]:
     """Return the report over a month, or over all with a stream or an adjustment, and its CSV's rows."""
     if month:
         accounts = {month: (yield from find_account(books, month))}
     else:
         every = yield from find_accounts(books)
         accounts = {name: account for name, account in every.items() if account.totals or account.adjustments}
-    added, rows = defaultdict[str, list[int]](lambda: [0] * 6), []
-    for name, account in accounts.items():
+    added = defaultdict[str, list[int]](lambda: [0] * 6)
+    for account in accounts.values():
         yield
-        lines = account.lines()
-        rows += [{"month": name, "currency": CURRENCY} | line for line in write_lines(lines)]
-        for label, figures in lines.items():
+        for label, figures in account.lines().items():
             added[label] = list(map(add, figures, added[label]))
-    data = {
-        "currency": CURRENCY,
-        "months": list(accounts),
-        **({"status": accounts[month].status} if month else {}),
-        "subscribers": len(accounts[month].subscriptions if month else books.subscriptions),
-        "revenue": euros(sum(account.revenue for account in accounts.values())),
-        "distributed": euros(sum(line[2] for line in added.values())),
-        "adjusted": euros(sum(line[4] for line in added.values())),
-        "seconds_streamed": sum(line[1] for line in added.values()),
-        "labels": write_lines(added),
-    }
-    return data, rows
+    _, seconds, amount, _, adjusted, _ = map(sum, zip([0] * 6, *added.values(), strict=True))
+    data: dict[str, Any] = {"currency": CURRENCY, "months": list(accounts)}
+    data |= {"status": accounts[month].status} if month else {}
+    data |= {"subscribers": len(accounts[month].subscriptions if month else books.subscriptions)}
+    data |= {"revenue": euros(sum(account.revenue for account in accounts.values()))}
+    data |= {"distributed": euros(amount), "adjusted": euros(adjusted), "seconds_streamed": seconds}
+    rows = (
+        {"month": name, "currency": CURRENCY} | line
+        for name, account in accounts.items()
+        for line in write_lines(account.lines())
+    )
+    return data | {"labels": write_lines(added)}, rows
 
 
 def find_payers(ledger: Ledger, label: str) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
     """Return a statement's rows of subscribers, and the seconds of each listener who does not subscribe."""
-    rows: list[tuple[Any, ...]] = []
-    others = []
-    for some in batched(ledger.totals.items(), STEP_USERS):
+    rows, others = [], []
+    for some in find_listeners(ledger):
         yield
-        for user, own in some:
+        for user, net, own, heard in some:
             _, seconds = own.get(label, (0, 0))
-            if seconds and (found := ledger.subscriptions.get(user)):
-                rows.append((user, *astuple(found), found.net, seconds, seconds_of(own)))
-            elif seconds:
+            found = ledger.subscriptions.get(user or "")
+            if (found and seconds) or (not user and ledger.silent_users):
+                part = 100 * net * seconds // (heard or 1)
+                terms = (found.product_type, euros(found.fee), found.origin) if found else (None,) * 3
+                cells = user, *terms, euros(100 * net, 6), seconds, heard, euros(part, 6)
+                rows.append((not user, -part, user, dict(zip(PAYER_COLUMNS, cells, strict=True))))
+            elif user and seconds:
                 others.append(seconds)
-    if ledger.silent_users:
-        _, seconds = ledger.labels.get(label, (0, 0))
-        rows.append((None, None, None, None, ledger.silent, seconds, ledger.seconds))
-    written = []
-    for user, product, fee, origin, net, seconds, heard in rows:
-        part = 100 * net * seconds // (heard or 1)
-        cells = user, product, euros(fee) if user else None, origin, euros(100 * net, 6), seconds, heard
-        row = dict(zip(PAYER_COLUMNS, (*cells, euros(part, 6)), strict=True))
-        written.append((user is None, -part, user, row))
-    return [row for *_, row in sorted(written, key=itemgetter(0, 1, 2))], others
+    return [row for *_, row in sorted(rows, key=itemgetter(0, 1, 2))], others
 
 
 def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
@@ -940,33 +928,34 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
         raise MissingError(f"there is nothing for the label {label!r} in {month}")
     ledger = yield from tally(account.totals, account.subscriptions)
     payers, others = yield from find_payers(ledger, label)
-    _, seconds, *amounts, _, _ = lines[label]
+    _, seconds, amount, centric_amount, *_ = lines[label]
     low, off = ledger.claims.get(label, (0, 0))
     scales = Fraction(100, 1 << BITS), Fraction(account.revenue * 10_000, (ledger.net or 1) << BITS)
-    cuts = [{int(scale * low), int(scale * (low + off))} for scale in scales]
-    if sum(map(len, cuts)) > len(cuts):
-        claim = (yield from add_exactly(ledger, {label}))[label]
-        cuts = [{int(scale * claim)} for scale in scales]
-    (added,), (centric,) = cuts
-    exact = account.revenue * 10_000 * seconds // (ledger.seconds or 1), centric
-    revenue = {"revenue": euros(account.revenue)}
-    pro_rata, user_centric = (
-        {"exact": euros(cut, 6), "rounded_down": euros(cut // 10_000), "cent_added": amount > cut // 10_000}
-        for cut, amount in zip(exact, amounts, strict=True)
-    )
-    sums = {"sum": euros(added, 6), "of_sum": euros(100 * ledger.net, 6)}
+    cuts, highest = ([int(scale * claim) for scale in scales] for claim in (low, low + off))
+    if cuts != highest:
+        parts = yield from find_parts(ledger, {label})
+        claim = yield from add_parts(parts[label])
+        cuts = [int(scale * claim) for scale in scales]
+
+    def round_to(paid: int, exact: int) -> dict[str, Any]:
+        down = exact // 10_000
+        return {"exact": euros(exact, 6), "rounded_down": euros(down), "cent_added": paid > down}
+
     adjustments = [
         {"month": name} | dict(zip(AMOUNTS, map(euros, cents[label]), strict=True))
         for name, cents in account.adjustments.items()
         if label in cents
     ]
+    revenue = {"revenue": euros(account.revenue)}
+    pro_rata = round_to(amount, account.revenue * 10_000 * seconds // (ledger.seconds or 1))
+    sums = {"sum": euros(cuts[0], 6), "of_sum": euros(100 * ledger.net, 6)}
     return {
         "month": month,
         "status": account.status,
         "currency": CURRENCY,
         "line": next(line for line in write_lines(lines) if line["label"] == label),
         "pro_rata": revenue | {"seconds_streamed": seconds, "of_seconds": ledger.seconds} | pro_rata,
-        "user_centric": {"subscribers": payers} | sums | revenue | user_centric,
+        "user_centric": {"subscribers": payers} | sums | revenue | round_to(centric_amount, cuts[1]),
         "listeners_without_subscription": {"users": len(others), "seconds_streamed": sum(others)},
         "adjustments": adjustments,
     }
@@ -2052,9 +2041,9 @@ async def get_report(request: web.Request) -> web.StreamResponse:
         for name, totals in months.items():
             for (user, label), total in totals.items():
                 books.months[name].totals.setdefault(user, {})[label] = total
-        data, lines = finish(report(books, asked.get("month")))
+        data, rows = finish(report(books, asked.get("month")))
         if kind == "csv":
-            return b"".join(write_rows("csv", REPORT_COLUMNS, [lines]))
+            return b"".join(write_rows("csv", REPORT_COLUMNS, [list(rows)]))
         return SUCCESS % (encode("Found Label Stream Report"), encode(data))
 
     async def make(_: object) -> bytes:
