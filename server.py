@@ -68,7 +68,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field, replace
 from email.utils import formatdate
 from fractions import Fraction
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from heapq import merge, nsmallest
 from http import HTTPStatus
 from operator import add, attrgetter, itemgetter
@@ -546,7 +546,6 @@ ByLabel = Mapping[str, tuple[int, int]]  # streams and seconds
 ByUser = Mapping[str, Mapping[str, tuple[int, int]]]
 Claims = Mapping[str, tuple[int, int]]  # of labels, each with by how much it may be too low
 Parts = Counter[int]  # the numerators of fractions, by denominator, for many have the same
-Exactly = Callable[[Set[str]], Steps[dict[str, Parts]]]
 Figures = tuple[int, int, int, int]  # of a label: streams, seconds, cents pro rata, cents user-centric
 Cents = tuple[int, int]  # pro rata, user-centric
 Adjustments = Mapping[str, Mapping[str, Cents]]  # month that they are for -> label
@@ -673,8 +672,8 @@ def add_parts(parts: Parts) -> Steps[Fraction]:
     return Fraction(*sums[0])
 
 
-def share_out(cents: int, whole: int, claims: Claims, exactly: Exactly) -> Steps[dict[str, int]]:
-    """Share out `cents` by claims that add up to `whole`, to the last cent: by the largest remainder.
+def share_out(cents: int, whole: int, claims: Claims, ledger: Ledger) -> Steps[dict[str, int]]:
+    """Share out `cents` by a ledger's claims, `whole` in sum, to the last cent: by the largest remainder.
 
     Each gets its share rounded down; what is left goes, a cent each, to those who lost most by the
     rounding, ties in order of the name. Beside a claim stands by how much it may be too low. That matters
@@ -695,7 +694,7 @@ def share_out(cents: int, whole: int, claims: Claims, exactly: Exactly) -> Steps
         if found <= near or not width:
             break
         near |= found
-        parts, first = (yield from exactly(near)), min(near)
+        parts, first = (yield from find_parts(ledger, near)), min(near)
         for name in near:
             difference = Counter(parts[name])
             difference.subtract(parts[first])
@@ -705,10 +704,10 @@ def share_out(cents: int, whole: int, claims: Claims, exactly: Exactly) -> Steps
 
 def share_month(ledger: Ledger) -> Steps[dict[str, Figures]]:
     """Return each label's streams and seconds, and the cents that it is owed pro rata and user-centric."""
-    cents, parts = ledger.revenue if ledger.seconds else 0, partial(find_parts, ledger)
+    cents = ledger.revenue if ledger.seconds else 0
     by_seconds = {label: (seconds, 0) for label, (_, seconds) in ledger.labels.items()}
-    pro_rata = yield from share_out(cents, ledger.seconds or 1, by_seconds, parts)
-    centric = yield from share_out(cents, (ledger.net or 1) << BITS, ledger.claims, parts)
+    pro_rata = yield from share_out(cents, ledger.seconds or 1, by_seconds, ledger)
+    centric = yield from share_out(cents, (ledger.net or 1) << BITS, ledger.claims, ledger)
     return {label: (*of, pro_rata[label], centric[label]) for label, of in ledger.labels.items()}
 
 

@@ -579,6 +579,9 @@ def test_the_statement_has_the_shape_and_the_numbers_of_the_contract() -> None:
         "adjustments": [{"month": "2018-12", "amount": "-0.12", "amount_user_centric": "0.03"}],
     }  # fmt: skip
     assert json.dumps(found) == json.dumps(wanted)  # the order of the keys, too
+    assert [server.encode_cells(*row.values()) for row in found["user_centric"]["subscribers"]] == [
+        "user1,premium,7.99,app_store,5.593000,600,600,5.593000", ",,,,7.191000,600,1000,4.314600",
+    ]  # fmt: skip
     with pytest.raises(server.MissingError, match="'c' in 2019-01"):
         statement_of(books, "2019-01", "c")
 
@@ -614,6 +617,32 @@ def test_a_late_stream_is_paid_as_an_adjustment_and_the_closed_month_stays_as_it
     assert row_of(books, "2019-01")["late"] == 3  # what was paid for the month is not what it would be now
     assert server.finish(server.find_due(books)) == {}
     assert statement_of(books, "2019-02", "c")["adjustments"] == [{"month": "2019-01", "amount": "4.38", "amount_user_centric": "7.19"}]
+
+
+def test_the_month_of_the_readme_is_as_it_says() -> None:
+    books = example()
+
+    def figures(month: str) -> dict[str, tuple[str, ...]]:
+        return {line["label"]: tuple(line[name] for name in server.LABEL_COLUMNS[4:]) for line in report_of(books, month)[0]["labels"]}
+
+    assert books.obstacle("2019-01", "closed", 1_548_979_199) == "2019-01 is not over"
+    books.months["2019-01"].close(server.finish(server.find_account(books.snapshot(), "2019-01", 1_549_008_000)))
+    assert json.dumps(row_of(books, "2019-01"), separators=(",", ":")) == (
+        '{"month":"2019-01","status":"closed","closed_on":1549008000,"subscribers":3,"streams":2,"seconds_streamed":1000,'
+        '"fees":"30.97","revenue":"26.28","distributed":"26.28","adjusted":"0.00","late":0}'
+    )
+    books.months["2019-01"].change("user3", {"b": (1, 250)})
+    assert row_of(books, "2019-01")["late"] == 2
+    assert figures("2019-01") == {"a": ("15.77", "9.91", "0.00", "0.00"), "b": ("10.51", "16.37", "0.00", "0.00")}
+    books.months["2019-02"].change("user1", {"a": (1, 500)})
+    books.months["2019-02"].change("user3", {"b": (1, 500)})
+    february = {"a": ("13.14", "12.34", "-3.16", "-4.32"), "b": ("13.14", "13.94", "3.16", "4.32")}
+    assert figures("2019-02") == february
+    close(books, "2019-02")
+    assert figures("2019-02") == february
+    at_once = server.Books(defaultdict(server.Month, {"2019-01": server.Month(books.months["2019-01"].totals)}), dict(server.SUBSCRIPTIONS))
+    lines = report_of(at_once, "2019-01")[0]["labels"]
+    assert {line["label"]: (line["amount"], line["amount_user_centric"]) for line in lines} == {"a": ("12.61", "5.59"), "b": ("13.67", "20.69")}
 
 
 def test_what_stands_in_the_way_of_closing_and_opening_is_said() -> None:
