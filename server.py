@@ -676,30 +676,25 @@ def share_out(cents: int, whole: int, claims: Claims, ledger: Ledger) -> Steps[d
     """Share out `cents` by a ledger's claims, `whole` in sum, to the last cent: by the largest remainder.
 
     Each gets its share rounded down; what is left goes, a cent each, to those who lost most by the
-    rounding, ties in order of the name. Beside a claim stands by how much it may be too low. That matters
-    only if the last who gets a cent is no further from the next, who gets none: then the exact
-    differences between those near them decide. (A claim that is cut to just below a whole cent has lost
-    so much that it gets the cent again.)
+    rounding, ties in order of the name. Claims may be too low. That matters only where the last who gets a
+    cent is no further from the next, who gets none: then the exact differences of those near them decide.
+    (A claim that is cut to just below a whole cent has lost so much that it gets the cent again.)
     """
-    known: dict[str, Any] = {name: claim for name, (claim, _) in claims.items()}
-    width, near = cents * max((off for _, off in claims.values()), default=0), set[str]()
-    while True:
-        quotas = {name: divmod(cents * claim, whole) for name, claim in known.items()}
-        order = sorted(quotas, key=lambda name: (-quotas[name][1], name))
-        rests = [quotas[name][1] for name in order]
-        left = cents - sum(share for share, _ in quotas.values())
-        if not 0 < left < len(order) or rests[left - 1] - rests[left] > width:
-            break
-        found = {name for name in order if abs(quotas[name][1] - rests[left - 1]) <= width}
-        if found <= near or not width:
-            break
-        near |= found
-        parts, first = (yield from find_parts(ledger, near)), min(near)
+    shares = {name: divmod(cents * claim, whole) for name, (claim, _) in claims.items()}
+    order = sorted(shares, key=lambda name: (-shares[name][1], name))
+    rests = [shares[name][1] for name in order]
+    left = cents - sum(share for share, _ in shares.values())
+    width = cents * max((off for _, off in claims.values()), default=0)
+    if width and 0 < left < len(order) and rests[left - 1] - rests[left] <= width:
+        near = [name for name in order if abs(shares[name][1] - rests[left - 1]) <= width]
+        parts, exact = (yield from find_parts(ledger, set(near))), {}
         for name in near:
             difference = Counter(parts[name])
-            difference.subtract(parts[first])
-            known[name] = claims[first][0] + (yield from add_parts(difference))
-    return {name: quotas[name][0] + (at < left) for at, name in enumerate(order)}
+            difference.subtract(parts[near[0]])
+            exact[name] = cents * (yield from add_parts(difference)) - whole * shares[name][0]
+        at = order.index(near[0])
+        order[at : at + len(near)] = sorted(near, key=lambda name: (-exact[name], name))
+    return {name: shares[name][0] + (at < left) for at, name in enumerate(order)}
 
 
 def share_month(ledger: Ledger) -> Steps[dict[str, Figures]]:
