@@ -76,11 +76,13 @@ import sqlite3
 import stat
 import threading
 import time
+import unicodedata
 import zlib
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
+    Awaitable,
     Callable,
     Container,
     Coroutine,
@@ -93,8 +95,9 @@ from collections.abc import (
     Sized,
 )
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from email.utils import formatdate
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from heapq import merge
 from http import HTTPStatus
@@ -443,13 +446,13 @@ class Usage:
     By start they are queried and by id listed; by version, with the tombstones, they are the feed.
     """
 
-    def __init__(self, keep: float = math.inf) -> None:
-        """Keep the `keep` events that started last."""
+    def __init__(self, changed: Callable[[Sequence[Event], int], object], keep: float = math.inf) -> None:
+        """Keep the `keep` events that started last, and tell `changed` what comes (1) and goes (-1)."""
+        self.changed = changed
         self.keep = keep
         self.by_start, self.by_id = Chunks("stream_started_on"), Chunks("id")
         self.by_version = Chunks("version")
         self.tombstones: deque[Tombstone] = deque()
-        self.totals = UserTotals()
         self.keys: dict[str, tuple[bytes, int]] = {}  # idempotency key -> hash of the body, first id
         self.count = 0
         self.name = secrets.token_hex(4)  # of the sequence
@@ -533,7 +536,7 @@ class Usage:
 
     def _count(self, events: Sequence[Event], sign: int) -> None:
         self.count += sign * len(events)
-        self.totals.change(events, sign)
+        self.changed(events, sign)
 
 
 def matching(events: Chunk, wanted: Wanted) -> Chunk:
@@ -686,41 +689,17 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-class UserTotals:
-    """Totals by user: of each month by label, and over all time by track.
+def fold(totals: Mapping[str, Totals], changes: Totals, sign: int) -> dict[str, Totals]:
+    """Return the new totals of each user whose totals `changes`, by user and name, change.
 
-    A user's own totals are replaced and never changed, so that a copy of the outer dict is one moment.
+    A user's own totals are replaced and never changed, so that a copy of the outer mapping is one moment.
     """
-
-    def __init__(self) -> None:
-        """Begin with nothing."""
-        self.months: defaultdict[str, dict[str, Totals]] = defaultdict(dict)
-        self.tracks: dict[str, Totals] = {}
-
-    def change(self, events: Sequence[Event], sign: int) -> None:
-        """Add events, or with a `sign` of -1 take them away."""
-        days = (event.stream_started_on // DAY for event in events)
-        keys = zip(map(month_of, days), keys_of(events, ("user_id", "label")), strict=True)
-        months: defaultdict[str, Totals] = defaultdict(dict)
-        for (month, key), total in count(events, keys).items():
-            months[month][key] = total
-        for month, changes in months.items():
-            self._fold(self.months[month], changes, sign)
-            if not self.months[month]:
-                del self.months[month]
-        self._fold(self.tracks, count(events, keys_of(events, ("user_id", "track_id"))), sign)
-
-    @staticmethod
-    def _fold(totals: dict[str, Totals], changes: Totals, sign: int) -> None:
-        changed: dict[str, Totals] = {}
-        for (user, name), total in changes.items():
-            if user not in changed:
-                changed[user] = {**totals.get(user, {})}
-            add_up(changed[user], name, total, sign)
-        totals |= changed
-        for user, own in changed.items():
-            if not own:
-                del totals[user]
+    changed: dict[str, Totals] = {}
+    for (user, name), total in changes.items():
+        if user not in changed:
+            changed[user] = {**totals.get(user, {})}
+        add_up(changed[user], name, total, sign)
+    return changed
 
 
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
@@ -730,8 +709,22 @@ FACTORS = {"app_store": 70, "web": 90}  # per cent: what the store or the paymen
 FEE = re.compile(r"([0-9]{1,5})(?:\.([0-9]{1,2}))?")
 HIGHEST_FEE = 1_000_000  # cents
 CURRENCY = "EUR"
-LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", "amount", "amount_user_centric")
+AMOUNTS = ("amount", "amount_user_centric")
+ADJUSTMENTS = ("adjustment", "adjustment_user_centric")
+LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", *AMOUNTS, *ADJUSTMENTS)
 REPORT_COLUMNS = ("month", "currency", *LABEL_COLUMNS)
+PAYER_COLUMNS = ("user_id", "product_type", "fee", "origin", "net", "seconds_streamed", "of_seconds", "part")
+BITS = 128  # of a claim: what is cut off leaves a doubt only at a tie
+STEP_USERS = 50  # with a few labels each a fraction of a millisecond's work
+
+Steps = Generator[None, None, T]  # long work: yields where others may go on, and returns a T
+ByLabel = Mapping[str, Total]
+ByUser = Mapping[str, ByLabel]
+Claims = Mapping[str, tuple[int, int]]  # of labels, each with by how much it may be too low
+Parts = Counter[int]  # the numerators of fractions, by denominator, for many have the same
+Figures = tuple[int, int, int, int]  # of a label: streams, seconds, cents pro rata, cents user-centric
+Cents = tuple[int, int]  # pro rata, user-centric
+Adjustments = Mapping[str, Mapping[str, Cents]]  # month that they are for -> label
 
 
 @dataclass(frozen=True, slots=True)
@@ -767,99 +760,409 @@ def parse_subscription(value: object) -> Subscription:
     return Subscription(check_text("product_type", fields["product_type"]), int(cents), fields["origin"])
 
 
-def euros(cents: int) -> str:
-    """Write cents as a decimal."""
-    return f"{cents // 100}.{cents % 100:02}"
+def euros(units: int, places: int = 2) -> str:
+    """Write cents as a decimal; with more `places`, fractions of them."""
+    whole, rest = divmod(abs(units), 10**places)
+    return f"{'-' * (units < 0)}{whole}.{rest:0{places}}"
 
 
-def share_out(cents: int, weights: Mapping[str, int]) -> dict[str, int]:
-    """Share out `cents` in proportion to the weights, to the last cent: by the largest remainder.
+@dataclass(frozen=True)
+class Ledger:
+    """What a month's streams and fees come to: `fees` and `revenue` in cents, the rest in hundredths of one.
+
+    A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
+    user; the fees of the silent, who streamed nothing, go by the seconds of all. It is added up as price
+    of a second x seconds, in 2^-BITS of the unit. Each price is cut by less than that, and two are paid
+    for a second: so a claim is too low by less than twice the label's seconds.
+    """
+
+    totals: ByUser
+    subscriptions: Mapping[str, Subscription]
+    labels: ByLabel  # streams and seconds
+    claims: Claims
+    seconds: int
+    fees: int
+    net: int
+    revenue: int  # rounded once, half up
+    silent: int
+    silent_users: int
+
+
+def seconds_of(labels: ByLabel) -> int:
+    """Add up the seconds of such totals."""
+    return sum(seconds for _, seconds in labels.values())
+
+
+def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Ledger]:
+    """Return a month's ledger: the one place where its seconds and fees are added up."""
+    fees = net = 0
+    for some in batched(subscriptions.values(), STEP_USERS):
+        yield
+        fees += sum(each.fee for each in some)
+        net += sum(each.net for each in some)
+    labels, claims = dict[str, Total](), Counter[str]()
+    silent, silent_users = net, len(subscriptions)
+    for listeners in batched(totals.items(), STEP_USERS):
+        yield
+        for user, own in listeners:
+            price, heard = 0, seconds_of(own)
+            if heard and (found := subscriptions.get(user)):
+                price = (found.net << BITS) // heard
+                silent, silent_users = silent - found.net, silent_users - 1
+            for label, (streams, seconds) in own.items():
+                add_up(labels, label, (streams, seconds))
+                claims[label] += price * seconds
+    whole = seconds_of(labels)
+    price = (silent << BITS) // (whole or 1)
+    low = {label: (claims[label] + price * seconds, 2 * seconds) for label, (_, seconds) in labels.items()}
+    revenue = (net + 50) // 100
+    return Ledger(totals, subscriptions, labels, low, whole, fees, net, revenue, silent, silent_users)
+
+
+def find_listeners(ledger: Ledger) -> Iterator[list[tuple[str | None, int, ByLabel, int]]]:
+    """Yield in steps who listened: net fee, totals by label, all seconds; then, as None, all the silent."""
+    for some in batched(ledger.totals.items(), STEP_USERS):
+        found = [(ledger.subscriptions.get(user), user, own) for user, own in some]
+        yield [(user, each.net if each else 0, own, seconds_of(own)) for each, user, own in found]
+    yield [(None, ledger.silent, ledger.labels, ledger.seconds)]
+
+
+def find_parts(ledger: Ledger, labels: Set[str]) -> Steps[dict[str, Parts]]:
+    """Return the fractions that the exact claims of some labels are the sums of."""
+    parts = {label: Counter[int]() for label in labels}
+    for some in find_listeners(ledger):
+        yield
+        for _, net, own, heard in some:
+            for label in labels & own.keys():
+                part = Fraction((net << BITS) * own[label][1], heard or 1)
+                parts[label][part.denominator] += part.numerator
+    return parts
+
+
+def add_parts(parts: Parts) -> Steps[Fraction]:
+    """Add up fractions two by two, so that long numbers only meet long ones."""
+    sums = [(numerator, denominator) for denominator, numerator in parts.items() if numerator] or [(0, 1)]
+    while len(sums) > 1:
+        yield
+        odd = sums[len(sums) & ~1 :]
+        sums = [(a * d + c * b, b * d) for (a, b), (c, d) in zip(sums[::2], sums[1::2], strict=False)] + odd
+    return Fraction(*sums[0])
+
+
+def share_out(cents: int, whole: int, claims: Claims, ledger: Ledger) -> Steps[dict[str, int]]:
+    """Share out `cents` by a ledger's claims, `whole` in sum, to the last cent: by the largest remainder.
 
     Each gets its share rounded down; what is left goes, a cent each, to those who lost most by the
-    rounding, ties in order of the name. Without any weight nobody gets anything.
+    rounding, ties in order of the name. Claims may be too low. That matters only where the last who gets a
+    cent is no further from the next, who gets none: then the exact differences of those near them decide.
+    (A claim that is cut to just below a whole cent has lost so much that it gets the cent again.)
     """
-    whole = sum(weights.values()) or 1
-    shares = {name: cents * weight // whole for name, weight in weights.items()}
-    left = cents - sum(shares.values()) if any(weights.values()) else 0
-    for name in sorted(weights, key=lambda name: (-(cents * weights[name] % whole), name))[:left]:
-        shares[name] += 1
-    return shares
+    shares = {name: divmod(cents * claim, whole) for name, (claim, _) in claims.items()}
+    order = sorted(shares, key=lambda name: (-shares[name][1], name))
+    rests = [shares[name][1] for name in order]
+    left = cents - sum(share for share, _ in shares.values())
+    width = cents * max((off for _, off in claims.values()), default=0)
+    if width and 0 < left < len(order) and rests[left - 1] - rests[left] <= width:
+        near = [name for name in order if abs(shares[name][1] - rests[left - 1]) <= width]
+        parts, exact = (yield from find_parts(ledger, set(near))), {}
+        for name in near:
+            difference = Counter(parts[name])
+            difference.subtract(parts[near[0]])
+            exact[name] = cents * (yield from add_parts(difference)) - whole * shares[name][0]
+        at = order.index(near[0])
+        order[at : at + len(near)] = sorted(near, key=lambda name: (-exact[name], name))
+    return {name: shares[name][0] + (at < left) for at, name in enumerate(order)}
 
 
-def share_month(
-    revenue: int, totals: Mapping[str, Totals], subscriptions: Mapping[str, Subscription]
-) -> dict[str, list[int]]:
-    """Return each label's streams and seconds in a month, and the cents of the revenue that it is owed.
-
-    `totals` holds streams and seconds by user and label. The cents are owed pro rata, where a label's
-    weight is its seconds, and user-centric, where it is what the label gets of each subscriber's net
-    fee: fractions by that subscriber's seconds, which a common denominator makes ints.
-    """
-    labels, heard = dict[str, Total](), Counter[str]()
-    for user, own in totals.items():
-        for label, total in own.items():
-            add_up(labels, label, total)
-            heard[user] += total[1]
-    weights = {label: seconds for label, (_, seconds) in labels.items()}
-    whole = heard.total() or 1
-    paying = [user for user in subscriptions if heard[user]]
-    common = whole
-    for user in paying:  # one call for all of them would hold up every other thread
-        common = math.lcm(common, heard[user])
-    per_second = {user: subscriptions[user].net * (common // heard[user]) for user in paying}
-    silent = sum(each.net for user, each in subscriptions.items() if not heard[user])
-    claims = {label: silent * (common // whole) * seconds for label, seconds in weights.items()}
-    for user, own in totals.items():
-        for label, (_, seconds) in own.items():
-            claims[label] += per_second.get(user, 0) * seconds
-    pro_rata, user_centric = share_out(revenue, weights), share_out(revenue, claims)
-    return {label: [*labels[label], pro_rata[label], user_centric[label]] for label in labels}
+def share_month(ledger: Ledger) -> Steps[dict[str, Figures]]:
+    """Return each label's streams and seconds, and the cents that it is owed pro rata and user-centric."""
+    cents = ledger.revenue if ledger.seconds else 0
+    by_seconds = {label: (seconds, 0) for label, (_, seconds) in ledger.labels.items()}
+    pro_rata = yield from share_out(cents, ledger.seconds or 1, by_seconds, ledger)
+    centric = yield from share_out(cents, (ledger.net or 1) << BITS, ledger.claims, ledger)
+    return {label: (*of, pro_rata[label], centric[label]) for label, of in ledger.labels.items()}
 
 
-def write_shares(owed: Mapping[str, list[int]]) -> list[dict[str, Any]]:
-    """Return the report's lines for what `share_month` found: highest amount first, then by name."""
-    whole = sum(seconds for _, seconds, _, _ in owed.values()) or 1
-    lines = []
-    for label, (streams, seconds, *amounts) in sorted(owed.items(), key=lambda item: (-item[1][2], item[0])):
-        share = round(seconds / whole, 6)  # no money, so a float will do
-        cells = label, streams, seconds, share, *map(euros, amounts)
-        lines.append(dict(zip(LABEL_COLUMNS, cells, strict=True)))
-    return lines
+@dataclass(frozen=True)
+class Account:
+    """A month's money, in cents: what was frozen when it was closed, or what closing it now would freeze."""
+
+    closed_on: int | None
+    totals: ByUser
+    subscriptions: Mapping[str, Subscription]
+    fees: int
+    revenue: int
+    labels: Mapping[str, Figures]
+    adjustments: Adjustments  # what is paid with this month for others
+
+    @property
+    def status(self) -> str:
+        """Whether it was closed."""
+        return "open" if self.closed_on is None else "closed"
+
+    def lines(self) -> dict[str, list[int]]:
+        """Return each label's figures and, after them, the sums of its adjustments."""
+        lines = {label: [*figures, 0, 0] for label, figures in self.labels.items()}
+        for label, cents in itertools.chain(*(of_month.items() for of_month in self.adjustments.values())):
+            line = lines.setdefault(label, [0] * 6)
+            line[4:] = map(add, line[4:], cents)
+        return lines
 
 
-def report(
-    months: Mapping[str, Mapping[str, Totals]], subscriptions: Mapping[str, Subscription]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the report over `months`, each shared out on its own, and its lines by month and label."""
-    revenue = (sum(subscription.net for subscription in subscriptions.values()) + 50) // 100  # half up
-    added, lines = defaultdict[str, list[int]](lambda: [0, 0, 0, 0]), []
-    for month in sorted(months):
-        owed = share_month(revenue, months[month], subscriptions)
-        lines += [{"month": month, "currency": CURRENCY} | line for line in write_shares(owed)]
-        for label, figures in owed.items():
-            added[label] = list(map(add, figures, added[label]))
-    data = {
-        "currency": CURRENCY,
-        "months": sorted(months),
-        "subscribers": len(subscriptions),
-        "revenue": euros(revenue * len(months)),
-        "distributed": euros(sum(amount for _, _, amount, _ in added.values())),
-        "seconds_streamed": sum(seconds for _, seconds, _, _ in added.values()),
-        "labels": write_shares(added),
+@dataclass
+class Month:
+    """A month's totals as they are now and, once it is closed, its account."""
+
+    totals: dict[str, Totals] = field(default_factory=dict)
+    closed: Account | None = None
+    _late: list[dict[str, Cents]] = field(default_factory=list)  # what `find_late` found, or nothing yet
+    _shared: bool = False
+
+    def change(self, user: str, labels: Totals) -> None:
+        """Put a user's totals by label in the place of those before; they must not change any more."""
+        if self._shared:
+            self.totals, self._shared = dict(self.totals), False
+        if labels:
+            self.totals[user] = labels
+        else:
+            self.totals.pop(user, None)
+        self._late = []  # a new list: who reads an earlier snapshot writes into the old one
+
+    def close(self, account: Account | None) -> None:
+        """Close the month with this account or, with none, open it again."""
+        self.closed, self._late = account, []
+
+    def snapshot(self) -> Month:
+        """Return the month as it is now; the next change copies the totals that the two share."""
+        self._shared = True
+        return replace(self)
+
+    def find_late(self) -> Steps[Mapping[str, Cents]]:
+        """Return how much more each label of a closed month would get now, where that is not nothing."""
+        if self.closed and not self._late:
+            now = yield from share_month((yield from tally(self.totals, self.closed.subscriptions)))
+            both = ({label: of[2:] for label, of in owed.items()} for owed in (now, self.closed.labels))
+            self._late.append(subtract(*both))
+        return self._late[0] if self.closed else {}
+
+
+@dataclass
+class Books:
+    """What money and users are told from. Who reads in steps needs a snapshot: others write in between."""
+
+    subscriptions: dict[str, Subscription]
+    months: defaultdict[str, Month] = field(default_factory=lambda: defaultdict(Month))
+    tracks: dict[str, Totals] = field(default_factory=dict)  # of each user, over all time
+
+    def change(self, events: Sequence[Event], sign: int = 1) -> None:
+        """Count events or, with a `sign` of -1, take them away."""
+        days = (event.stream_started_on // DAY for event in events)
+        keys = zip(map(month_of, days), keys_of(events, ("user_id", "label")), strict=True)
+        months: defaultdict[str, Totals] = defaultdict(dict)
+        for (name, key), total in count(events, keys).items():
+            months[name][key] = total
+        for name, changes in months.items():
+            for user, labels in fold(self.months[name].totals, changes, sign).items():
+                self.months[name].change(user, labels)
+        self.tracks |= fold(self.tracks, count(events, keys_of(events, ("user_id", "track_id"))), sign)
+        for user in {event.user_id for event in events if not self.tracks[event.user_id]}:
+            del self.tracks[user]
+
+    def snapshot(self) -> Books:
+        """Return the books as they are now."""
+        months = {name: month.snapshot() for name, month in self.months.items()}
+        return Books({**self.subscriptions}, defaultdict(Month, months), {**self.tracks})
+
+    def closed(self) -> dict[str, Account]:
+        """Return the accounts of the closed months, in order."""
+        return {name: month.closed for name, month in sorted(self.months.items()) if month.closed}
+
+    def streamed(self) -> list[str]:
+        """Return the open months with a stream, in order."""
+        return sorted(name for name, month in self.months.items() if month.totals and not month.closed)
+
+    def target(self) -> str:
+        """Return the month that adjustments go to: the first of these or, with none, after the closed."""
+        return next(iter(self.streamed() or map(next_month, reversed(self.closed()))), "")
+
+    def obstacle(self, month: str, status: str, now: float) -> str:
+        """Return what stands in the way of making a month closed or open; "" when it is so, or can be."""
+        closed, first = self.closed(), min(self.streamed(), default=month)
+        if (month in closed) == (status == "closed"):
+            return ""
+        if status == "open":
+            return f"{max(closed)} is closed: open it first" if max(closed) > month else ""
+        if month >= month_of(int(now) // DAY):
+            return f"{month} is not over"
+        return f"{first} has streams and is open: close it first" if first < month else ""
+
+
+def describe_user(books: Books, user: str) -> dict[str, Any]:
+    """Return what a user streamed, by label and by track, and subscribes to; raises MissingError."""
+    tracks, found, labels = books.tracks.get(user, {}), books.subscriptions.get(user), Counter[str]()
+    if not (tracks or found):
+        raise MissingError(f"there is no user {user!r}")
+    for month in books.months.values():
+        for label, (_, seconds) in month.totals.get(user, {}).items():
+            labels[label] += seconds
+    return {
+        "user_id": user,
+        "streams": sum(streams for streams, _ in tracks.values()),
+        "seconds_streamed": seconds_of(tracks),
+        "labels": dict(sorted(labels.items())),
+        "tracks": {track: seconds for track, (_, seconds) in sorted(tracks.items())},
+        "subscription": asdict(found) | {"fee": euros(found.fee)} if found else None,
     }
-    return data, lines
 
 
-def write_report(
-    kind: str, months: Mapping[str, Mapping[str, Totals]], subscriptions: Mapping[str, Subscription]
-) -> Pieces:
-    """Yield the report."""
-    yield None
-    data, lines = report(months, subscriptions)
-    if kind == "csv":
-        yield from write_rows("csv", REPORT_COLUMNS, [[*line.values()] for line in lines])
+def next_month(month: str) -> str:
+    """Return the month after a month such as 2019-12."""
+    year, number = map(int, month.split("-"))
+    return f"{year + number // 12:04}-{number % 12 + 1:02}"
+
+
+def subtract(these: Mapping[str, Cents], those: Mapping[str, Cents]) -> dict[str, Cents]:
+    """Return by how much the labels' amounts differ, where they do."""
+    pairs = ((label, these.get(label, (0, 0)), those.get(label, (0, 0))) for label in {**these, **those})
+    return {label: (a - c, b - d) for label, (a, b), (c, d) in pairs if (a, b) != (c, d)}
+
+
+def find_due(books: Books) -> Steps[Adjustments]:
+    """Return what is still to be paid for each month: what the closed would get now less what was paid."""
+    due: dict[str, Mapping[str, Cents]] = {}
+    for name in books.closed():
+        due[name] = yield from books.months[name].find_late()
+    for account in books.closed().values():
+        for name, paid in account.adjustments.items():  # for months that are open again, too
+            due[name] = subtract(due.get(name, {}), paid)
+    return {name: of_month for name, of_month in sorted(due.items()) if of_month}
+
+
+def find_account(books: Books, name: str, closed_on: int | None = None) -> Steps[Account]:
+    """Return what was frozen of a month or, when it is open, what closing it now freezes."""
+    month = books.months.get(name, Month())
+    if month.closed:
+        return month.closed
+    ledger = yield from tally(month.totals, books.subscriptions)
+    labels = yield from share_month(ledger)
+    due = (yield from find_due(books)) if name == books.target() else {}
+    return Account(closed_on, month.totals, books.subscriptions, ledger.fees, ledger.revenue, labels, due)
+
+
+def find_accounts(books: Books) -> Steps[dict[str, Account]]:
+    """Return all months that have a stream or an adjustment, or are closed, in order."""
+    found = {}
+    for name in sorted({*books.months, books.target()}):
+        account = yield from find_account(books, name)
+        if account.totals or account.adjustments or account.status == "closed":
+            found[name] = account
+    return found
+
+
+def describe_month(books: Books, name: str, account: Account) -> Steps[dict[str, Any]]:
+    """Return the row of a month in the list of months."""
+    late = yield from books.months.get(name, Month()).find_late()
+    streams, seconds, amount, _, adjusted, _ = map(sum, zip([0] * 6, *account.lines().values(), strict=True))
+    row = {"month": name, "status": account.status, "closed_on": account.closed_on}
+    row |= {"subscribers": len(account.subscriptions), "streams": streams, "seconds_streamed": seconds}
+    row |= {"fees": euros(account.fees), "revenue": euros(account.revenue), "distributed": euros(amount)}
+    return row | {"adjusted": euros(adjusted), "late": len(late)}
+
+
+def write_lines(lines: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+    """Return the report's lines for each label's figures: highest amount first, then by name."""
+    whole = sum(line[1] for line in lines.values()) or 1
+    written = []
+    for label, (streams, seconds, *cents) in sorted(lines.items(), key=lambda item: (-item[1][2], item[0])):
+        share = round(seconds / whole, 6)  # no money, so a float will do
+        cells = label, streams, seconds, share, *map(euros, cents)
+        written.append(dict(zip(LABEL_COLUMNS, cells, strict=True)))
+    return written
+
+
+def report(books: Books, month: str | None = None) -> Steps[tuple[dict[str, Any], Iterator[dict[str, Any]]]]:
+    """Return the report over a month, or over all with a stream or an adjustment, and its CSV's rows."""
+    if month:
+        accounts = {month: (yield from find_account(books, month))}
     else:
-        yield SUCCESS % (encode("Found Label Stream Report"), encode(data))
+        every = yield from find_accounts(books)
+        accounts = {name: account for name, account in every.items() if account.totals or account.adjustments}
+    added = defaultdict[str, list[int]](lambda: [0] * 6)
+    for account in accounts.values():
+        yield
+        for label, figures in account.lines().items():
+            added[label] = list(map(add, figures, added[label]))
+    _, seconds, amount, _, adjusted, _ = map(sum, zip([0] * 6, *added.values(), strict=True))
+    data: dict[str, Any] = {"currency": CURRENCY, "months": list(accounts)}
+    data |= {"status": accounts[month].status} if month else {}
+    data |= {"subscribers": len(accounts[month].subscriptions if month else books.subscriptions)}
+    data |= {"revenue": euros(sum(account.revenue for account in accounts.values()))}
+    data |= {"distributed": euros(amount), "adjusted": euros(adjusted), "seconds_streamed": seconds}
+    rows = (
+        {"month": name, "currency": CURRENCY} | line
+        for name, account in accounts.items()
+        for line in write_lines(account.lines())
+    )
+    return data | {"labels": write_lines(added)}, rows
+
+
+def find_payers(ledger: Ledger, label: str) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
+    """Return a statement's rows of subscribers, and the seconds of each listener who does not subscribe."""
+    rows, others = [], []
+    for some in find_listeners(ledger):
+        yield
+        for user, net, own, heard in some:
+            _, seconds = own.get(label, (0, 0))
+            found = ledger.subscriptions.get(user or "")
+            if (found and seconds) or (not user and ledger.silent_users):
+                part = 100 * net * seconds // (heard or 1)
+                terms = (found.product_type, euros(found.fee), found.origin) if found else (None,) * 3
+                cells = user, *terms, euros(100 * net, 6), seconds, heard, euros(part, 6)
+                rows.append((not user, -part, user, dict(zip(PAYER_COLUMNS, cells, strict=True))))
+            elif user and seconds:
+                others.append(seconds)
+    return [row for *_, row in sorted(rows, key=itemgetter(0, 1, 2))], others
+
+
+def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
+    """Return why a label is owed its amounts, every figure cut; raises MissingError if it has nothing."""
+    account = yield from find_account(books, month)
+    lines = account.lines()
+    if label not in lines:
+        raise MissingError(f"there is nothing for the label {label!r} in {month}")
+    ledger = yield from tally(account.totals, account.subscriptions)
+    payers, others = yield from find_payers(ledger, label)
+    _, seconds, amount, centric_amount, *_ = lines[label]
+    low, off = ledger.claims.get(label, (0, 0))
+    scales = Fraction(100, 1 << BITS), Fraction(account.revenue * 10_000, (ledger.net or 1) << BITS)
+    cuts, highest = ([int(scale * claim) for scale in scales] for claim in (low, low + off))
+    if cuts != highest:
+        parts = yield from find_parts(ledger, {label})
+        claim = yield from add_parts(parts[label])
+        cuts = [int(scale * claim) for scale in scales]
+
+    def round_to(paid: int, exact: int) -> dict[str, Any]:
+        down = exact // 10_000
+        return {"exact": euros(exact, 6), "rounded_down": euros(down), "cent_added": paid > down}
+
+    adjustments = [
+        {"month": name} | dict(zip(AMOUNTS, map(euros, cents[label]), strict=True))
+        for name, cents in account.adjustments.items()
+        if label in cents
+    ]
+    revenue = {"revenue": euros(account.revenue)}
+    pro_rata = round_to(amount, account.revenue * 10_000 * seconds // (ledger.seconds or 1))
+    sums = {"sum": euros(cuts[0], 6), "of_sum": euros(100 * ledger.net, 6)}
+    return {
+        "month": month,
+        "status": account.status,
+        "currency": CURRENCY,
+        "line": next(line for line in write_lines(lines) if line["label"] == label),
+        "pro_rata": revenue | {"seconds_streamed": seconds, "of_seconds": ledger.seconds} | pro_rata,
+        "user_centric": {"subscribers": payers} | sums | revenue | round_to(centric_amount, cuts[1]),
+        "listeners_without_subscription": {"users": len(others), "seconds_streamed": sum(others)},
+        "adjustments": adjustments,
+    }
 
 
 # ── Import ──────────────────────────────────────────────────────────────────────────────────────
@@ -1069,6 +1372,22 @@ MIGRATIONS = (
     CREATE TABLE sequence (name TEXT NOT NULL, number INTEGER NOT NULL);
     INSERT INTO sequence VALUES (lower(hex(randomblob(4))), 0);
     """,
+    """
+    CREATE TABLE closed_months (
+        month TEXT PRIMARY KEY, closed_on INTEGER NOT NULL, fees INTEGER NOT NULL, revenue INTEGER NOT NULL);
+    CREATE TABLE closed_labels (
+        month TEXT NOT NULL, label TEXT NOT NULL, streams INTEGER NOT NULL, seconds_streamed INTEGER NOT NULL,
+        amount INTEGER NOT NULL, amount_user_centric INTEGER NOT NULL, PRIMARY KEY (month, label));
+    CREATE TABLE closed_totals (
+        month TEXT NOT NULL, user_id TEXT NOT NULL, label TEXT NOT NULL, streams INTEGER NOT NULL,
+        seconds_streamed INTEGER NOT NULL, PRIMARY KEY (month, user_id, label));
+    CREATE TABLE closed_subscriptions (
+        month TEXT NOT NULL, user_id TEXT NOT NULL, product_type TEXT NOT NULL, fee INTEGER NOT NULL,
+        origin TEXT NOT NULL, PRIMARY KEY (month, user_id));
+    CREATE TABLE adjustments (
+        month TEXT NOT NULL, of_month TEXT NOT NULL, label TEXT NOT NULL, amount INTEGER NOT NULL,
+        amount_user_centric INTEGER NOT NULL, PRIMARY KEY (month, of_month, label));
+    """,
 )
 # A thousand rows in one step: between two steps the thread would wait for its turn with the event loop.
 INSERT_STREAMS = """
@@ -1090,6 +1409,10 @@ LATEST_IMPORT = """
         (SELECT count(*) FROM subscriptions WHERE import = imports.id)
     FROM imports ORDER BY id DESC LIMIT 1
 """
+CLOSED_BY_IMPORT = """
+    SELECT max(month) FROM closed_months JOIN streams ON id >= ? AND id < ?
+    AND month = strftime('%Y-%m', stream_started_on, 'unixepoch') HAVING max(month) NOT NULL
+"""
 UNDO_IMPORT = (  # of the import :number, and what its subscriptions have replaced is there again
     """INSERT INTO tombstones SELECT id, :last + row_number() OVER (ORDER BY id) FROM streams
         WHERE id >= :first_id AND id < :first_id + :size""",
@@ -1110,6 +1433,31 @@ LAST_NUMBER = """
 """
 
 Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows, INSERT_STREAMS with its events
+Freeze = Callable[[], Awaitable[Statements]]  # gives them when all changes before are visible, none after
+
+# What was paid stays to the cent, whatever a later version would work out.
+OPEN_MONTH = tuple(
+    f"DELETE FROM {table} WHERE month = ?"  # noqa: S608 - the names are these
+    for table in ("closed_months", "closed_labels", "closed_totals", "closed_subscriptions", "adjustments")
+)
+CLOSE_MONTH = "INSERT INTO closed_months VALUES (?, ?, ?, ?)"
+CLOSE_LABEL = "INSERT INTO closed_labels VALUES (?, ?, ?, ?, ?, ?)"
+CLOSE_TOTAL = "INSERT INTO closed_totals VALUES (?, ?, ?, ?, ?)"
+CLOSE_SUBSCRIPTION = "INSERT INTO closed_subscriptions VALUES (?, ?, ?, ?, ?)"
+CLOSE_ADJUSTMENT = "INSERT INTO adjustments VALUES (?, ?, ?, ?, ?)"
+
+
+def freeze_account(name: str, account: Account) -> Statements:
+    """Return what stores the account of a month that is closed."""
+    due = ((of, label, cents) for of, own in account.adjustments.items() for label, cents in own.items())
+    totals = ((name, user, label, *of) for user, own in account.totals.items() for label, of in own.items())
+    return [
+        (CLOSE_MONTH, [(name, account.closed_on, account.fees, account.revenue)]),
+        (CLOSE_LABEL, [(name, label, *of) for label, of in account.labels.items()]),
+        (CLOSE_TOTAL, [*totals]),
+        (CLOSE_SUBSCRIPTION, [(name, user, *astuple(of)) for user, of in account.subscriptions.items()]),
+        (CLOSE_ADJUSTMENT, [(name, of, label, *cents) for of, label, cents in due]),
+    ]
 
 
 class StorageError(Exception):
@@ -1140,6 +1488,16 @@ def read_application_id(path: Path) -> int | None:
     return None
 
 
+@dataclass
+class Change:
+    """What waits to be stored, up to this number of the sequence, and then made visible."""
+
+    number: int
+    statements: Statements | Freeze
+    apply: Callable[[], None]
+    done: asyncio.Future[None]
+
+
 class Journal:
     """The SQLite file behind the usage; one process writes to it, in one transaction at a time."""
 
@@ -1148,7 +1506,7 @@ class Journal:
 
         The mode "r+b" makes no new file.
         """
-        self.waiting: list[tuple[int, Statements, Callable[[], None], asyncio.Future[None]]] = []
+        self.waiting: list[Change] = []
         self.wanted = asyncio.Event()
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.closing = False
@@ -1254,6 +1612,8 @@ class Journal:
         if not found:
             raise StorageError("it holds none")
         number, first_id, size, streams, subscriptions = found
+        if closed := self.connection.execute(CLOSED_BY_IMPORT, [first_id, first_id + size]).fetchone():
+            raise StorageError(f"{closed[0]} is closed: open it first")
         names = {"number": number, "first_id": first_id, "size": size, "last": self._last_number()}
         self.commit([(statement, [names]) for statement in UNDO_IMPORT])
         return f"import {number}: {streams} streams and {subscriptions} subscriptions"
@@ -1262,8 +1622,8 @@ class Journal:
         (found,) = self.connection.execute(LAST_NUMBER).fetchone()
         return int(found)
 
-    def load(self, usage: Usage, subscriptions: dict[str, Subscription]) -> None:
-        """Put into `usage` and `subscriptions` what is stored; raises StorageError."""
+    def load(self, usage: Usage, books: Books) -> None:
+        """Put into `usage` and `books` what is stored; raises StorageError."""
         with self._refusing():
             execute = self.connection.execute
             rows = in_thousands(execute("SELECT * FROM streams"), "loading, streams so far")
@@ -1273,9 +1633,29 @@ class Journal:
             usage.last_number = usage.sequence = self._last_number()
             usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
             if execute("SELECT 1 FROM imports").fetchone():
-                subscriptions.clear()
+                books.subscriptions.clear()
             for user, *cells, _ in execute("SELECT * FROM subscriptions"):
-                subscriptions[user] = Subscription(*cells)
+                books.subscriptions[user] = Subscription(*cells)
+            for name, *cells in execute("SELECT * FROM closed_months").fetchall():
+                books.months[name].close(self._load_account(name, books.months[name].totals, *cells))
+
+    def _load_account(self, name: str, now: ByUser, closed_on: int, fees: int, revenue: int) -> Account:
+        """Return a closed month's account; what of its totals is as it is now takes no memory twice."""
+
+        def rows(table: str) -> Iterator[Any]:
+            found = self.connection.execute(f"SELECT * FROM {table} WHERE month = ?", [name])  # noqa: S608
+            return (cells for _, *cells in found)
+
+        totals: dict[str, Totals] = {}
+        for user, label, *of in rows("closed_totals"):
+            totals.setdefault(user, {})[label] = of[0], of[1]
+        same = {user: now[user] for user, own in totals.items() if now.get(user) == own}
+        subscriptions = {user: Subscription(*cells) for user, *cells in rows("closed_subscriptions")}
+        labels = {label: (of[0], of[1], of[2], of[3]) for label, *of in rows("closed_labels")}
+        adjustments: dict[str, dict[str, Cents]] = {}
+        for month, label, *cents in rows("adjustments"):
+            adjustments.setdefault(month, {})[label] = cents[0], cents[1]
+        return Account(closed_on, totals | same, subscriptions, fees, revenue, labels, adjustments)
 
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
@@ -1307,39 +1687,51 @@ class Journal:
         self.failed = False
         self.last_commit = time.monotonic()
 
-    async def append(self, number: int, statements: Statements, apply: Callable[[], None]) -> None:
+    async def append(self, number: int, statements: Statements | Freeze, apply: Callable[[], None]) -> None:
         """Have the change up to `number` stored and then `apply` called; raises StorageError.
 
         First in, first out: what a follower of the sequence has seen has nothing missing before it.
         """
-        done = asyncio.get_running_loop().create_future()
-        self.waiting.append((number, statements, apply, done))
+        change = Change(number, statements, apply, asyncio.get_running_loop().create_future())
+        self.waiting.append(change)
         self.wanted.set()
-        await done
+        await change.done
 
     async def run(self) -> None:
-        """Store what waits, all of it in one commit, until it is closed."""
+        """Store what waits in one commit, and what has to be frozen first in one of its own, until closed."""
         while not self.closing or self.waiting:
             await self.wanted.wait()
             await asyncio.sleep(GATHER_SECONDS)
-            self.wanted.clear()
-            batch, self.waiting = self.waiting, []
-            statements = [statement for _, of_one, _, _ in batch for statement in of_one]
-            statements += [(SET_SEQUENCE, [(number,)]) for number, *_ in batch[-1:]]
+            batch = [*itertools.takewhile(lambda change: not callable(change.statements), self.waiting)]
+            batch = batch or self.waiting[:1]
+            del self.waiting[: len(batch)]
+            if not self.waiting:
+                self.wanted.clear()
             try:
-                await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, statements)
-            except StorageError as error:
-                log.error("%s", error)
-                for *_, done in batch:
-                    done.set_exception(error)
+                await self._store(batch)
+            except (StorageError, ConflictError) as error:
+                for change in batch:
+                    change.done.set_exception(error)
                 continue
             began = time.monotonic()
-            for _, _, apply, done in batch:
-                apply()
-                done.set_result(None)
+            for change in batch:
+                change.apply()
+                change.done.set_result(None)
                 if time.monotonic() > began + SLICE_SECONDS:
                     await asyncio.sleep(0)
                     began = time.monotonic()
+
+    async def _store(self, batch: Sequence[Change]) -> None:
+        """Store the changes; raises StorageError, or what a Freeze raises."""
+        statements: list[tuple[str, Iterable[Any]]] = []
+        for change in batch:
+            statements += (await change.statements()) if callable(change.statements) else change.statements
+        statements += [(SET_SEQUENCE, [(change.number,)]) for change in batch[-1:]]
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, statements)
+        except StorageError as error:
+            log.error("%s", error)
+            raise
 
     async def close(self, running: asyncio.Task[None]) -> None:
         """End `run` when nothing waits any more, and close the file."""
@@ -1879,6 +2271,11 @@ def encode(value: Any) -> bytes:
     return to_json(value).encode()
 
 
+def encode_rows(rows: Iterable[Any]) -> bytes:
+    """Return compact JSON of each, with commas between."""
+    return b",".join(map(encode, rows))
+
+
 def reply(status: int, body: bytes, **headers: str) -> Answer:
     """Answer with JSON that is about this moment, so nobody may keep it."""
     headers |= {"Content-Type": MEDIA_TYPES["json"], "Cache-Control": "no-store"}
@@ -2153,103 +2550,174 @@ async def get_changes(request: web.Request) -> Answer:
     return Answer(200, lines() if chunks else b"", headers)
 
 
-def describe(
-    user: str, months: Iterable[dict[str, Totals]], tracks: Totals, found: Subscription | None
-) -> bytes:
-    """Return the JSON of a user: what was streamed, by month and label and by track; the subscription."""
-    labels = Counter[str]()
-    for month in months:
-        for label, (_, seconds) in month.get(user, {}).items():
-            labels[label] += seconds
-    return encode({
-        "user_id": user,
-        "streams": sum(streams for streams, _ in tracks.values()),
-        "seconds_streamed": sum(seconds for _, seconds in tracks.values()),
-        "labels": dict(sorted(labels.items())),
-        "tracks": {track: seconds for track, (_, seconds) in sorted(tracks.items())},
-        "subscription": asdict(found) | {"fee": euros(found.fee)} if found else None,
-    })
+async def get_users(request: web.Request) -> Answer:
+    """List all who streamed or subscribe."""
+    state = request.app[STATE]
+    return await send(request, "json", "users", lambda: write_users(state.books.snapshot()))
 
 
-def describe_all(
-    months: Iterable[dict[str, Totals]], tracks: dict[str, Totals], subscriptions: Mapping[str, Subscription]
-) -> Pieces:
-    """Yield the JSON of all users in order of their ids."""
+def write_users(books: Books) -> Pieces:
+    """Yield the users, in order of id, step by step."""
     runs = []
-    for some in batched(tracks.keys() | subscriptions.keys(), CHUNK_EVENTS):
+    for some in batched(books.tracks.keys() | books.subscriptions.keys(), CHUNK_EVENTS):
         runs.append(sorted(some))
         yield None
 
     def as_json(users: list[str]) -> bytes:
-        each = (describe(user, months, tracks.get(user, {}), subscriptions.get(user)) for user in users)
-        return b",".join(each)
+        return encode_rows([describe_user(books, user) for user in users])
 
     yield b'{"message":"Found Users","data":'
-    yield from write("json", ("user_id",), batched(merge(*runs), USERS_A_STEP), as_json, str)
+    yield from write("json", ("user_id",), batched(merge(*runs), STEP_USERS), as_json, str)
     yield b"}"
 
 
-async def get_users(request: web.Request) -> Answer:
-    """List all who streamed or subscribe."""
-    state = request.app[STATE]
-
-    def make() -> Pieces:
-        months = [{**month} for month in state.usage.totals.months.values()]
-        return describe_all(months, {**state.usage.totals.tracks}, {**state.subscriptions})
-
-    return await send(request, "json", "users", make)
+def parse_path(request: web.Request, name: str, fault: str) -> str:
+    """Return the user or label that ends the path; raises InvalidError with the `fault`."""
+    try:
+        return check_text(name, unquote(request.rel_url.raw_parts[-1], errors="strict"))
+    except ValueError:
+        raise InvalidError(fault) from None
 
 
 def parse_user(request: web.Request) -> str:
     """Return the user that the path names; raises InvalidError."""
-    try:
-        return check_text("user_id", unquote(request.rel_url.raw_parts[-1], errors="strict"))
-    except ValueError:
-        raise InvalidError("User ID Invalid") from None
-
-
-def describe_now(state: State, user: str) -> bytes:
-    """Return the JSON of a user; raises MissingError."""
-    tracks, found = state.usage.totals.tracks.get(user, {}), state.subscriptions.get(user)
-    if not (tracks or found):
-        raise MissingError(f"there is no user {user!r}")
-    return describe(user, state.usage.totals.months.values(), tracks, found)
+    return parse_path(request, "user_id", "User ID Invalid")
 
 
 async def get_user(request: web.Request) -> Answer:
     """Show what a user streamed and subscribes to."""
-    return succeed("Found User Stream Report", describe_now(request.app[STATE], parse_user(request)))
+    described = describe_user(request.app[STATE].books, parse_user(request))
+    return succeed("Found User Stream Report", encode(described))
 
 
 async def put_user(request: web.Request) -> Answer:
     """Set a user's subscription."""
     state, user = request.app[STATE], parse_user(request)
     value, _ = await read_json(request)
-    subscription, number = parse_subscription(value), state.usage.number()
+    subscription = parse_subscription(value)
+    state.usage.number()
+    statements: Statements = [(SET_SUBSCRIPTION, [(user, *astuple(subscription), None)])]
+    await state.write(statements, lambda: state.books.subscriptions.update({user: subscription}))
+    return succeed("Subscription Set", encode(describe_user(state.books, user)))
 
-    def apply() -> None:
-        state.subscriptions[user] = subscription
-        state.usage.sequence = number
 
-    await state.write([(SET_SUBSCRIPTION, [(user, *astuple(subscription), None)])], apply)
-    return succeed("Subscription Set", describe_now(state, user))
+def check_format(asked: Mapping[str, Any]) -> str:
+    """Return the format of an answer about money; raises InvalidError."""
+    if asked.get("format") == "ndjson":
+        raise InvalidError("format must be json or csv")
+    return str(asked.get("format", "json"))
+
+
+async def send_money(
+    request: web.Request, kind: str, key: object, title: str, make: Callable[[], Pieces]
+) -> Answer:
+    """Answer with money; a CSV file is called by its title, in plain letters."""
+    letters = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
+    file = re.sub(r"[^a-z0-9]+", "-", letters).strip("-")
+    named = [("Content-Disposition", f'attachment; filename="{file}.csv"')] if kind == "csv" else []
+    return await send(request, kind, key, make, *named, most=math.inf)
 
 
 async def get_report(request: web.Request) -> Answer:
     """Tell how much each label is owed, for a month or for all."""
     state = request.app[STATE]
     asked = parse_query(request.rel_url.raw_query_string, "month", "format")
-    if asked.get("format") == "ndjson":
-        raise InvalidError("format must be json or csv")
-    kind = asked.get("format", "json")
+    kind, month = check_format(asked), asked.get("month")
 
     def make() -> Pieces:
-        months = {month: {**totals} for month, totals in state.usage.totals.months.items()}
-        if month := asked.get("month"):
-            months = {month: months.get(month, {})}
-        return write_report(kind, months, {**state.subscriptions})
+        return write_report(kind, state.books.snapshot(), month)
 
-    return await send(request, kind, ("report", frozenset(asked.items()) - DEFAULTS), make, most=math.inf)
+    key = "report", frozenset(asked.items()) - DEFAULTS
+    return await send_money(request, kind, key, f"report {month or ''}", make)
+
+
+def write_report(kind: str, books: Books, month: str | None) -> Pieces:
+    """Yield the report."""
+    data, rows = yield from report(books, month)
+    if kind == "csv":
+        yield from write_rows("csv", REPORT_COLUMNS, ([*row.values()] for row in rows))
+    else:
+        yield SUCCESS % (encode("Found Label Stream Report"), encode(data))
+
+
+async def get_statement(request: web.Request) -> Answer:
+    """Tell why a label is owed what it is owed for a month."""
+    state, label = request.app[STATE], parse_path(request, "label", "Label Invalid")
+    asked = parse_query(request.rel_url.raw_query_string, "month", "format")
+    kind, month = check_format(asked), asked.get("month")
+    if not month:
+        raise InvalidError("month is missing")
+
+    def make() -> Pieces:
+        return write_statement(kind, statement(state.books.snapshot(), month, label))
+
+    key = "statement", label, month, kind
+    return await send_money(request, kind, key, f"statement {month} {label}", make)
+
+
+def write_statement(kind: str, steps: Steps[dict[str, Any]]) -> Pieces:
+    """Yield a statement, or its subscribers alone as CSV."""
+    data = yield from steps
+    payers = data["user_centric"].pop("subscribers")
+    if kind == "csv":
+        yield from write_rows("csv", PAYER_COLUMNS, ([*row.values()] for row in payers))
+        return
+    centric = b'"user_centric":{'
+    before, after = (SUCCESS % (encode("Found Label Statement"), encode(data))).split(centric, 1)
+    yield before + centric + b'"subscribers":'
+    yield from write("json", PAYER_COLUMNS, batched(payers, STEP_USERS), encode_rows, str)
+    yield b"," + after
+
+
+async def get_months(request: web.Request) -> Answer:
+    """List the months, the latest first."""
+    state = request.app[STATE]
+    return await send(request, "json", "months", lambda: write_months(state.books.snapshot()), most=math.inf)
+
+
+def write_months(books: Books) -> Pieces:
+    """Yield the row of each month."""
+    rows = []
+    for name, account in reversed((yield from find_accounts(books)).items()):
+        rows.append((yield from describe_month(books, name, account)))
+    yield SUCCESS % (encode("Found Months"), encode(rows))
+
+
+async def put_month(request: web.Request) -> Answer:
+    """Close a month or open it again."""
+    state, name = request.app[STATE], request.match_info["month"]
+    pattern, kind, _ = PARAMETERS["month"]
+    if not re.fullmatch(pattern, name):
+        raise InvalidError(f"the month must be {kind}")
+    value, _ = await read_json(request)
+    status = check_keys("the month", value, {"status"})["status"]
+    if status not in ("open", "closed"):
+        raise InvalidError("status must be open or closed")
+    if not state.journal:
+        raise ConflictError("without --db no month can be closed: nothing could be kept")
+    account: Account | None = None
+
+    async def freeze() -> Statements:
+        """Work the month out when all changes before this one are visible, and none after it."""
+        nonlocal account
+        now = state.clock()
+        if reason := state.books.obstacle(name, status, now):
+            raise ConflictError(reason)
+        if status == "open":
+            return [(statement, [(name,)]) for statement in OPEN_MONTH]
+        account = await result_of(state, find_account(state.books, name, int(now)))
+        return freeze_account(name, account)
+
+    if (name in state.books.closed()) != (status == "closed"):
+        state.usage.number()
+        await state.write(freeze, lambda: state.books.months[name].close(account))
+    row = await result_of(state, describe_now(state.books.snapshot(), name))
+    return succeed(f"Month {status.capitalize()}", encode(row))
+
+
+def describe_now(books: Books, name: str) -> Steps[dict[str, Any]]:
+    """Return the row of a month."""
+    return (yield from describe_month(books, name, (yield from find_account(books, name))))
 
 
 async def get_metrics(request: web.Request) -> Answer:
@@ -2300,6 +2768,9 @@ ROUTES = (
     web.get(USER_PATH, get_user),
     web.put(USER_PATH, put_user),
     web.get("/api/v1/report", get_report),
+    web.get("/api/v1/report/{label:[^/]+}", get_statement),
+    web.get("/api/v1/months", get_months),
+    web.put("/api/v1/months/{month}", put_month),
 )
 
 
@@ -2329,7 +2800,7 @@ class State:
 
     config: Config
     usage: Usage
-    subscriptions: dict[str, Subscription]
+    books: Books
     simulation: Simulation
     journal: Journal | None
     page: tuple[bytes, str]  # and its policy
@@ -2349,12 +2820,18 @@ class State:
         async with self.slices:
             await asyncio.sleep(0)
 
-    async def write(self, statements: Statements, apply: Callable[[], None]) -> None:
+    async def write(self, statements: Statements | Freeze, apply: Callable[[], None]) -> None:
         """Make a change: stored first, visible second; raises StorageError."""
-        if self.journal:
-            await self.journal.append(self.usage.last_number, statements, apply)
-        else:
+        number = self.usage.last_number
+
+        def show() -> None:
             apply()
+            self.usage.sequence = max(self.usage.sequence, number)
+
+        if self.journal:
+            await self.journal.append(number, statements, show)
+        else:
+            show()
 
     async def add(self, events: Sequence[Event], key: tuple[str, bytes] | None = None) -> None:
         """Create and keep `events`, and the idempotency key, with the body's hash, that they came with."""
@@ -2410,20 +2887,18 @@ def create_app(
     page = read_page(config.page)
     app = web.Application(middlewares=[answer_errors], client_max_size=BODY_BYTES)
     journal = Journal(config.db) if config.db else None
-    usage = Usage() if journal else Usage(config.keep)
-    subscriptions = dict(SUBSCRIPTIONS)
+    books = Books({**SUBSCRIPTIONS})
+    usage = Usage(books.change, math.inf if journal else config.keep)
     if journal:
         if imported:
             journal.take_in(imported)
-        journal.load(usage, subscriptions)
+        journal.load(usage, books)
     elif imported:
-        subscriptions = dict(imported.subscriptions)
+        books.subscriptions = {**imported.subscriptions}
         usage.create(imported.events)
         usage.add(imported.events)
     simulation = Simulation(random.Random(config.random_seed))  # noqa: S311 - no secret comes of it
-    app[STATE] = State(
-        config, usage, subscriptions, simulation, journal, page, clock, SingleFlight(usage)
-    )
+    app[STATE] = State(config, usage, books, simulation, journal, page, clock, SingleFlight(usage))
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_safety_headers)
     app.cleanup_ctx.extend((own_journal, own_simulation))
