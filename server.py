@@ -1371,8 +1371,6 @@ MIGRATIONS = (
     CREATE TABLE tombstones (id INTEGER PRIMARY KEY, version INTEGER NOT NULL);
     CREATE TABLE sequence (name TEXT NOT NULL, number INTEGER NOT NULL);
     INSERT INTO sequence VALUES (lower(hex(randomblob(4))), 0);
-    """,
-    """
     CREATE TABLE closed_months (
         month TEXT PRIMARY KEY, closed_on INTEGER NOT NULL, fees INTEGER NOT NULL, revenue INTEGER NOT NULL);
     CREATE TABLE closed_labels (
