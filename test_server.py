@@ -2699,15 +2699,16 @@ async def test_a_month_of_events_takes_400_bytes_each_and_100_slow_readers_littl
             writer.write(b"GET /usage HTTP/1.1\r\nHost: localhost\r\n\r\n")
             await reader.readexactly(9_000)
         async with aiohttp.ClientSession() as session:
-            for day in range(30):  # every block changes, while the readers hold what it was
+            for day in range(30):  # every chunk changes, while the readers hold what it was
                 started_on = events[0]["stream_started_on"] + 86_400 * day
                 batch = [STREAM | {"stream_started_on": started_on + 85 * number} for number in range(1_000)]
-                assert (await session.post(f"{url}/api/v1/streams", json=batch)).status == 201
+                async with session.post(f"{url}/api/v1/streams", json=batch) as answer:
+                    assert len((await answer.json())["data"]) == 1_000
         assert memory(program) - full < 200e6
         for _, writer in readers:
             writer.transport.abort()
         await get_json(f"{url}/usage")
-        assert memory(program) - full < 100e6  # the 30,000 new ones, and blocks that Python keeps for the next ones
+        assert memory(program) - full < 100e6  # the 30,000 new ones, and memory that Python keeps for the next ones
 
 
 async def test_a_month_as_ndjson_gives_duckdb_the_same_sums() -> None:
@@ -2751,20 +2752,23 @@ async def test_a_report_over_very_many_subscribers_holds_up_neither_the_others_n
     async with started("--no-simulation", f"--import={tmp_path}") as program:
         url = await program.url()
         begin = time.monotonic()
-        asked_for = [get_json(f"{url}/api/v1/report?month=2019-03{'&' * number}") for number in range(16)]  # each is made anew
-        report, waits = asyncio.gather(*asked_for), list[float]()
+        paths = ("report?month=2019-03", "report?month=2019-04", "report", "users", "report/label%201?month=2019-03")
+        report, waits = asyncio.gather(*(get_json(f"{url}/api/v1/{path}") for path in paths)), list[float]()
         while not report.done():
             asked = time.monotonic()
             await get_json(f"{url}/health")
             waits.append(time.monotonic() - asked)
             await asyncio.sleep(0.01)
         march = sum(int(row.split(";")[-1]) for row in rows if "/03/" in row)
-        assert [each["data"]["seconds_streamed"] for each in await report] == [march] * 16
+        assert (await report)[0]["data"]["seconds_streamed"] == march
         assert max(waits) < (time.monotonic() - begin) / 8
+        async with aiohttp.ClientSession() as session:  # a change, so that the report is made anew
+            await session.put(f"{url}/api/v1/users/new", json={"product_type": "p", "fee": "1", "origin": "web"})
         again = asyncio.create_task(get_json(f"{url}/api/v1/report"))
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.02)
         begin = time.monotonic()
-        assert await program.stop() == (0, "")
+        status, logged = await program.stop()
+        assert (status, [line for line in logged.splitlines() if " INFO reading " not in line]) == (0, [])
         assert time.monotonic() - begin < 5  # what the contract promises
         assert (await again)["data"]["seconds_streamed"] > march
 
