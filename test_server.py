@@ -24,6 +24,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import unicodedata
@@ -1656,6 +1657,45 @@ async def test_usage_answers_with_the_events_in_order(start: Start) -> None:
     ]
 
 
+@pytest.mark.parametrize("query", ["", "label=label1", f"from={NOW - 3_000}&to={NOW - 500}", "user_id=user_id0&track_id=track_id2", "label=nobody"])
+@pytest.mark.parametrize("kind", ["json", "ndjson", "csv"])
+async def test_order_and_limit_give_the_first_of_either_end(start: Start, query: str, kind: str) -> None:
+    client = await start(random_events(random.Random(44), 3_000))
+
+    async def rows(more: str) -> list[str]:
+        text = await (await client.get(f"/usage?{query}&format={kind}&{more}")).text()
+        return [json.dumps(row) for row in json.loads(text)] if kind == "json" else text.splitlines()[kind == "csv" :]
+
+    everything = await rows("order=asc")
+    assert everything == await rows("")
+    assert await rows("order=desc") == everything[::-1]
+    for limit in (1, 12, 1_024, 1_025, 2_999, 100_000):
+        assert await rows(f"limit={limit}") == everything[:limit]
+        assert await rows(f"order=desc&limit={limit}") == everything[::-1][:limit]
+
+
+@pytest.mark.parametrize("query", ["group_by=user_id", "window=hour", "window=minute&group_by=label,user_id", "group_by=track_id&label=label1"])
+async def test_limit_gives_the_first_rows_of_totals(start: Start, query: str) -> None:
+    client = await start(random_events(random.Random(45), 3_000))
+    everything = await (await client.get(f"/usage?{query}")).json()
+    for limit in (1, 2, len(everything), 100_000):
+        assert await (await client.get(f"/usage?{query}&limit={limit}")).json() == everything[:limit]
+    for order in ("asc", "desc"):
+        answer = await client.get(f"/usage?{query}&order={order}")
+        assert (answer.status, "order" in (await answer.json())["error"]) == (400, True)
+
+
+async def test_more_than_100_000_rows_are_400_and_limit_is_the_way_out(start: Start) -> None:
+    client = await start((event(NOW - number % 7, number % 50, user_id=f"user{number}") for number in range(100_001)), keep=200_000)
+    answer = await client.get("/usage?group_by=user_id")
+    assert (answer.status, "limit" in (await answer.json())["error"]) == (400, True)
+    first = await (await client.get("/usage?group_by=user_id&limit=2")).json()
+    assert [(row["user_id"], row["seconds_streamed"]) for row in first] == [("user10049", 49), ("user10099", 49)]
+    assert len(await (await client.get("/usage?group_by=user_id&limit=100000")).json()) == 100_000
+    assert len(await (await client.get(f"/usage?group_by=user_id&to={NOW}")).json()) < 100_000
+    assert len(await (await client.get("/usage?group_by=user_id&user_id=user7")).json()) == 1
+
+
 async def test_usage_without_events_is_an_empty_array(start: Start) -> None:
     client = await start()
     assert await (await client.get("/usage")).read() == b"[]"
@@ -2294,6 +2334,50 @@ async def test_a_body_above_1_mib_is_413(start: Start) -> None:
     for size, status in ((1024 * 1024, 400), (1024 * 1024 + 1, 413)):
         answer = await client.post("/api/v1/streams", data=io.BytesIO(b" " * size), headers={"Content-Type": "application/json"})
         assert (answer.status, list(await answer.json())) == (status, ["error"])
+
+
+async def test_a_body_that_says_it_is_too_large_is_413_before_it_comes(start: Start) -> None:
+    client = await start()
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    writer.write(b"POST /api/v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1048577\r\n\r\n")
+    async with asyncio.timeout(2):
+        status, headers, _ = await read_answer(reader)
+        assert (status, headers["connection"], await reader.read()) == (413, "close", b"")
+    writer.close()
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
+async def test_a_write_goes_on_when_its_client_disconnects(start: Start, tmp_path: Path, method: str) -> None:
+    client = await start(db=tmp_path / "usage.db")
+    await client.post("/api/v1/streams", json=STREAM)
+    journal = client.app[server.STATE].journal
+    assert journal
+    let = threading.Event()
+    commit = journal.commit
+
+    def slowly(statements: server.Statements) -> None:
+        let.wait(10)
+        commit(statements)
+
+    journal.commit = slowly  # a disk that is slow
+    body = json.dumps(STREAM | {"label": "changed"}).encode()
+    path = "/api/v1/streams" if method == "POST" else "/api/v1/streams/1"
+    for key in (b"k", b"k"):  # the second is the retry, while the first still waits for the disk
+        _, writer = await asyncio.open_connection(client.host, client.port)
+        writer.write(
+            b"%b %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nIdempotency-Key: %b\r\nContent-Length: %d\r\n\r\n%b"
+            % (method.encode(), path.encode(), key, len(body), body)
+        )
+        await asyncio.sleep(0.2)
+        writer.transport.abort()
+        await asyncio.sleep(0.1)
+    let.set()
+    async with asyncio.timeout(5):
+        while (events := await (await client.get("/usage")).json()) == [STREAM]:
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)
+    assert await (await client.get("/usage")).json() == events
+    assert sorted(made["label"] for made in events) == {"POST": ["changed", "label1"], "DELETE": []}.get(method, ["changed"])
 
 
 async def test_a_body_that_does_not_arrive_is_408(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
