@@ -200,7 +200,7 @@ TEXT_CHARACTERS = 128
 HIGHEST_SECONDS = 2**31 - 1
 COMMON_SECONDS = {seconds: seconds for seconds in range(7_200)}  # one object of each is enough
 CSV_END = "\r\n"
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
+FORMULA = re.compile(r"(?!-[0-9]+\.[0-9]+\Z)[=+@\t\r-]")  # what a spreadsheet would run; an amount is none
 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 quote = json.encoder.encode_basestring  # what `to_json` does with a text
@@ -285,7 +285,7 @@ def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no cell that a spreadsheet runs."""
     text = io.StringIO()
     csv.writer(text).writerow(
-        f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell for cell in cells
+        f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell for cell in cells
     )
     return text.getvalue()[: -len(CSV_END)]
 
@@ -2703,7 +2703,7 @@ async def put_month(request: web.Request) -> Answer:
             raise ConflictError(reason)
         if status == "open":
             return [(statement, [(name,)]) for statement in OPEN_MONTH]
-        account = await result_of(state, find_account(state.books, name, int(now)))
+        account = await result_of(state, find_account(state.books.snapshot(), name, int(now)))
         return freeze_account(name, account)
 
     if (name in state.books.closed()) != (status == "closed"):
