@@ -393,7 +393,9 @@ class Chunks:
             return
         for at, group in self._by_chunk(events):
             changed = [*self.chunks[at]]
-            if len(group) > len(changed) // 16:  # sorting anew is quicker than finding so many places
+            if self.key(group[0]) > self.key(changed[-1]):  # as most do, in order of id and version
+                changed += group
+            elif len(group) > len(changed) // 16:  # sorting anew is quicker than finding so many places
                 changed = sorted(changed + group, key=self.key)
             else:
                 for event in group:
@@ -424,17 +426,21 @@ class Chunks:
         """Yield the place of each chunk that events belong to, and these: the last first, so none moves."""
         pending = sorted(events, key=self.key)
         while pending:
-            after = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
-            at = max(0, after - 1)
+            at, last = len(self.chunks) - 1, self.key(pending[-1])
+            if last < self.key(self.chunks[at][0]):
+                at = max(0, bisect_right(self.chunks, last, key=lambda chunk: self.key(chunk[0])) - 1)
             first = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
             yield at, pending[first:]
             del pending[first:]
 
     def _replace(self, at: int, events: list[Any]) -> None:
         """Put `events` in the place of the chunk there, cut into chunks of about equal length."""
+        parts = math.ceil(len(events) / CHUNK_EVENTS)
+        if self.chunks and parts == 1:
+            self.chunks[at] = Chunk(events)
+            return
         if self.chunks:
             del self.chunks[at]
-        parts = math.ceil(len(events) / CHUNK_EVENTS)
         for part in reversed(range(parts)):
             first, end = len(events) * part // parts, len(events) * (part + 1) // parts
             self.chunks.insert(at, Chunk(events[first:end]))
@@ -2431,11 +2437,13 @@ async def get_streams(request: web.Request) -> Answer:
     wanted = (*wanted_in(asked), ("stream_started_on", range(since, until)))
     in_time = state.usage.by_start.between(asked.get("from"), asked.get("to"))
     following = (matching(chunk, wanted) for chunk in state.usage.by_id.between(after + 1))
-    totals = await result_of(state, aggregate(in_time, (), None, wanted_in(asked), None))
+    total = state.usage.count
+    if asked:
+        totals = await result_of(state, aggregate(in_time, (), None, wanted_in(asked), None))
+        total = totals[0][0] if totals else 0
     page: list[Event] = [*itertools.chain.from_iterable(await collect(state, first_of(following, limit + 1)))]
     data = b",".join(event.stream for event in page[:limit])
     following_id = page[limit - 1].id if len(page) > limit else None
-    total = totals[0][0] if totals else 0
     return succeed("Found Streams", b'[%b],"total":%d,"next":%b' % (data, total, encode(following_id)))
 
 
@@ -2610,10 +2618,12 @@ async def send_money(
     request: web.Request, kind: str, key: object, title: str, make: Callable[[], Pieces]
 ) -> Answer:
     """Answer with money; a CSV file is called by its title, in plain letters."""
+    if kind != "csv":
+        return await send(request, kind, key, make, most=math.inf)
     letters = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
     file = re.sub(r"[^a-z0-9]+", "-", letters).strip("-")
-    named = [("Content-Disposition", f'attachment; filename="{file}.csv"')] if kind == "csv" else []
-    return await send(request, kind, key, make, *named, most=math.inf)
+    named = "Content-Disposition", f'attachment; filename="{file}.csv"'
+    return await send(request, kind, key, make, named, most=math.inf)
 
 
 async def get_report(request: web.Request) -> Answer:
