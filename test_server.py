@@ -1644,6 +1644,7 @@ def test_a_csv_cell_that_a_spreadsheet_would_run_is_defused(cell: str) -> None:
 
 def test_a_csv_number_below_zero_stays_a_number() -> None:
     assert server.encode_cells(-1, "b") == "-1,b"
+    assert server.encode_cells(server.euros(-12), "-0.12") == "-0.12,'-0.12"
 
 
 async def test_usage_answers_with_the_events_in_order(start: Start) -> None:
@@ -2598,6 +2599,336 @@ async def test_the_report_is_that_of_usage_after_any_mix_of_requests(start: Star
         _, *columns = naive_month(of_month, subscribers)
         for name, naive in zip(("amount", "amount_user_centric"), columns, strict=True):
             assert {row["label"]: round(100 * float(row[name])) for row in data["labels"]} == naive
+
+
+CLOSE, OPEN = {"status": "closed"}, {"status": "open"}
+JANUARY, FEBRUARY, MARCH = 1_546_421_951, 1_549_100_000, 1_551_500_000
+EXAMPLE = [
+    STREAM | {"label": "a", "stream_started_on": JANUARY, "seconds_streamed": 600},
+    STREAM | {"user_id": "user2", "label": "b", "stream_started_on": JANUARY, "seconds_streamed": 400},
+]
+MONEY = ("report?month=2019-01", "report?month=2019-01&format=csv", "report/a?month=2019-01", "report/a?month=2019-01&format=csv")
+
+
+async def with_example(start: Start, tmp_path: Path, now: int = NOW) -> Client:
+    """Start with the README's example in a file."""
+    client = await start(db=tmp_path / "usage.db", clock=lambda: now)
+    assert (await client.post("/api/v1/streams", json=EXAMPLE)).status == 201
+    return client
+
+
+async def set_month(client: Client, month: str, body: dict[str, str]) -> dict[str, Any]:
+    """Close a month or open it again, and return its row."""
+    answer = await client.put(f"/api/v1/months/{month}", json=body)
+    assert answer.status == 200, await answer.text()
+    return cast("dict[str, Any]", (await answer.json())["data"])
+
+
+async def money(client: Client, *paths: str) -> list[bytes]:
+    """Return the bodies of answers of the API."""
+    answers = [await client.get(f"/api/v1/{path}") for path in paths]
+    assert {answer.status for answer in answers} == {200}
+    return [await answer.read() for answer in answers]
+
+
+async def sequence(client: Client) -> tuple[str, str]:
+    """Return the number of the latest change, and the ETag that names it."""
+    metrics = await (await client.get("/metrics")).text()
+    return re.findall(r"^usage_sequence (\d+)$", metrics, re.MULTILINE)[0], (await client.get("/usage")).headers["ETag"]
+
+
+async def test_a_month_is_closed_opened_and_listed_as_the_contract_shows_it(start: Start, tmp_path: Path) -> None:
+    client = await with_example(start, tmp_path, 1_549_008_000)
+    was = (
+        '{"month":"2019-01","status":"open","closed_on":null,"subscribers":3,"streams":2,"seconds_streamed":1000,'
+        '"fees":"30.97","revenue":"26.28","distributed":"26.28","adjusted":"0.00","late":0}'
+    )
+    assert await money(client, "months") == [f'{{"message":"Found Months","data":[{was}]}}'.encode()]
+    report = (await (await client.get("/api/v1/report?month=2019-01")).json())["data"]
+    closed = was.replace('"open"', '"closed"').replace("null", "1549008000")
+    answer = await client.put("/api/v1/months/2019-01", json=CLOSE)
+    assert (answer.status, await answer.text()) == (200, f'{{"message":"Month Closed","data":{closed}}}')
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert await money(client, "months") == [f'{{"message":"Found Months","data":[{closed}]}}'.encode()]
+    assert (await (await client.get("/api/v1/report?month=2019-01")).json())["data"] == report | {"status": "closed"}
+    answer = await client.put("/api/v1/months/2019-01", json=OPEN)
+    assert (answer.status, await answer.text()) == (200, f'{{"message":"Month Open","data":{was}}}')
+    assert (await (await client.get("/api/v1/report?month=2019-01")).json())["data"] == report
+    await set_month(client, "2018-05", CLOSE)  # without a stream it distributes nothing
+    await client.post("/api/v1/streams", json=STREAM | {"stream_started_on": 1_548_979_200})
+    rows = json.loads((await money(client, "months"))[0])["data"]
+    assert [(row["month"], row["status"], row["distributed"]) for row in rows] == [
+        ("2019-02", "open", "26.28"), ("2019-01", "open", "26.28"), ("2018-05", "closed", "0.00"),
+    ]  # fmt: skip
+
+
+async def test_the_readmes_month_goes_over_http_as_it_says(start: Start, tmp_path: Path) -> None:
+    now = 1_549_008_000
+    client = await start(db=tmp_path / "usage.db", clock=lambda: now)
+    await client.post("/api/v1/streams", json=EXAMPLE)
+    await set_month(client, "2019-01", CLOSE)
+    now += 4 * 86_400
+    before = await money(client, *MONEY)
+    late = STREAM | {"user_id": "user3", "label": "b", "stream_started_on": 1_548_930_000, "seconds_streamed": 250}
+    assert (await client.post("/api/v1/streams", json=late)).status == 201
+    assert await money(client, *MONEY) == before
+    assert late in await (await client.get("/usage?from=1546300800&to=1548979200")).json()  # it is usage like any other
+    february, january = json.loads((await money(client, "months"))[0])["data"]
+    assert (january["status"], january["late"], january["streams"]) == ("closed", 2, 2)
+    assert (february["month"], february["streams"], february["distributed"], february["adjusted"]) == ("2019-02", 0, "0.00", "0.00")
+    own = [STREAM | {"user_id": user, "label": label, "stream_started_on": 1_549_200_000, "seconds_streamed": 500} for user, label in (("user1", "a"), ("user3", "b"))]
+    assert (await client.post("/api/v1/streams", json=own)).status == 201
+    now = 1_551_400_000
+    for status in ("open", "closed"):
+        data = json.loads((await money(client, "report?month=2019-02"))[0])["data"]
+        assert (data["status"], data["adjusted"], data["distributed"]) == (status, "0.00", "26.28")
+        cells = [[line[name] for name in server.LABEL_COLUMNS[4:]] for line in data["labels"]]
+        assert cells == [["13.14", "12.34", "-3.16", "-4.32"], ["13.14", "13.94", "3.16", "4.32"]]
+        assert (await money(client, "report?month=2019-02&format=csv"))[0].decode().splitlines() == [
+            "month,currency,label,streams,seconds_streamed,share,amount,amount_user_centric,adjustment,adjustment_user_centric",
+            "2019-02,EUR,a,1,500,0.5,13.14,12.34,-3.16,-4.32", "2019-02,EUR,b,1,500,0.5,13.14,13.94,3.16,4.32",
+        ]  # fmt: skip
+        statement = json.loads((await money(client, "report/a?month=2019-02"))[0])["data"]
+        assert statement["adjustments"] == [{"month": "2019-01", "amount": "-3.16", "amount_user_centric": "-4.32"}]
+        if status == "open":
+            await set_month(client, "2019-02", CLOSE)
+    every = json.loads((await money(client, "report"))[0])["data"]
+    assert (every["months"], every["distributed"], every["adjusted"], "status" in every) == (["2019-01", "2019-02"], "52.56", "0.00", False)
+
+
+async def test_what_stands_in_the_way_of_a_close_or_an_open_is_409_and_changes_nothing(start: Start, tmp_path: Path) -> None:
+    now = 1_548_979_199  # the last second of January
+    client = await start(db=tmp_path / "usage.db", clock=lambda: now)
+    await client.post("/api/v1/streams", json=EXAMPLE)
+
+    async def refused(month: str, body: dict[str, str], said: str) -> None:
+        before = await sequence(client), await snapshot(client), await money(client, "months")
+        answer = await client.put(f"/api/v1/months/{month}", json=body)
+        assert (answer.status, await answer.json()) == (409, {"error": said})
+        assert (await sequence(client), await snapshot(client), await money(client, "months")) == before
+        assert (await client.get("/health")).status == 200
+
+    await refused("2019-01", CLOSE, "2019-01 is not over")
+    await refused("9999-12", CLOSE, "9999-12 is not over")
+    now = NOW
+    await refused("2019-02", CLOSE, "2019-01 has streams and is open: close it first")
+    await set_month(client, "2018-05", CLOSE)
+    await set_month(client, "2019-01", CLOSE)
+    await refused("2018-05", OPEN, "2019-01 is closed: open it first")
+    await set_month(client, "2019-02", CLOSE)
+    await refused("2019-01", OPEN, "2019-02 is closed: open it first")
+    for month in ("2019-02", "2019-01", "2018-05"):
+        assert (await set_month(client, month, OPEN))["closed_on"] is None
+
+
+async def test_without_a_file_no_month_is_closed(start: Start) -> None:
+    client = await start(event(JANUARY + number, 10, label=label) for number, label in enumerate("ab"))
+    answer = await client.put("/api/v1/months/2019-01", json=CLOSE)
+    assert (answer.status, await answer.json()) == (409, {"error": "without --db no month can be closed: nothing could be kept"})
+    assert (await set_month(client, "2019-01", OPEN))["status"] == "open"  # that is so already
+    assert [row["status"] for row in json.loads((await money(client, "months"))[0])["data"]] == ["open"]
+    assert json.loads((await money(client, "report/a?month=2019-01"))[0])["data"]["line"]["amount"] == "13.14"
+
+
+@pytest.mark.parametrize("month", ["2019-13", "2019-00", "2019-1", "2019", "2019-01-01", "x", "%20", "%D9%A2%D9%A0%D9%A1%D9%A9-01", "2019-01%0A", "%FF"])
+async def test_a_month_that_is_none_is_400(start: Start, tmp_path: Path, month: str) -> None:
+    client = await with_example(start, tmp_path)
+    for path in (f"months/{month}", f"report?month={month}", f"report/a?month={month}"):
+        answer = await client.request("PUT" if "months" in path else "GET", URL(f"/api/v1/{path}", encoded=True), json=CLOSE)
+        assert (answer.status, list(error := await answer.json())) == (400, ["error"])
+        assert "month must be a month as in 2019-03" in error["error"] or "%FF" in path
+
+
+BAD_STATUSES: list[Any] = [None, 1, "closed", [], {}, [CLOSE], {"status": "CLOSED"}, {"status": "close"}, {"status": ""}, {"status": None}, {"status": True}, {"status": []}, CLOSE | {"more": 1}]
+
+
+async def test_what_is_no_status_of_a_month_is_400_and_changes_nothing(start: Start, tmp_path: Path) -> None:
+    client = await with_example(start, tmp_path)
+    before = await sequence(client)
+    bodies = [json.dumps(value).encode() for value in BAD_STATUSES]
+    for body in (*bodies, b"", b"{", b"\xff", b"[" * 100_000, b'{"status":NaN}'):
+        answer = await client.put("/api/v1/months/2019-01", data=body, headers={"Content-Type": "application/json"})
+        assert (answer.status, list(await answer.json())) == (400, ["error"])
+    assert await sequence(client) == before
+    assert [row["status"] for row in json.loads((await money(client, "months"))[0])["data"]] == ["open"]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "named"),
+    [
+        ("report/a", 400, "month is missing"), ("report/a?month=", 400, "month"), ("report/a?month=2019-01&format=ndjson", 400, "format"),
+        ("report/a?month=2019-01&format=xml", 400, "format"), ("report/a?month=2019-01&label=a", 400, "label"), ("report/a?month=2019-01&month=2019-01", 400, "month"),
+        ("report?month=2019-01&format=ndjson", 400, "format"), ("months?limit=3", 400, "limit"), ("months?month=2019-01", 400, "month"),
+        (f"report/{'x' * 129}?month=2019-01", 400, "Label Invalid"), ("report/%00?month=2019-01", 400, "Label Invalid"), ("report/%FF?month=2019-01", 400, "Label Invalid"),
+        ("report/c?month=2019-01", 404, "'c' in 2019-01"), ("report/a?month=2019-02", 404, "'a' in 2019-02"), ("report/c?month=2019-01&format=csv", 404, "'c' in 2019-01"),
+    ],
+)  # fmt: skip
+async def test_a_question_about_money_that_has_no_answer_is_4xx_and_named(start: Start, tmp_path: Path, path: str, status: int, named: str) -> None:
+    client = await with_example(start, tmp_path)
+    answer = await client.get(URL(f"/api/v1/{path}", encoded=True))
+    assert (answer.status, list(error := await answer.json())) == (status, ["error"])
+    assert named in error["error"]
+
+
+async def test_asking_for_what_is_so_already_changes_nothing(start: Start, tmp_path: Path) -> None:
+    client = await with_example(start, tmp_path)
+    for body in (OPEN, CLOSE):
+        row = await set_month(client, "2019-01", body)
+        before = await sequence(client), (tmp_path / "usage.db-wal").read_bytes(), client.app[server.STATE].usage.last_number
+        assert await set_month(client, "2019-01", body) == row
+        assert (await sequence(client), (tmp_path / "usage.db-wal").read_bytes(), client.app[server.STATE].usage.last_number) == before
+
+
+async def test_many_who_close_or_open_a_month_at_the_same_time_do_it_once(start: Start, tmp_path: Path) -> None:
+    client = await with_example(start, tmp_path)
+    for number, body in enumerate((CLOSE, OPEN, CLOSE), 3):
+        answers = await asyncio.gather(*(client.put("/api/v1/months/2019-01", json=body) for _ in range(20)))
+        assert [(answer.status, await answer.read()) for answer in answers] == [(200, await answers[0].read())] * 20
+        assert await sequence(client) == (str(number), f'W/"{client.app[server.STATE].usage.name}-{number}"')
+    bodies = [(CLOSE, OPEN)[number % 2] for number in range(40)]
+    answers = await asyncio.gather(*(client.put("/api/v1/months/2019-01", json=body) for body in bodies))
+    assert [(answer.status, (await answer.json())["data"]["status"]) for answer in answers] == [(200, body["status"]) for body in bodies]
+
+
+async def test_a_closed_month_stays_as_it_is_whatever_is_changed_and_restarted(start: Start, tmp_path: Path) -> None:
+    client, rng = await with_example(start, tmp_path), random.Random(40)
+    labels = [*HOSTILE, "a", "b"]
+    made = [
+        STREAM | {"user_id": rng.choice(["user1", "user2", "user3", *HOSTILE]), "label": rng.choice(labels), "stream_started_on": rng.choice((JANUARY, FEBRUARY)), "seconds_streamed": rng.randrange(999)}
+        for _ in range(200)
+    ]
+    await client.post("/api/v1/streams", json=made)
+    for user in HOSTILE:
+        assert (await client.put(URL(f"/api/v1/users/{quote(user, '')}", encoded=True), json={"product_type": user, "fee": "3.33", "origin": "web"})).status == 200
+    await set_month(client, "2019-01", CLOSE)
+    await client.delete("/api/v1/streams/1")
+    await set_month(client, "2019-02", CLOSE)
+    paths = [f"report?month={month}&format={kind}" for month in ("2019-01", "2019-02") for kind in ("json", "csv")]
+    paths += [f"report/{quote(label, '')}?month={month}&format={kind}" for label in labels for month in ("2019-01", "2019-02") for kind in ("json", "csv")]
+
+    async def told() -> list[tuple[bytes, str]]:
+        answers = [await client.get(URL(f"/api/v1/{path}", encoded=True)) for path in paths]
+        return [(await answer.read(), answer.headers.get("Content-Disposition", "")) for answer in answers]
+
+    before = await told()
+    for number in range(60):
+        change = rng.randrange(4)
+        if change == 0:
+            assert (await client.post("/api/v1/streams", json=rng.choice(made) | {"user_id": f"new{number}"})).status == 201
+        elif change == 1:
+            await client.patch(f"/api/v1/streams/{rng.randrange(2, 200)}", json={"stream_started_on": rng.choice((JANUARY, FEBRUARY, MARCH)), "label": rng.choice(labels)})
+        elif change == 2:
+            await client.delete(f"/api/v1/streams/{rng.randrange(2, 200)}")
+        else:
+            user = rng.choice(["user1", "user2", f"new{number}"])
+            assert (await client.put(f"/api/v1/users/{user}", json={"product_type": "new", "fee": f"{number}", "origin": "app_store"})).status == 200
+        if number % 10 == 0:
+            assert await told() == before
+        if number % 20 == 5:
+            more = "report", "report?month=2019-03", "report?month=2019-03&format=csv", "months", "users"
+            moment, etags = await money(client, *more), [(await client.get(f"/api/v1/{path}")).headers["ETag"] for path in more]
+            await client.close()
+            client = await start(db=tmp_path / "usage.db")
+            assert await money(client, *more) == moment
+            assert [(await client.get(f"/api/v1/{path}")).headers["ETag"] for path in more] == etags
+    assert await told() == before
+
+
+@pytest.mark.parametrize("path", [*MONEY, "months", "report", "report?format=csv"])
+async def test_money_is_304_until_something_changes_and_has_a_head(start: Start, tmp_path: Path, path: str) -> None:
+    client = await with_example(start, tmp_path)
+    answer = await client.get(f"/api/v1/{path}")
+    etag = answer.headers["ETag"]
+    head = await client.head(f"/api/v1/{path}")
+    told = {name: value for name, value in answer.headers.items() if name != "Date"}
+    assert (head.status, await head.read(), {name: value for name, value in head.headers.items() if name != "Date"}) == (200, b"", told)
+    again = await client.get(f"/api/v1/{path}", headers={"If-None-Match": etag})
+    assert (again.status, await again.read(), again.headers["ETag"]) == (304, b"", etag)
+    for body in (CLOSE, OPEN):
+        await set_month(client, "2019-01", body)
+        answer = await client.get(f"/api/v1/{path}", headers={"If-None-Match": etag})
+        assert (answer.status, answer.headers["ETag"] != etag) == (200, True)
+        etag = answer.headers["ETag"]
+
+
+async def test_a_statement_leads_to_the_amount_in_two_formats(start: Start, tmp_path: Path) -> None:
+    client = await with_example(start, tmp_path)
+    label = "Größe/Ltd & Co"
+    user = "=cmd|' /C calc'!A0"
+    await client.post("/api/v1/streams", json=[STREAM | {"user_id": each, "label": label, "stream_started_on": JANUARY} for each in ("user3", "nobody", user)])
+    await client.put(URL(f"/api/v1/users/{quote(user, '')}", encoded=True), json={"product_type": "+1", "fee": "1", "origin": "web"})
+    found = json.loads((await money(client, "report/a?month=2019-01"))[0])
+    assert found["message"] == "Found Label Statement"
+    for status in (None, CLOSE):
+        if status:
+            await set_month(client, "2019-01", status)
+        answer = await client.get(URL(f"/api/v1/report/{quote(label, '')}?month=2019-01", encoded=True))
+        assert "Content-Disposition" not in answer.headers
+        data = (await answer.json())["data"]
+        assert (data["line"]["label"], data["status"]) == (label, "closed" if status else "open")
+        walk(data)
+        answer = await client.get(URL(f"/api/v1/report/{quote(label, '')}?month=2019-01&format=csv", encoded=True))
+        assert (answer.headers["Content-Type"], answer.headers["Content-Disposition"]) == (
+            "text/csv; charset=utf-8; header=present", 'attachment; filename="statement-2019-01-groe-ltd-co.csv"',
+        )  # fmt: skip
+        header, *rows = csv.reader(io.StringIO(await answer.text(), newline=""))
+        assert header == ["user_id", "product_type", "fee", "origin", "net", "seconds_streamed", "of_seconds", "part"]
+        cells = [["" if cell is None else str(cell) for cell in row.values()] for row in data["user_centric"]["subscribers"]]
+        assert rows == [[f"'{cell}" if cell[:1] in ("=", "+") else cell for cell in row] for row in cells]
+    for path, name in (("report?format=csv", "report"), ("report?format=csv&month=2019-01", "report-2019-01"), ("report/a?month=2019-01&format=csv", "statement-2019-01-a")):
+        assert (await client.get(f"/api/v1/{path}")).headers["Content-Disposition"] == f'attachment; filename="{name}.csv"'
+
+
+async def test_a_month_is_closed_only_by_a_write_that_may_be_one(start: Start, tmp_path: Path) -> None:
+    client = await start(db=tmp_path / "usage.db", token="s3cret")  # noqa: S106
+    for headers, status in (
+        ({}, 401), ({"Authorization": "Bearer wrong"}, 401), ({"Origin": "http://evil.example"}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Host": "evil.example"}, 421), ({"Authorization": "Bearer s3cret", "Content-Type": "text/plain"}, 415), ({"Authorization": "Bearer s3cret"}, 200),
+    ):  # fmt: skip
+        answer = await client.put("/api/v1/months/2019-01", data=json.dumps(CLOSE).encode(), headers={"Content-Type": "application/json"} | headers)
+        assert (answer.status, list(await answer.json())) == (status, ["message", "data"] if status == 200 else ["error"])
+    answer = await client.put("/api/v1/months/2019-01", data=io.BytesIO(b" " * (1024 * 1024 + 1)), headers={"Content-Type": "application/json", "Authorization": "Bearer s3cret"})
+    assert answer.status == 413
+    assert [row["status"] for row in json.loads((await money(client, "months"))[0])["data"]] == ["closed"]
+    for method, path, allowed in (("GET", "months/2019-01", "PUT"), ("DELETE", "months/2019-01", "PUT"), ("POST", "months", "GET,HEAD"), ("PUT", "report/a", "GET,HEAD")):
+        answer = await client.request(method, f"/api/v1/{path}", json=CLOSE, headers={"Authorization": "Bearer s3cret"})
+        assert (answer.status, answer.headers["Allow"]) == (405, allowed)
+
+
+async def test_a_close_or_an_open_that_cannot_be_stored_is_503_and_changes_nothing(start: Start, tmp_path: Path) -> None:
+    client = await with_example(start, tmp_path)
+    connection = client.app[server.STATE].journal.connection
+    for body, other in ((CLOSE, "open"), (OPEN, "closed")):
+        before = await sequence(client), await money(client, *MONEY, "months")
+        connection.execute("PRAGMA query_only = ON")
+        answer = await client.put("/api/v1/months/2019-01", json=body)
+        assert (answer.status, list(await answer.json())) == (503, ["error"])
+        assert (await client.get("/health")).status == 503
+        assert (await sequence(client), await money(client, *MONEY, "months")) == before
+        connection.execute("PRAGMA query_only = OFF")
+        assert json.loads(before[1][-1])["data"][0]["status"] == other
+        assert (await set_month(client, "2019-01", body)) == json.loads(before[1][-1])["data"][0] | body | {"closed_on": NOW if body == CLOSE else None}
+
+
+async def test_a_statement_over_10_000_subscribers_takes_less_than_a_second_and_lets_others_in(start: Start, tmp_path: Path) -> None:
+    client, rng = await start(db=tmp_path / "usage.db"), random.Random(41)
+    state = client.app[server.STATE]
+    state.books.subscriptions.update({f"u{number}": Subscription("p", rng.randrange(999), "web") for number in range(10_000)})
+    add(state.usage, [event(JANUARY, rng.randrange(86_400), f"u{number % 10_000}", label=rng.choice("abcde")) for number in range(50_000)])
+    for label in "abcde":
+        if label == "c":
+            await set_month(client, "2019-01", CLOSE)
+        began, waits = time.monotonic(), list[float]()
+        slow = asyncio.create_task(client.get(f"/api/v1/report/{label}?month=2019-01"))
+        while not slow.done():
+            asked = time.monotonic()
+            assert (await client.get("/usage?to=0")).status == 200
+            waits.append(time.monotonic() - asked)
+        assert time.monotonic() - began < 1
+        assert len(waits) >= 5
+        data = (await (await slow).json())["data"]
+        assert len(data["user_centric"]["subscribers"]) > 5_000
+        walk(data)
 
 
 # ── Command line: the program as a process ──────────────────────────────────────────────────────
