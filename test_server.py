@@ -4409,6 +4409,214 @@ async def test_an_undo_that_is_killed_took_all_back_or_nothing(tmp_path: Path) -
             seen.add(count)
 
 
+async def test_an_import_that_touches_a_closed_month_is_not_taken_back(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    client = await start(db=path, imported=read_import(write_import(tmp_path / "import")))  # streams of 2019-03 and 2019-04
+    row = await set_month(client, "2019-03", CLOSE)
+    before = await snapshot(client)
+    await client.close()
+    said = f"server.py: cannot take back an import of {path}: 2019-03 is closed: open it first\n"
+    assert await undo(path) == (2, "", said)
+    client = await start(db=path)
+    assert await snapshot(client) == before
+    assert json.loads((await money(client, "months"))[0])["data"][-1] == row
+    for stream in (1, 2):  # moved on, it is no longer in the closed month, but what was paid for it is an adjustment
+        assert (await client.patch(f"/api/v1/streams/{stream}", json={"stream_started_on": 1_554_076_800})).status == 200
+    await client.close()
+    assert await undo(path) == (0, "Took back import 1: 3 streams and 2 subscriptions\n", "")
+    client = await start(db=path)
+    report = json.loads((await money(client, "report?month=2019-04"))[0])["data"]
+    assert [line["adjustment"] for line in report["labels"]] == [f"-{row['distributed']}"]
+    assert await set_month(client, "2019-03", CLOSE) == row | {"late": 1}
+
+
+async def put_month(session: aiohttp.ClientSession, url: str, month: str, status: str) -> int:
+    """Close a month or open it again, and return the status of the answer."""
+    async with session.put(f"{url}/api/v1/months/{month}", json={"status": status}) as answer:
+        await answer.read()
+        return answer.status
+
+
+async def read_money(session: aiohttp.ClientSession, url: str, *paths: str) -> list[bytes]:
+    """Return the bodies of answers of the API."""
+    found = []
+    for path in paths:
+        async with session.get(f"{url}/api/v1/{path}") as answer:
+            assert answer.status == 200
+            found.append(await answer.read())
+    return found
+
+
+class Changes:
+    """Clients that create, change and remove streams of one month, and know the number of each change."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, started: int) -> None:
+        """Begin with nothing."""
+        self.session, self.url, self.started = session, url, started
+        self.made: list[tuple[int, dict[str, Any]]] = []  # number, the stream as it was then
+        self.removed: dict[int, dict[str, Any]] = {}
+        self.closed = self.over = False
+        self.after: list[int] = []  # numbers of changes that were sent when the close had been answered
+
+    async def work(self, name: str) -> None:
+        """Write until it is over; each stream has a label of its own."""
+        rng, mine, sent = random.Random(name), list[int](), 0
+        while not self.over:
+            sent, seconds, closed = sent + 1, rng.randrange(1, 999), self.closed
+            change = rng.choice(("POST", "POST", "PATCH", "DELETE")) if mine else "POST"
+            body: dict[str, Any] = {"seconds_streamed": seconds}
+            if change == "POST":
+                body |= {"user_id": f"user{rng.randrange(1, 5)}", "track_id": "t", "label": f"{name} {sent}", "stream_started_on": self.started}
+            path = "" if change == "POST" else f"/{rng.choice(mine)}"
+            async with self.session.request(change, f"{self.url}/api/v1/streams{path}", json=body) as answer:
+                assert answer.status == (201 if change == "POST" else 200)
+                stream, version = (await answer.json())["data"], int(answer.headers["ETag"].strip('"'))
+            if change == "DELETE":
+                mine.remove(stream["id"])
+                self.removed[stream["id"]] = stream
+                continue
+            mine += [stream["id"]] if change == "POST" else []
+            self.made.append((version, stream))
+            self.after += [version] if closed else []
+
+    async def find_removals(self) -> None:
+        """Learn the numbers of the removals from the feed."""
+        async with self.session.get(f"{self.url}/api/v1/changes") as answer:
+            rows = [json.loads(line) for line in (await answer.text()).splitlines()]
+        self.made += [(row["version"], self.removed[row["id"]] | {"seconds_streamed": 0}) for row in rows if row.get("deleted") and row["id"] in self.removed]
+
+    def before(self, number: float) -> list[Event]:
+        """Return the streams as they were before the change with this number."""
+        now = {stream["id"]: stream for version, stream in sorted(self.made, key=lambda made: made[0]) if version < number}
+        return [Event(*(stream[name] for name in server.FIELDS)) for stream in now.values() if stream["seconds_streamed"]]
+
+
+async def test_each_change_is_in_a_close_or_late_and_there_is_no_third_kind(tmp_path: Path) -> None:
+    kinds, last = Counter[str](), 0
+    async with started("--db", str(tmp_path / "usage.db"), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        for turn in range(1, 13):
+            month, following = f"2019-{turn:02}", f"2019-{turn + 1:02}" if turn < 12 else "2020-01"
+            changes = Changes(session, url, int(datetime(2019, turn, 5, tzinfo=UTC).timestamp()))
+            workers = [asyncio.create_task(changes.work(f"{turn}.{number}")) for number in range(16)]
+            await asyncio.sleep(0.05 + turn / 200)
+            acknowledged = [version for version, _ in changes.made]
+            assert await put_month(session, url, month, "closed") == 200
+            changes.closed = True
+            await asyncio.sleep(0.05)
+            changes.over = True
+            await asyncio.gather(*workers)
+            await changes.find_removals()
+            numbers = {version for version, _ in changes.made}
+            (close,) = {*range(last + 1, max(numbers) + 1)} - numbers  # the one change that is of no stream
+            last = max(numbers)
+            assert max(acknowledged) < close < min(changes.after)
+            frozen, late = (json.loads(each)["data"] for each in await read_money(session, url, f"report?month={month}", f"report?month={following}"))
+            then, now = (naive_month(changes.before(number), server.SUBSCRIPTIONS) for number in (close, math.inf))
+            seconds = Counter({each.label: each.seconds_streamed for each in changes.before(close)})
+            lines = {line["label"]: line for line in frozen["labels"] if line["streams"]}  # others have adjustments alone
+            assert {label: line["seconds_streamed"] for label, line in lines.items()} == seconds
+            for name, paid, due in zip(server.AMOUNTS, then[1:], now[1:], strict=True):
+                assert {label: line[name] for label, line in lines.items()} == {label: server.euros(cents) for label, cents in paid.items()}
+                adjusted = {label: server.euros(due.get(label, 0) - paid.get(label, 0)) for label in {*due, *paid}}
+                found = {line["label"]: line[name.replace("amount", "adjustment")] for line in late["labels"]}
+                assert {label: found.pop(label, "0.00") for label in adjusted} == adjusted
+                assert not found
+            changed = [version for version, stream in changes.made if version > close]
+            used = sum(each["seconds_streamed"] for each in await get_json(f"{url}/usage?from={changes.started}&to={changes.started + 1}"))
+            assert used == sum(each.seconds_streamed for each in changes.before(math.inf))
+            kinds += Counter(frozen=len(numbers) - len(changed), late=len(changed))
+    assert min(kinds.values()) > 500
+
+
+async def test_a_close_or_an_open_that_is_killed_is_done_with_all_that_it_froze_or_not_done(tmp_path: Path) -> None:
+    path, rng, seen = tmp_path / "usage.db", random.Random(42), Counter[tuple[str, bool]]()
+    tables = [statement.split()[2] for statement in server.OPEN_MONTH]
+    paths = ["report?month=2019-02", "report?month=2019-02&format=csv", "report/label1?month=2019-02", "report/label1?month=2019-02&format=csv"]
+    made = [
+        STREAM | {"user_id": f"user{number % 700}", "label": f"label{rng.randrange(9)}", "stream_started_on": started, "seconds_streamed": rng.randrange(999)}
+        for number, started in enumerate([JANUARY] * 1_000 + [FEBRUARY] * 4_000)
+    ]
+    told, expected, took = dict[str, list[bytes]](), "open", 0.0
+    for turn in range(52):
+        async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+            url = await program.url()
+            if turn == 0:
+                for at in range(0, len(made), 1_000):
+                    assert (await session.post(f"{url}/api/v1/streams", json=made[at : at + 1_000])).status == 201
+                assert await put_month(session, url, "2019-01", "closed") == 200
+                assert (await session.post(f"{url}/api/v1/streams", json=made[:50])).status == 201  # late: February has adjustments
+            rows = {row["month"]: row for row in json.loads((await read_money(session, url, "months"))[0])["data"]}
+            status = rows["2019-02"]["status"]
+            assert status == expected
+            found = await read_money(session, url, *paths)
+            assert told.setdefault(status, found) == found  # to the byte
+            if {*told} == {"open", "closed"}:
+                assert [each.replace(b'"status":"open"', b'"status":"closed"') for each in told["open"]] == told["closed"]
+            wanted = "open" if status == "closed" else "closed"
+            began = time.monotonic()
+            asked = asyncio.create_task(put_month(session, url, "2019-02", wanted))
+            if turn < 2:
+                assert await asked == 200
+                took = max(took, time.monotonic() - began)
+            else:
+                await asyncio.sleep(rng.random() * took)
+            program.process.kill()
+            await program.process.wait()
+            with contextlib.suppress(aiohttp.ClientError, OSError):
+                await asked
+            answered = asked.exception() is None
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            counts = {table: other.execute(f"SELECT count(*) FROM {table} WHERE month = '2019-02'").fetchone()[0] for table in tables}  # noqa: S608
+        assert counts in ({table: 0 for table in tables}, counts | {"closed_months": 1, "closed_labels": 9, "closed_subscriptions": 3})
+        expected = "closed" if counts["closed_months"] else "open"
+        done = expected == wanted
+        assert done or not answered
+        seen[wanted, done] += 1
+    assert min(seen.values()) > 2
+    assert len(seen) == 4
+
+
+@needs_strace
+@pytest.mark.parametrize("retry", [False, True])
+async def test_a_close_that_could_not_be_synced_is_not_there_after_a_kill(tmp_path: Path, retry: bool) -> None:
+    path = str(tmp_path / "usage.db")
+    async with started("--db", path, "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        assert await post_one(session, url) == 201  # in 1970
+        async with failing_syncs(program, when="1"):
+            assert await put_month(session, url, "1970-01", "closed") == 503
+            assert json.loads((await read_money(session, url, "months"))[0])["data"][0]["status"] == "open"
+            if retry:
+                assert await put_month(session, url, "1970-01", "closed") == 200
+            program.process.kill()
+            await program.process.wait()
+    async with started("--db", path, "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        assert json.loads((await read_money(session, url, "months"))[0])["data"][0]["status"] == ("closed" if retry else "open")
+        assert await put_month(session, url, "1970-01", "closed") == 200
+
+
+async def test_a_close_that_a_full_disk_does_not_take_is_503_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    body = [STREAM | {"stream_started_on": 1, "user_id": f"user{number}", "label": f"label {number}"} for number in range(1_000)]
+    async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        assert (await session.post(f"{url}/api/v1/streams", json=body)).status == 201
+        before = await read_money(session, url, "months", "report")
+        limit = resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, ((tmp_path / "usage.db-wal").stat().st_size + 20_000, limit[1]))
+        assert await put_month(session, url, "1970-01", "closed") == 503
+        assert await read_money(session, url, "months", "report") == before
+        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, limit)
+        assert await put_month(session, url, "1970-01", "closed") == 200
+        closed = await read_money(session, url, "months", "report?month=1970-01")
+        program.process.kill()
+        await program.process.wait()
+    async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        assert await read_money(session, await program.url(), "months", "report?month=1970-01") == closed
+
+
 async def test_history_that_a_full_disk_does_not_take_is_said_in_one_line(tmp_path: Path) -> None:
     async with started("--db", str(tmp_path / "usage.db"), "--history=3", "--no-simulation") as program:
         resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
