@@ -2931,6 +2931,179 @@ async def test_a_statement_over_10_000_subscribers_takes_less_than_a_second_and_
         walk(data)
 
 
+class Office(Payroll):
+    """A payroll beside the real program, which is closed, restarted, and imported into."""
+
+    def __init__(self, start: Start, directory: Path, seed: int) -> None:
+        """Begin with the built-in subscribers and no streams."""
+        super().__init__()
+        self.start, self.directory, self.rng = start, directory, random.Random(seed)
+        self.client: Client
+        self.streams: dict[int, Event] = {}  # by id
+        self.imports: list[tuple[int, range, dict[str, tuple[Subscription, int]]]] = []  # number, ids, what was replaced
+        self.stored: dict[str, tuple[Subscription, int]] = {}  # with the import that it is of, or 0
+        self.were: dict[str, list[bytes]] = {}
+        self.done = Counter[str]()
+        self.written = 0
+
+    async def restart(self, imported: server.Import | None = None) -> None:
+        """Start again, with an import or none."""
+        await self.client.close()
+        self.client = await self.start(db=self.directory / "usage.db", imported=imported)
+
+    def remember(self, streams: list[dict[str, Any]]) -> None:
+        """Take in streams as the program shows them."""
+        self.streams |= {each["id"]: Event(*(each[name] for name in server.FIELDS)) for each in streams}
+
+    def count(self) -> None:
+        """Bring the payroll up to date."""
+        self.events = [*self.streams.values()]
+        built_in = {} if self.imports else server.SUBSCRIPTIONS
+        self.subscriptions = {**built_in} | {user: found for user, (found, _) in self.stored.items()}
+
+    def make(self) -> dict[str, Any]:
+        """Make a stream."""
+        names = {"user_id": f"user{self.rng.randrange(1, 5)}", "track_id": f"t{self.rng.randrange(3)}", "label": self.rng.choice("abc")}
+        return names | {"stream_started_on": self.rng.choice([*CLOSABLE.values()]), "seconds_streamed": self.rng.choice((0, 1, 2, 60, self.rng.randrange(5_000)))}
+
+    async def step(self) -> None:
+        """Do anything."""
+        rng, ids = self.rng, [*self.streams]
+        change = rng.choice(("create", "create", "change", "move", "remove", "fee", "import", "undo", "close", "close", "close", "open", "restart"))
+        if change == "create":
+            answer = await self.client.post("/api/v1/streams", json=[self.make() for _ in range(rng.randrange(1, 4))])
+            self.remember((await answer.json())["data"])
+        elif change in ("change", "move", "remove") and ids:
+            body = {"change": {name: cell for name, cell in self.make().items() if rng.randrange(2)}, "move": {"stream_started_on": rng.choice([*CLOSABLE.values()])}}
+            method = "DELETE" if change == "remove" else "PATCH"
+            answer = await self.client.request(method, f"/api/v1/streams/{rng.choice(ids)}", json=body.get(change))
+            self.remember([(data := (await answer.json())["data"])])
+            if change == "remove":
+                del self.streams[data["id"]]
+        elif change == "fee":
+            user, found = f"user{rng.randrange(1, 6)}", Subscription("p", rng.choice((0, 1, 99, 799, 10**6)), rng.choice(("web", "app_store")))
+            subscription = {"product_type": "p", "fee": server.euros(found.fee), "origin": found.origin}
+            assert (await self.client.put(f"/api/v1/users/{user}", json=subscription)).status == 200
+            self.stored[user] = found, 0
+        elif change == "import":
+            await self.bring_in()
+        elif change == "undo" and self.imports:
+            await self.take_back()
+        elif change in ("close", "open"):
+            await self.set_status(rng.choice([*CLOSABLE]), change)
+            return
+        elif change == "restart":
+            await self.restart()
+        self.done[change] += 1
+
+    async def bring_in(self) -> None:
+        """Import three files at a restart."""
+        self.written += 1
+        streams, users = [self.make() for _ in range(self.rng.randrange(1, 5))], self.rng.sample([f"user{number}" for number in range(1, 6)], 2)
+        rows = [f"05/{month_of(event(made['stream_started_on']))[5:]}/2019;{made['user_id']};{self.written};{made['label']};{made['seconds_streamed']}\n" for made in streams]
+        found = {user: Subscription("i", self.rng.choice((0, 500, 1_499)), self.rng.choice(("web", "app_store"))) for user in users}
+        of_users = "".join(f"{user};i;{server.euros(each.fee)};{each.origin}\n" for user, each in found.items())
+        tracks = [{"track_id": label, "label": label} for label in "abc"]
+        directory = write_import(self.directory / "import", "user_id;product_type;fee;origin\n" + of_users, "date;user_id;region;track_id;seconds\n" + "".join(rows), tracks)
+        await self.restart(read_import(directory))
+        page = (await (await self.client.get("/api/v1/streams?limit=1000")).json())["data"]
+        new = [each for each in page if each["id"] not in self.streams]
+        assert len(new) == len(rows)
+        self.remember(new)
+        self.imports.append((self.written, range(new[0]["id"], new[-1]["id"] + 1), {user: self.stored[user] for user in users if user in self.stored}))
+        self.stored |= {user: (each, self.written) for user, each in found.items()}
+
+    async def take_back(self) -> None:
+        """Undo the latest import, or have that refused."""
+        number, ids, replaced = self.imports[-1]
+        touched = {month_of(self.streams[each]) for each in ids if each in self.streams} & set(self.frozen)
+        await self.client.close()
+        journal = server.Journal(self.directory / "usage.db", "r+b")
+        with pytest.raises(server.StorageError, match="is closed: open it first") if touched else contextlib.nullcontext():
+            journal.undo_import()
+        journal.connection.close()
+        journal.lock.close()
+        self.done["undo refused"] += bool(touched)
+        if not touched:
+            self.imports.pop()
+            self.streams = {each: made for each, made in self.streams.items() if each not in ids}
+            self.stored = replaced | {user: of for user, of in self.stored.items() if of[1] != number}
+        self.client = await self.start(db=self.directory / "usage.db")
+
+    async def set_status(self, month: str, change: str) -> None:
+        """Close or open a month, or have that refused."""
+        self.count()
+        is_so = (month in self.frozen) == (change == "close")
+        earlier = [month_of(each) for each in self.events if month_of(each) < month and month_of(each) not in self.frozen]
+        refused = not is_so and bool(earlier if change == "close" else max(self.frozen) > month)
+        answer = await self.client.put(f"/api/v1/months/{month}", json=CLOSE if change == "close" else OPEN)
+        assert answer.status == (409 if refused else 200)
+        self.done["so" if is_so else "refused" if refused else change] += 1
+        if is_so or refused:
+            return
+        if change == "open":
+            self.open(month)
+            del self.were[month]
+            return
+        self.close(month)
+        self.were[month] = await self.figures(month)
+        for line in json.loads(self.were[month][0])["data"]["labels"]:
+            paid = [self.amounts[month].get(line["label"], [0, 0]), self.adjustments[month].get(line["label"], [0, 0])]
+            assert [line[name] for name in server.LABEL_COLUMNS[4:]] == [server.euros(cents) for cents in itertools.chain(*paid)]
+
+    async def figures(self, month: str) -> list[bytes]:
+        """Return all that is told of a closed month."""
+        (report,) = await money(self.client, f"report?month={month}")
+        labels = [line["label"] for line in json.loads(report)["data"]["labels"]]
+        return [report, *await money(self.client, f"report?month={month}&format=csv", *(f"report/{label}?month={month}" for label in labels))]
+
+    async def check(self) -> None:
+        """Compare the closed months with what they were, and what is late and due with the payroll."""
+        self.count()
+        for month, were in self.were.items():
+            assert await money(self.client, f"report?month={month}") == were[:1]
+            if self.rng.randrange(3) == 0:
+                assert await self.figures(month) == were
+        rows = {row["month"]: row for row in json.loads((await money(self.client, "months"))[0])["data"]}
+        for month, frozen in self.frozen.items():
+            now, then = self.month(month, frozen), self.amounts[month]
+            assert rows[month]["late"] == sum(now.get(label, [0, 0]) != then.get(label, [0, 0]) for label in {*now, *then})
+        (report,) = await money(self.client, f"report?month={self.target()}")
+        due = {line["label"]: [line[name] for name in server.ADJUSTMENTS] for line in json.loads(report)["data"]["labels"]}
+        assert {label: cents for label, cents in due.items() if cents != ["0.00"] * 2} == {label: [server.euros(each) for each in cents] for label, cents in self.due().items()}
+
+    async def end(self) -> None:
+        """Close everything, and compare what each label has got with what it would have got at once."""
+        self.count()
+        while (month := min({month_of(each) for each in self.events} - set(self.frozen), default="")) or self.due():
+            await self.set_status(month or self.target(), "close")
+        paid, known = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
+        for month, frozen in self.frozen.items():
+            for line in json.loads((await money(self.client, f"report?month={month}"))[0])["data"]["labels"]:
+                for at, name in enumerate(server.LABEL_COLUMNS[4:]):
+                    paid[line["label"], at % 2] += round(100 * Fraction(line[name]))
+            for label, amounts in self.month(month, frozen).items():
+                for at, cents in enumerate(amounts):
+                    known[label, at] += cents
+        assert {key: cents for key, cents in paid.items() if cents} == {key: cents for key, cents in known.items() if cents}
+        await self.check()
+        await self.client.close()
+
+
+async def test_closed_months_stay_to_the_byte_over_300_histories_of_requests_restarts_and_imports(start: Start, tmp_path: Path) -> None:
+    done = Counter[str]()
+    for seed in range(300):
+        (tmp_path / str(seed)).mkdir()
+        office = Office(start, tmp_path / str(seed), seed)
+        office.client = await start(db=tmp_path / str(seed) / "usage.db")
+        for _ in range(office.rng.choice((6, 12, 20))):
+            await office.step()
+            await office.check()
+        await office.end()
+        done += office.done
+    assert min(done[change] for change in ("create", "change", "move", "remove", "fee", "import", "undo", "undo refused", "close", "open", "restart", "refused", "so")) > 20
+
+
 # ── Command line: the program as a process ──────────────────────────────────────────────────────
 
 
@@ -4568,7 +4741,7 @@ async def test_a_close_or_an_open_that_is_killed_is_done_with_all_that_it_froze_
             answered = asked.exception() is None
         with contextlib.closing(sqlite3.connect(path)) as other:
             counts = {table: other.execute(f"SELECT count(*) FROM {table} WHERE month = '2019-02'").fetchone()[0] for table in tables}  # noqa: S608
-        assert counts in ({table: 0 for table in tables}, counts | {"closed_months": 1, "closed_labels": 9, "closed_subscriptions": 3})
+        assert counts in (dict.fromkeys(tables, 0), counts | {"closed_months": 1, "closed_labels": 9, "closed_subscriptions": 3})
         expected = "closed" if counts["closed_months"] else "open"
         done = expected == wanted
         assert done or not answered
