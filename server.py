@@ -285,7 +285,7 @@ def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no cell that a spreadsheet runs."""
     text = io.StringIO()
     csv.writer(text).writerow(
-        f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell for cell in cells
+        f"'{cell}" if type(cell) is str and cell.startswith(FORMULA) else cell for cell in cells
     )
     return text.getvalue()[: -len(CSV_END)]
 
@@ -760,10 +760,14 @@ def parse_subscription(value: object) -> Subscription:
     return Subscription(check_text("product_type", fields["product_type"]), int(cents), fields["origin"])
 
 
-def euros(units: int, places: int = 2) -> str:
+class Money(str):
+    """An amount as text, and yet a number: in CSV its minus stays the first character."""
+
+
+def euros(units: int, places: int = 2) -> Money:
     """Write cents as a decimal; with more `places`, fractions of them."""
     whole, rest = divmod(abs(units), 10**places)
-    return f"{'-' * (units < 0)}{whole}.{rest:0{places}}"
+    return Money(f"{'-' * (units < 0)}{whole}.{rest:0{places}}")
 
 
 @dataclass(frozen=True)
@@ -1451,10 +1455,10 @@ def freeze_account(name: str, account: Account) -> Statements:
     totals = ((name, user, label, *of) for user, own in account.totals.items() for label, of in own.items())
     return [
         (CLOSE_MONTH, [(name, account.closed_on, account.fees, account.revenue)]),
-        (CLOSE_LABEL, [(name, label, *of) for label, of in account.labels.items()]),
-        (CLOSE_TOTAL, [*totals]),
-        (CLOSE_SUBSCRIPTION, [(name, user, *astuple(of)) for user, of in account.subscriptions.items()]),
-        (CLOSE_ADJUSTMENT, [(name, of, label, *cents) for of, label, cents in due]),
+        (CLOSE_LABEL, ((name, label, *of) for label, of in account.labels.items())),
+        (CLOSE_TOTAL, totals),
+        (CLOSE_SUBSCRIPTION, ((name, user, *astuple(of)) for user, of in account.subscriptions.items())),
+        (CLOSE_ADJUSTMENT, ((name, of, label, *cents) for of, label, cents in due)),
     ]
 
 
@@ -1610,7 +1614,9 @@ class Journal:
         if not found:
             raise StorageError("it holds none")
         number, first_id, size, streams, subscriptions = found
-        if closed := self.connection.execute(CLOSED_BY_IMPORT, [first_id, first_id + size]).fetchone():
+        with self._refusing():
+            closed = self.connection.execute(CLOSED_BY_IMPORT, [first_id, first_id + size]).fetchone()
+        if closed:
             raise StorageError(f"{closed[0]} is closed: open it first")
         names = {"number": number, "first_id": first_id, "size": size, "last": self._last_number()}
         self.commit([(statement, [names]) for statement in UNDO_IMPORT])
@@ -2670,6 +2676,7 @@ def write_statement(kind: str, steps: Steps[dict[str, Any]]) -> Pieces:
 async def get_months(request: web.Request) -> Answer:
     """List the months, the latest first."""
     state = request.app[STATE]
+    parse_query(request.rel_url.raw_query_string)
     return await send(request, "json", "months", lambda: write_months(state.books.snapshot()), most=math.inf)
 
 
@@ -2691,8 +2698,6 @@ async def put_month(request: web.Request) -> Answer:
     status = check_keys("the month", value, {"status"})["status"]
     if status not in ("open", "closed"):
         raise InvalidError("status must be open or closed")
-    if not state.journal:
-        raise ConflictError("without --db no month can be closed: nothing could be kept")
     account: Account | None = None
 
     async def freeze() -> Statements:
@@ -2703,13 +2708,16 @@ async def put_month(request: web.Request) -> Answer:
             raise ConflictError(reason)
         if status == "open":
             return [(statement, [(name,)]) for statement in OPEN_MONTH]
-        account = await result_of(state, find_account(state.books, name, int(now)))
+        account = await result_of(state, find_account(state.books.snapshot(), name, int(now)))
         return freeze_account(name, account)
 
-    if (name in state.books.closed()) != (status == "closed"):
-        state.usage.number()
-        await state.write(freeze, lambda: state.books.months[name].close(account))
-    row = await result_of(state, describe_now(state.books.snapshot(), name))
+    async with state.lock("months"):
+        if (name in state.books.closed()) != (status == "closed"):
+            if not state.journal:
+                raise ConflictError("without --db no month can be closed: nothing could be kept")
+            state.usage.number()
+            await state.write(freeze, lambda: state.books.months[name].close(account))
+        row = await result_of(state, describe_now(state.books.snapshot(), name))
     return succeed(f"Month {status.capitalize()}", encode(row))
 
 

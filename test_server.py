@@ -1645,6 +1645,7 @@ def test_a_csv_cell_that_a_spreadsheet_would_run_is_defused(cell: str) -> None:
 
 def test_a_csv_number_below_zero_stays_a_number() -> None:
     assert server.encode_cells(-1, "b") == "-1,b"
+    assert server.encode_cells(server.euros(-12), "-0.12") == "-0.12,'-0.12"
 
 
 async def test_usage_answers_with_the_events_in_order(start: Start) -> None:
@@ -2682,6 +2683,509 @@ async def test_the_report_is_that_of_usage_after_any_mix_of_requests(start: Star
         _, *columns = naive_month(of_month, subscribers)
         for name, naive in zip(("amount", "amount_user_centric"), columns, strict=True):
             assert {row["label"]: round(100 * float(row[name])) for row in data["labels"]} == naive
+
+
+CLOSE, OPEN = {"status": "closed"}, {"status": "open"}
+JANUARY, FEBRUARY, MARCH = 1_546_421_951, 1_549_100_000, 1_551_500_000
+EXAMPLE = [
+    STREAM | {"label": "a", "stream_started_on": JANUARY, "seconds_streamed": 600},
+    STREAM | {"user_id": "user2", "label": "b", "stream_started_on": JANUARY, "seconds_streamed": 400},
+]
+MONEY = ("report?month=2019-01", "report?month=2019-01&format=csv", "report/a?month=2019-01", "report/a?month=2019-01&format=csv")
+
+
+async def with_example(start: Start, tmp_path: Path, now: int = NOW) -> Client:
+    """Start with the README's example in a file."""
+    client = await start(db=tmp_path / "usage.db", clock=lambda: now)
+    assert (await client.post("/api/v1/streams", json=EXAMPLE)).status == 201
+    return client
+
+
+async def set_month(client: Client, month: str, body: dict[str, str]) -> dict[str, Any]:
+    """Close a month or open it again, and return its row."""
+    answer = await client.put(f"/api/v1/months/{month}", json=body)
+    assert answer.status == 200, await answer.text()
+    return cast("dict[str, Any]", (await answer.json())["data"])
+
+
+async def money(client: Client, *paths: str) -> list[bytes]:
+    """Return the bodies of answers of the API."""
+    answers = [await client.get(f"/api/v1/{path}") for path in paths]
+    assert {answer.status for answer in answers} == {200}
+    return [await answer.read() for answer in answers]
+
+
+async def sequence(client: Client) -> tuple[str, str]:
+    """Return the number of the latest change, and the ETag that names it."""
+    metrics = await (await client.get("/metrics")).text()
+    return re.findall(r"^usage_sequence (\d+)$", metrics, re.MULTILINE)[0], (await client.get("/usage")).headers["ETag"]
+
+
+async def test_a_month_is_closed_opened_and_listed_as_the_contract_shows_it(start: Start, tmp_path: Path) -> None:
+    client = await with_example(start, tmp_path, 1_549_008_000)
+    was = (
+        '{"month":"2019-01","status":"open","closed_on":null,"subscribers":3,"streams":2,"seconds_streamed":1000,'
+        '"fees":"30.97","revenue":"26.28","distributed":"26.28","adjusted":"0.00","late":0}'
+    )
+    assert await money(client, "months") == [f'{{"message":"Found Months","data":[{was}]}}'.encode()]
+    report = (await (await client.get("/api/v1/report?month=2019-01")).json())["data"]
+    closed = was.replace('"open"', '"closed"').replace("null", "1549008000")
+    answer = await client.put("/api/v1/months/2019-01", json=CLOSE)
+    assert (answer.status, await answer.text()) == (200, f'{{"message":"Month Closed","data":{closed}}}')
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert await money(client, "months") == [f'{{"message":"Found Months","data":[{closed}]}}'.encode()]
+    assert (await (await client.get("/api/v1/report?month=2019-01")).json())["data"] == report | {"status": "closed"}
+    answer = await client.put("/api/v1/months/2019-01", json=OPEN)
+    assert (answer.status, await answer.text()) == (200, f'{{"message":"Month Open","data":{was}}}')
+    assert (await (await client.get("/api/v1/report?month=2019-01")).json())["data"] == report
+    await set_month(client, "2018-05", CLOSE)  # without a stream it distributes nothing
+    await client.post("/api/v1/streams", json=STREAM | {"stream_started_on": 1_548_979_200})
+    rows = json.loads((await money(client, "months"))[0])["data"]
+    assert [(row["month"], row["status"], row["distributed"]) for row in rows] == [
+        ("2019-02", "open", "26.28"), ("2019-01", "open", "26.28"), ("2018-05", "closed", "0.00"),
+    ]  # fmt: skip
+
+
+async def test_the_readmes_month_goes_over_http_as_it_says(start: Start, tmp_path: Path) -> None:
+    now = 1_549_008_000
+    client = await start(db=tmp_path / "usage.db", clock=lambda: now)
+    await client.post("/api/v1/streams", json=EXAMPLE)
+    await set_month(client, "2019-01", CLOSE)
+    now += 4 * 86_400
+    before = await money(client, *MONEY)
+    late = STREAM | {"user_id": "user3", "label": "b", "stream_started_on": 1_548_930_000, "seconds_streamed": 250}
+    assert (await client.post("/api/v1/streams", json=late)).status == 201
+    assert await money(client, *MONEY) == before
+    assert late in await (await client.get("/usage?from=1546300800&to=1548979200")).json()  # it is usage like any other
+    february, january = json.loads((await money(client, "months"))[0])["data"]
+    assert (january["status"], january["late"], january["streams"]) == ("closed", 2, 2)
+    assert (february["month"], february["streams"], february["distributed"], february["adjusted"]) == ("2019-02", 0, "0.00", "0.00")
+    own = [STREAM | {"user_id": user, "label": label, "stream_started_on": 1_549_200_000, "seconds_streamed": 500} for user, label in (("user1", "a"), ("user3", "b"))]
+    assert (await client.post("/api/v1/streams", json=own)).status == 201
+    now = 1_551_400_000
+    for status in ("open", "closed"):
+        data = json.loads((await money(client, "report?month=2019-02"))[0])["data"]
+        assert (data["status"], data["adjusted"], data["distributed"]) == (status, "0.00", "26.28")
+        cells = [[line[name] for name in server.LABEL_COLUMNS[4:]] for line in data["labels"]]
+        assert cells == [["13.14", "12.34", "-3.16", "-4.32"], ["13.14", "13.94", "3.16", "4.32"]]
+        assert (await money(client, "report?month=2019-02&format=csv"))[0].decode().splitlines() == [
+            "month,currency,label,streams,seconds_streamed,share,amount,amount_user_centric,adjustment,adjustment_user_centric",
+            "2019-02,EUR,a,1,500,0.5,13.14,12.34,-3.16,-4.32", "2019-02,EUR,b,1,500,0.5,13.14,13.94,3.16,4.32",
+        ]  # fmt: skip
+        statement = json.loads((await money(client, "report/a?month=2019-02"))[0])["data"]
+        assert statement["adjustments"] == [{"month": "2019-01", "amount": "-3.16", "amount_user_centric": "-4.32"}]
+        if status == "open":
+            await set_month(client, "2019-02", CLOSE)
+    every = json.loads((await money(client, "report"))[0])["data"]
+    assert (every["months"], every["distributed"], every["adjusted"], "status" in every) == (["2019-01", "2019-02"], "52.56", "0.00", False)
+
+
+async def test_what_stands_in_the_way_of_a_close_or_an_open_is_409_and_changes_nothing(start: Start, tmp_path: Path) -> None:
+    now = 1_548_979_199  # the last second of January
+    client = await start(db=tmp_path / "usage.db", clock=lambda: now)
+    await client.post("/api/v1/streams", json=EXAMPLE)
+
+    async def refused(month: str, body: dict[str, str], said: str) -> None:
+        before = await sequence(client), await snapshot(client), await money(client, "months")
+        answer = await client.put(f"/api/v1/months/{month}", json=body)
+        assert (answer.status, await answer.json()) == (409, {"error": said})
+        assert (await sequence(client), await snapshot(client), await money(client, "months")) == before
+        assert (await client.get("/health")).status == 200
+
+    await refused("2019-01", CLOSE, "2019-01 is not over")
+    await refused("9999-12", CLOSE, "9999-12 is not over")
+    now = NOW
+    await refused("2019-02", CLOSE, "2019-01 has streams and is open: close it first")
+    await set_month(client, "2018-05", CLOSE)
+    await set_month(client, "2019-01", CLOSE)
+    await refused("2018-05", OPEN, "2019-01 is closed: open it first")
+    await set_month(client, "2019-02", CLOSE)
+    await refused("2019-01", OPEN, "2019-02 is closed: open it first")
+    for month in ("2019-02", "2019-01", "2018-05"):
+        assert (await set_month(client, month, OPEN))["closed_on"] is None
+
+
+async def test_without_a_file_no_month_is_closed(start: Start) -> None:
+    client = await start(event(JANUARY + number, 10, label=label) for number, label in enumerate("ab"))
+    answer = await client.put("/api/v1/months/2019-01", json=CLOSE)
+    assert (answer.status, await answer.json()) == (409, {"error": "without --db no month can be closed: nothing could be kept"})
+    assert (await set_month(client, "2019-01", OPEN))["status"] == "open"  # that is so already
+    assert [row["status"] for row in json.loads((await money(client, "months"))[0])["data"]] == ["open"]
+    assert json.loads((await money(client, "report/a?month=2019-01"))[0])["data"]["line"]["amount"] == "13.14"
+
+
+@pytest.mark.parametrize("month", ["2019-13", "2019-00", "2019-1", "2019", "2019-01-01", "x", "%20", "%D9%A2%D9%A0%D9%A1%D9%A9-01", "2019-01%0A", "%FF"])
+async def test_a_month_that_is_none_is_400(start: Start, tmp_path: Path, month: str) -> None:
+    client = await with_example(start, tmp_path)
+    for path in (f"months/{month}", f"report?month={month}", f"report/a?month={month}"):
+        answer = await client.request("PUT" if "months" in path else "GET", URL(f"/api/v1/{path}", encoded=True), json=CLOSE)
+        assert (answer.status, list(error := await answer.json())) == (400, ["error"])
+        assert "month must be a month as in 2019-03" in error["error"] or "%FF" in path
+
+
+BAD_STATUSES: list[Any] = [None, 1, "closed", [], {}, [CLOSE], {"status": "CLOSED"}, {"status": "close"}, {"status": ""}, {"status": None}, {"status": True}, {"status": []}, CLOSE | {"more": 1}]
+
+
+async def test_what_is_no_status_of_a_month_is_400_and_changes_nothing(start: Start, tmp_path: Path) -> None:
+    client = await with_example(start, tmp_path)
+    before = await sequence(client)
+    bodies = [json.dumps(value).encode() for value in BAD_STATUSES]
+    for body in (*bodies, b"", b"{", b"\xff", b"[" * 100_000, b'{"status":NaN}'):
+        answer = await client.put("/api/v1/months/2019-01", data=body, headers={"Content-Type": "application/json"})
+        assert (answer.status, list(await answer.json())) == (400, ["error"])
+    assert await sequence(client) == before
+    assert [row["status"] for row in json.loads((await money(client, "months"))[0])["data"]] == ["open"]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "named"),
+    [
+        ("report/a", 400, "month is missing"), ("report/a?month=", 400, "month"), ("report/a?month=2019-01&format=ndjson", 400, "format"),
+        ("report/a?month=2019-01&format=xml", 400, "format"), ("report/a?month=2019-01&label=a", 400, "label"), ("report/a?month=2019-01&month=2019-01", 400, "month"),
+        ("report?month=2019-01&format=ndjson", 400, "format"), ("months?limit=3", 400, "limit"), ("months?month=2019-01", 400, "month"),
+        (f"report/{'x' * 129}?month=2019-01", 400, "Label Invalid"), ("report/%00?month=2019-01", 400, "Label Invalid"), ("report/%FF?month=2019-01", 400, "Label Invalid"),
+        ("report/c?month=2019-01", 404, "'c' in 2019-01"), ("report/a?month=2019-02", 404, "'a' in 2019-02"), ("report/c?month=2019-01&format=csv", 404, "'c' in 2019-01"),
+    ],
+)  # fmt: skip
+async def test_a_question_about_money_that_has_no_answer_is_4xx_and_named(start: Start, tmp_path: Path, path: str, status: int, named: str) -> None:
+    client = await with_example(start, tmp_path)
+    answer = await client.get(URL(f"/api/v1/{path}", encoded=True))
+    assert (answer.status, list(error := await answer.json())) == (status, ["error"])
+    assert named in error["error"]
+
+
+async def test_asking_for_what_is_so_already_changes_nothing(start: Start, tmp_path: Path) -> None:
+    client = await with_example(start, tmp_path)
+    for body in (OPEN, CLOSE):
+        row = await set_month(client, "2019-01", body)
+        before = await sequence(client), (tmp_path / "usage.db-wal").read_bytes(), client.app[server.STATE].usage.last_number
+        assert await set_month(client, "2019-01", body) == row
+        assert (await sequence(client), (tmp_path / "usage.db-wal").read_bytes(), client.app[server.STATE].usage.last_number) == before
+
+
+async def test_many_who_close_or_open_a_month_at_the_same_time_do_it_once(start: Start, tmp_path: Path) -> None:
+    client = await with_example(start, tmp_path)
+    for number, body in enumerate((CLOSE, OPEN, CLOSE), 3):
+        answers = await asyncio.gather(*(client.put("/api/v1/months/2019-01", json=body) for _ in range(20)))
+        assert [(answer.status, await answer.read()) for answer in answers] == [(200, await answers[0].read())] * 20
+        assert await sequence(client) == (str(number), f'W/"{client.app[server.STATE].usage.name}-{number}"')
+    bodies = [(CLOSE, OPEN)[number % 2] for number in range(40)]
+    answers = await asyncio.gather(*(client.put("/api/v1/months/2019-01", json=body) for body in bodies))
+    assert [(answer.status, (await answer.json())["data"]["status"]) for answer in answers] == [(200, body["status"]) for body in bodies]
+
+
+async def test_a_closed_month_stays_as_it_is_whatever_is_changed_and_restarted(start: Start, tmp_path: Path) -> None:
+    client, rng = await with_example(start, tmp_path), random.Random(40)
+    labels = [*HOSTILE, "a", "b"]
+    made = [
+        STREAM | {"user_id": rng.choice(["user1", "user2", "user3", *HOSTILE]), "label": rng.choice(labels), "stream_started_on": rng.choice((JANUARY, FEBRUARY)), "seconds_streamed": rng.randrange(999)}
+        for _ in range(200)
+    ]
+    await client.post("/api/v1/streams", json=made)
+    for user in HOSTILE:
+        assert (await client.put(URL(f"/api/v1/users/{quote(user, '')}", encoded=True), json={"product_type": user, "fee": "3.33", "origin": "web"})).status == 200
+    await set_month(client, "2019-01", CLOSE)
+    await client.delete("/api/v1/streams/1")
+    await set_month(client, "2019-02", CLOSE)
+    paths = [f"report?month={month}&format={kind}" for month in ("2019-01", "2019-02") for kind in ("json", "csv")]
+    paths += [f"report/{quote(label, '')}?month={month}&format={kind}" for label in labels for month in ("2019-01", "2019-02") for kind in ("json", "csv")]
+
+    async def told() -> list[tuple[bytes, str]]:
+        answers = [await client.get(URL(f"/api/v1/{path}", encoded=True)) for path in paths]
+        return [(await answer.read(), answer.headers.get("Content-Disposition", "")) for answer in answers]
+
+    before = await told()
+    for number in range(60):
+        change = rng.randrange(4)
+        if change == 0:
+            assert (await client.post("/api/v1/streams", json=rng.choice(made) | {"user_id": f"new{number}"})).status == 201
+        elif change == 1:
+            await client.patch(f"/api/v1/streams/{rng.randrange(2, 200)}", json={"stream_started_on": rng.choice((JANUARY, FEBRUARY, MARCH)), "label": rng.choice(labels)})
+        elif change == 2:
+            await client.delete(f"/api/v1/streams/{rng.randrange(2, 200)}")
+        else:
+            user = rng.choice(["user1", "user2", f"new{number}"])
+            assert (await client.put(f"/api/v1/users/{user}", json={"product_type": "new", "fee": f"{number}", "origin": "app_store"})).status == 200
+        if number % 10 == 0:
+            assert await told() == before
+        if number % 20 == 5:
+            more = "report", "report?month=2019-03", "report?month=2019-03&format=csv", "months", "users"
+            moment, etags = await money(client, *more), [(await client.get(f"/api/v1/{path}")).headers["ETag"] for path in more]
+            await client.close()
+            client = await start(db=tmp_path / "usage.db")
+            assert await money(client, *more) == moment
+            assert [(await client.get(f"/api/v1/{path}")).headers["ETag"] for path in more] == etags
+    assert await told() == before
+
+
+@pytest.mark.parametrize("path", [*MONEY, "months", "report", "report?format=csv"])
+async def test_money_is_304_until_something_changes_and_has_a_head(start: Start, tmp_path: Path, path: str) -> None:
+    client = await with_example(start, tmp_path)
+    answer = await client.get(f"/api/v1/{path}")
+    etag = answer.headers["ETag"]
+    head = await client.head(f"/api/v1/{path}")
+    told = {name: value for name, value in answer.headers.items() if name != "Date"}
+    assert (head.status, await head.read(), {name: value for name, value in head.headers.items() if name != "Date"}) == (200, b"", told)
+    again = await client.get(f"/api/v1/{path}", headers={"If-None-Match": etag})
+    assert (again.status, await again.read(), again.headers["ETag"]) == (304, b"", etag)
+    for body in (CLOSE, OPEN):
+        await set_month(client, "2019-01", body)
+        answer = await client.get(f"/api/v1/{path}", headers={"If-None-Match": etag})
+        assert (answer.status, answer.headers["ETag"] != etag) == (200, True)
+        etag = answer.headers["ETag"]
+
+
+async def test_a_statement_leads_to_the_amount_in_two_formats(start: Start, tmp_path: Path) -> None:
+    client = await with_example(start, tmp_path)
+    label = "Größe/Ltd & Co"
+    user = "=cmd|' /C calc'!A0"
+    await client.post("/api/v1/streams", json=[STREAM | {"user_id": each, "label": label, "stream_started_on": JANUARY} for each in ("user3", "nobody", user)])
+    await client.put(URL(f"/api/v1/users/{quote(user, '')}", encoded=True), json={"product_type": "+1", "fee": "1", "origin": "web"})
+    found = json.loads((await money(client, "report/a?month=2019-01"))[0])
+    assert found["message"] == "Found Label Statement"
+    for status in (None, CLOSE):
+        if status:
+            await set_month(client, "2019-01", status)
+        answer = await client.get(URL(f"/api/v1/report/{quote(label, '')}?month=2019-01", encoded=True))
+        assert "Content-Disposition" not in answer.headers
+        data = (await answer.json())["data"]
+        assert (data["line"]["label"], data["status"]) == (label, "closed" if status else "open")
+        walk(data)
+        answer = await client.get(URL(f"/api/v1/report/{quote(label, '')}?month=2019-01&format=csv", encoded=True))
+        assert (answer.headers["Content-Type"], answer.headers["Content-Disposition"]) == (
+            "text/csv; charset=utf-8; header=present", 'attachment; filename="statement-2019-01-groe-ltd-co.csv"',
+        )  # fmt: skip
+        header, *rows = csv.reader(io.StringIO(await answer.text(), newline=""))
+        assert header == ["user_id", "product_type", "fee", "origin", "net", "seconds_streamed", "of_seconds", "part"]
+        cells = [["" if cell is None else str(cell) for cell in row.values()] for row in data["user_centric"]["subscribers"]]
+        assert rows == [[f"'{cell}" if cell[:1] in ("=", "+") else cell for cell in row] for row in cells]
+    for path, name in (("report?format=csv", "report"), ("report?format=csv&month=2019-01", "report-2019-01"), ("report/a?month=2019-01&format=csv", "statement-2019-01-a")):
+        assert (await client.get(f"/api/v1/{path}")).headers["Content-Disposition"] == f'attachment; filename="{name}.csv"'
+
+
+async def test_a_month_is_closed_only_by_a_write_that_may_be_one(start: Start, tmp_path: Path) -> None:
+    client = await start(db=tmp_path / "usage.db", token="s3cret")  # noqa: S106
+    for headers, status in (
+        ({}, 401), ({"Authorization": "Bearer wrong"}, 401), ({"Origin": "http://evil.example"}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Host": "evil.example"}, 421), ({"Authorization": "Bearer s3cret", "Content-Type": "text/plain"}, 415), ({"Authorization": "Bearer s3cret"}, 200),
+    ):  # fmt: skip
+        answer = await client.put("/api/v1/months/2019-01", data=json.dumps(CLOSE).encode(), headers={"Content-Type": "application/json"} | headers)
+        assert (answer.status, list(await answer.json())) == (status, ["message", "data"] if status == 200 else ["error"])
+    answer = await client.put("/api/v1/months/2019-01", data=io.BytesIO(b" " * (1024 * 1024 + 1)), headers={"Content-Type": "application/json", "Authorization": "Bearer s3cret"})
+    assert answer.status == 413
+    assert [row["status"] for row in json.loads((await money(client, "months"))[0])["data"]] == ["closed"]
+    for method, path, allowed in (("GET", "months/2019-01", "PUT"), ("DELETE", "months/2019-01", "PUT"), ("POST", "months", "GET,HEAD"), ("PUT", "report/a", "GET,HEAD")):
+        answer = await client.request(method, f"/api/v1/{path}", json=CLOSE, headers={"Authorization": "Bearer s3cret"})
+        assert (answer.status, answer.headers["Allow"]) == (405, allowed)
+
+
+async def test_a_close_or_an_open_that_cannot_be_stored_is_503_and_changes_nothing(start: Start, tmp_path: Path) -> None:
+    client = await with_example(start, tmp_path)
+    connection = client.app[server.STATE].journal.connection
+    for body, other in ((CLOSE, "open"), (OPEN, "closed")):
+        before = await sequence(client), await money(client, *MONEY, "months")
+        connection.execute("PRAGMA query_only = ON")
+        answer = await client.put("/api/v1/months/2019-01", json=body)
+        assert (answer.status, list(await answer.json())) == (503, ["error"])
+        assert (await client.get("/health")).status == 503
+        assert (await sequence(client), await money(client, *MONEY, "months")) == before
+        connection.execute("PRAGMA query_only = OFF")
+        assert json.loads(before[1][-1])["data"][0]["status"] == other
+        assert (await set_month(client, "2019-01", body)) == json.loads(before[1][-1])["data"][0] | body | {"closed_on": NOW if body == CLOSE else None}
+
+
+async def test_a_statement_over_10_000_subscribers_takes_less_than_a_second_and_lets_others_in(start: Start, tmp_path: Path) -> None:
+    client, rng = await start(db=tmp_path / "usage.db"), random.Random(41)
+    state = client.app[server.STATE]
+    state.books.subscriptions.update({f"u{number}": Subscription("p", rng.randrange(999), "web") for number in range(10_000)})
+    add(state.usage, [event(JANUARY, rng.randrange(86_400), f"u{number % 10_000}", label=rng.choice("abcde")) for number in range(50_000)])
+    for label in "abcde":
+        if label == "c":
+            await set_month(client, "2019-01", CLOSE)
+        began, waits = time.monotonic(), list[float]()
+        slow = asyncio.create_task(client.get(f"/api/v1/report/{label}?month=2019-01"))
+        while not slow.done():
+            asked = time.monotonic()
+            assert (await client.get("/usage?to=0")).status == 200
+            waits.append(time.monotonic() - asked)
+        assert time.monotonic() - began < 1
+        assert len(waits) >= 5
+        data = (await (await slow).json())["data"]
+        assert len(data["user_centric"]["subscribers"]) > 5_000
+        walk(data)
+
+
+class Office(Payroll):
+    """A payroll beside the real program, which is closed, restarted, and imported into."""
+
+    def __init__(self, start: Start, directory: Path, seed: int) -> None:
+        """Begin with the built-in subscribers and no streams."""
+        super().__init__()
+        self.start, self.directory, self.rng = start, directory, random.Random(seed)
+        self.client: Client
+        self.streams: dict[int, Event] = {}  # by id
+        self.imports: list[tuple[int, range, dict[str, tuple[Subscription, int]]]] = []  # number, ids, what was replaced
+        self.stored: dict[str, tuple[Subscription, int]] = {}  # with the import that it is of, or 0
+        self.were: dict[str, list[bytes]] = {}
+        self.done = Counter[str]()
+        self.written = 0
+
+    async def restart(self, imported: server.Import | None = None) -> None:
+        """Start again, with an import or none."""
+        await self.client.close()
+        self.client = await self.start(db=self.directory / "usage.db", imported=imported)
+
+    def remember(self, streams: list[dict[str, Any]]) -> None:
+        """Take in streams as the program shows them."""
+        self.streams |= {each["id"]: Event(*(each[name] for name in server.FIELDS)) for each in streams}
+
+    def count(self) -> None:
+        """Bring the payroll up to date."""
+        self.events = [*self.streams.values()]
+        built_in = {} if self.imports else server.SUBSCRIPTIONS
+        self.subscriptions = {**built_in} | {user: found for user, (found, _) in self.stored.items()}
+
+    def make(self) -> dict[str, Any]:
+        """Make a stream."""
+        names = {"user_id": f"user{self.rng.randrange(1, 5)}", "track_id": f"t{self.rng.randrange(3)}", "label": self.rng.choice("abc")}
+        return names | {"stream_started_on": self.rng.choice([*CLOSABLE.values()]), "seconds_streamed": self.rng.choice((0, 1, 2, 60, self.rng.randrange(5_000)))}
+
+    async def step(self) -> None:
+        """Do anything."""
+        rng, ids = self.rng, [*self.streams]
+        change = rng.choice(("create", "create", "change", "move", "remove", "fee", "import", "undo", "close", "close", "close", "open", "restart"))
+        if change == "create":
+            answer = await self.client.post("/api/v1/streams", json=[self.make() for _ in range(rng.randrange(1, 4))])
+            self.remember((await answer.json())["data"])
+        elif change in ("change", "move", "remove") and ids:
+            body = {"change": {name: cell for name, cell in self.make().items() if rng.randrange(2)}, "move": {"stream_started_on": rng.choice([*CLOSABLE.values()])}}
+            method = "DELETE" if change == "remove" else "PATCH"
+            answer = await self.client.request(method, f"/api/v1/streams/{rng.choice(ids)}", json=body.get(change))
+            self.remember([(data := (await answer.json())["data"])])
+            if change == "remove":
+                del self.streams[data["id"]]
+        elif change == "fee":
+            user, found = f"user{rng.randrange(1, 6)}", Subscription("p", rng.choice((0, 1, 99, 799, 10**6)), rng.choice(("web", "app_store")))
+            subscription = {"product_type": "p", "fee": server.euros(found.fee), "origin": found.origin}
+            assert (await self.client.put(f"/api/v1/users/{user}", json=subscription)).status == 200
+            self.stored[user] = found, 0
+        elif change == "import":
+            await self.bring_in()
+        elif change == "undo" and self.imports:
+            await self.take_back()
+        elif change in ("close", "open"):
+            await self.set_status(rng.choice([*CLOSABLE]), change)
+            return
+        elif change == "restart":
+            await self.restart()
+        self.done[change] += 1
+
+    async def bring_in(self) -> None:
+        """Import three files at a restart."""
+        self.written += 1
+        streams, users = [self.make() for _ in range(self.rng.randrange(1, 5))], self.rng.sample([f"user{number}" for number in range(1, 6)], 2)
+        rows = [f"05/{month_of(event(made['stream_started_on']))[5:]}/2019;{made['user_id']};{self.written};{made['label']};{made['seconds_streamed']}\n" for made in streams]
+        found = {user: Subscription("i", self.rng.choice((0, 500, 1_499)), self.rng.choice(("web", "app_store"))) for user in users}
+        of_users = "".join(f"{user};i;{server.euros(each.fee)};{each.origin}\n" for user, each in found.items())
+        tracks = [{"track_id": label, "label": label} for label in "abc"]
+        directory = write_import(self.directory / "import", "user_id;product_type;fee;origin\n" + of_users, "date;user_id;region;track_id;seconds\n" + "".join(rows), tracks)
+        await self.restart(read_import(directory))
+        page = (await (await self.client.get("/api/v1/streams?limit=1000")).json())["data"]
+        new = [each for each in page if each["id"] not in self.streams]
+        assert len(new) == len(rows)
+        self.remember(new)
+        self.imports.append((self.written, range(new[0]["id"], new[-1]["id"] + 1), {user: self.stored[user] for user in users if user in self.stored}))
+        self.stored |= {user: (each, self.written) for user, each in found.items()}
+
+    async def take_back(self) -> None:
+        """Undo the latest import, or have that refused."""
+        number, ids, replaced = self.imports[-1]
+        touched = {month_of(self.streams[each]) for each in ids if each in self.streams} & set(self.frozen)
+        await self.client.close()
+        journal = server.Journal(self.directory / "usage.db", "r+b")
+        with pytest.raises(server.StorageError, match="is closed: open it first") if touched else contextlib.nullcontext():
+            journal.undo_import()
+        journal.connection.close()
+        journal.lock.close()
+        self.done["undo refused"] += bool(touched)
+        if not touched:
+            self.imports.pop()
+            self.streams = {each: made for each, made in self.streams.items() if each not in ids}
+            self.stored = replaced | {user: of for user, of in self.stored.items() if of[1] != number}
+        self.client = await self.start(db=self.directory / "usage.db")
+
+    async def set_status(self, month: str, change: str) -> None:
+        """Close or open a month, or have that refused."""
+        self.count()
+        is_so = (month in self.frozen) == (change == "close")
+        earlier = [month_of(each) for each in self.events if month_of(each) < month and month_of(each) not in self.frozen]
+        refused = not is_so and bool(earlier if change == "close" else max(self.frozen) > month)
+        answer = await self.client.put(f"/api/v1/months/{month}", json=CLOSE if change == "close" else OPEN)
+        assert answer.status == (409 if refused else 200)
+        self.done["so" if is_so else "refused" if refused else change] += 1
+        if is_so or refused:
+            return
+        if change == "open":
+            self.open(month)
+            del self.were[month]
+            return
+        self.close(month)
+        self.were[month] = await self.figures(month)
+        for line in json.loads(self.were[month][0])["data"]["labels"]:
+            paid = [self.amounts[month].get(line["label"], [0, 0]), self.adjustments[month].get(line["label"], [0, 0])]
+            assert [line[name] for name in server.LABEL_COLUMNS[4:]] == [server.euros(cents) for cents in itertools.chain(*paid)]
+
+    async def figures(self, month: str) -> list[bytes]:
+        """Return all that is told of a closed month."""
+        (report,) = await money(self.client, f"report?month={month}")
+        labels = [line["label"] for line in json.loads(report)["data"]["labels"]]
+        return [report, *await money(self.client, f"report?month={month}&format=csv", *(f"report/{label}?month={month}" for label in labels))]
+
+    async def check(self) -> None:
+        """Compare the closed months with what they were, and what is late and due with the payroll."""
+        self.count()
+        for month, were in self.were.items():
+            assert await money(self.client, f"report?month={month}") == were[:1]
+            if self.rng.randrange(3) == 0:
+                assert await self.figures(month) == were
+        rows = {row["month"]: row for row in json.loads((await money(self.client, "months"))[0])["data"]}
+        for month, frozen in self.frozen.items():
+            now, then = self.month(month, frozen), self.amounts[month]
+            assert rows[month]["late"] == sum(now.get(label, [0, 0]) != then.get(label, [0, 0]) for label in {*now, *then})
+        (report,) = await money(self.client, f"report?month={self.target()}")
+        due = {line["label"]: [line[name] for name in server.ADJUSTMENTS] for line in json.loads(report)["data"]["labels"]}
+        assert {label: cents for label, cents in due.items() if cents != ["0.00"] * 2} == {label: [server.euros(each) for each in cents] for label, cents in self.due().items()}
+
+    async def end(self) -> None:
+        """Close everything, and compare what each label has got with what it would have got at once."""
+        self.count()
+        while (month := min({month_of(each) for each in self.events} - set(self.frozen), default="")) or self.due():
+            await self.set_status(month or self.target(), "close")
+        paid, known = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
+        for month, frozen in self.frozen.items():
+            for line in json.loads((await money(self.client, f"report?month={month}"))[0])["data"]["labels"]:
+                for at, name in enumerate(server.LABEL_COLUMNS[4:]):
+                    paid[line["label"], at % 2] += round(100 * Fraction(line[name]))
+            for label, amounts in self.month(month, frozen).items():
+                for at, cents in enumerate(amounts):
+                    known[label, at] += cents
+        assert {key: cents for key, cents in paid.items() if cents} == {key: cents for key, cents in known.items() if cents}
+        await self.check()
+        await self.client.close()
+
+
+async def test_closed_months_stay_to_the_byte_over_300_histories_of_requests_restarts_and_imports(start: Start, tmp_path: Path) -> None:
+    done = Counter[str]()
+    for seed in range(300):
+        (tmp_path / str(seed)).mkdir()
+        office = Office(start, tmp_path / str(seed), seed)
+        office.client = await start(db=tmp_path / str(seed) / "usage.db")
+        for _ in range(office.rng.choice((6, 12, 20))):
+            await office.step()
+            await office.check()
+        await office.end()
+        done += office.done
+    assert min(done[change] for change in ("create", "change", "move", "remove", "fee", "import", "undo", "undo refused", "close", "open", "restart", "refused", "so")) > 20
 
 
 # ── Command line: the program as a process ──────────────────────────────────────────────────────
@@ -4164,6 +4668,214 @@ async def test_an_undo_that_is_killed_took_all_back_or_nothing(tmp_path: Path) -
             subscribers = {user["user_id"] for user in (await get_json(f"{url}/api/v1/users"))["data"] if user["subscription"]}
             assert (count, subscribers) in ((40_003, {"user 1", "user 2"}), (0, {"user1", "user2", "user3"}))
             seen.add(count)
+
+
+async def test_an_import_that_touches_a_closed_month_is_not_taken_back(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    client = await start(db=path, imported=read_import(write_import(tmp_path / "import")))  # streams of 2019-03 and 2019-04
+    row = await set_month(client, "2019-03", CLOSE)
+    before = await snapshot(client)
+    await client.close()
+    said = f"server.py: cannot take back an import of {path}: 2019-03 is closed: open it first\n"
+    assert await undo(path) == (2, "", said)
+    client = await start(db=path)
+    assert await snapshot(client) == before
+    assert json.loads((await money(client, "months"))[0])["data"][-1] == row
+    for stream in (1, 2):  # moved on, it is no longer in the closed month, but what was paid for it is an adjustment
+        assert (await client.patch(f"/api/v1/streams/{stream}", json={"stream_started_on": 1_554_076_800})).status == 200
+    await client.close()
+    assert await undo(path) == (0, "Took back import 1: 3 streams and 2 subscriptions\n", "")
+    client = await start(db=path)
+    report = json.loads((await money(client, "report?month=2019-04"))[0])["data"]
+    assert [line["adjustment"] for line in report["labels"]] == [f"-{row['distributed']}"]
+    assert await set_month(client, "2019-03", CLOSE) == row | {"late": 1}
+
+
+async def put_month(session: aiohttp.ClientSession, url: str, month: str, status: str) -> int:
+    """Close a month or open it again, and return the status of the answer."""
+    async with session.put(f"{url}/api/v1/months/{month}", json={"status": status}) as answer:
+        await answer.read()
+        return answer.status
+
+
+async def read_money(session: aiohttp.ClientSession, url: str, *paths: str) -> list[bytes]:
+    """Return the bodies of answers of the API."""
+    found = []
+    for path in paths:
+        async with session.get(f"{url}/api/v1/{path}") as answer:
+            assert answer.status == 200
+            found.append(await answer.read())
+    return found
+
+
+class Changes:
+    """Clients that create, change and remove streams of one month, and know the number of each change."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, started: int) -> None:
+        """Begin with nothing."""
+        self.session, self.url, self.started = session, url, started
+        self.made: list[tuple[int, dict[str, Any]]] = []  # number, the stream as it was then
+        self.removed: dict[int, dict[str, Any]] = {}
+        self.closed = self.over = False
+        self.after: list[int] = []  # numbers of changes that were sent when the close had been answered
+
+    async def work(self, name: str) -> None:
+        """Write until it is over; each stream has a label of its own."""
+        rng, mine, sent = random.Random(name), list[int](), 0
+        while not self.over:
+            sent, seconds, closed = sent + 1, rng.randrange(1, 999), self.closed
+            change = rng.choice(("POST", "POST", "PATCH", "DELETE")) if mine else "POST"
+            body: dict[str, Any] = {"seconds_streamed": seconds}
+            if change == "POST":
+                body |= {"user_id": f"user{rng.randrange(1, 5)}", "track_id": "t", "label": f"{name} {sent}", "stream_started_on": self.started}
+            path = "" if change == "POST" else f"/{rng.choice(mine)}"
+            async with self.session.request(change, f"{self.url}/api/v1/streams{path}", json=body) as answer:
+                assert answer.status == (201 if change == "POST" else 200)
+                stream, version = (await answer.json())["data"], int(answer.headers["ETag"].strip('"'))
+            if change == "DELETE":
+                mine.remove(stream["id"])
+                self.removed[stream["id"]] = stream
+                continue
+            mine += [stream["id"]] if change == "POST" else []
+            self.made.append((version, stream))
+            self.after += [version] if closed else []
+
+    async def find_removals(self) -> None:
+        """Learn the numbers of the removals from the feed."""
+        async with self.session.get(f"{self.url}/api/v1/changes") as answer:
+            rows = [json.loads(line) for line in (await answer.text()).splitlines()]
+        self.made += [(row["version"], self.removed[row["id"]] | {"seconds_streamed": 0}) for row in rows if row.get("deleted") and row["id"] in self.removed]
+
+    def before(self, number: float) -> list[Event]:
+        """Return the streams as they were before the change with this number."""
+        now = {stream["id"]: stream for version, stream in sorted(self.made, key=lambda made: made[0]) if version < number}
+        return [Event(*(stream[name] for name in server.FIELDS)) for stream in now.values() if stream["seconds_streamed"]]
+
+
+async def test_each_change_is_in_a_close_or_late_and_there_is_no_third_kind(tmp_path: Path) -> None:
+    kinds, last = Counter[str](), 0
+    async with started("--db", str(tmp_path / "usage.db"), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        for turn in range(1, 13):
+            month, following = f"2019-{turn:02}", f"2019-{turn + 1:02}" if turn < 12 else "2020-01"
+            changes = Changes(session, url, int(datetime(2019, turn, 5, tzinfo=UTC).timestamp()))
+            workers = [asyncio.create_task(changes.work(f"{turn}.{number}")) for number in range(16)]
+            await asyncio.sleep(0.05 + turn / 200)
+            acknowledged = [version for version, _ in changes.made]
+            assert await put_month(session, url, month, "closed") == 200
+            changes.closed = True
+            await asyncio.sleep(0.05)
+            changes.over = True
+            await asyncio.gather(*workers)
+            await changes.find_removals()
+            numbers = {version for version, _ in changes.made}
+            (close,) = {*range(last + 1, max(numbers) + 1)} - numbers  # the one change that is of no stream
+            last = max(numbers)
+            assert max(acknowledged) < close < min(changes.after)
+            frozen, late = (json.loads(each)["data"] for each in await read_money(session, url, f"report?month={month}", f"report?month={following}"))
+            then, now = (naive_month(changes.before(number), server.SUBSCRIPTIONS) for number in (close, math.inf))
+            seconds = Counter({each.label: each.seconds_streamed for each in changes.before(close)})
+            lines = {line["label"]: line for line in frozen["labels"] if line["streams"]}  # others have adjustments alone
+            assert {label: line["seconds_streamed"] for label, line in lines.items()} == seconds
+            for name, paid, due in zip(server.AMOUNTS, then[1:], now[1:], strict=True):
+                assert {label: line[name] for label, line in lines.items()} == {label: server.euros(cents) for label, cents in paid.items()}
+                adjusted = {label: server.euros(due.get(label, 0) - paid.get(label, 0)) for label in {*due, *paid}}
+                found = {line["label"]: line[name.replace("amount", "adjustment")] for line in late["labels"]}
+                assert {label: found.pop(label, "0.00") for label in adjusted} == adjusted
+                assert not found
+            changed = [version for version, stream in changes.made if version > close]
+            used = sum(each["seconds_streamed"] for each in await get_json(f"{url}/usage?from={changes.started}&to={changes.started + 1}"))
+            assert used == sum(each.seconds_streamed for each in changes.before(math.inf))
+            kinds += Counter(frozen=len(numbers) - len(changed), late=len(changed))
+    assert min(kinds.values()) > 500
+
+
+async def test_a_close_or_an_open_that_is_killed_is_done_with_all_that_it_froze_or_not_done(tmp_path: Path) -> None:
+    path, rng, seen = tmp_path / "usage.db", random.Random(42), Counter[tuple[str, bool]]()
+    tables = [statement.split()[2] for statement in server.OPEN_MONTH]
+    paths = ["report?month=2019-02", "report?month=2019-02&format=csv", "report/label1?month=2019-02", "report/label1?month=2019-02&format=csv"]
+    made = [
+        STREAM | {"user_id": f"user{number % 700}", "label": f"label{rng.randrange(9)}", "stream_started_on": started, "seconds_streamed": rng.randrange(999)}
+        for number, started in enumerate([JANUARY] * 1_000 + [FEBRUARY] * 4_000)
+    ]
+    told, expected, took = dict[str, list[bytes]](), "open", 0.0
+    for turn in range(52):
+        async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+            url = await program.url()
+            if turn == 0:
+                for at in range(0, len(made), 1_000):
+                    assert (await session.post(f"{url}/api/v1/streams", json=made[at : at + 1_000])).status == 201
+                assert await put_month(session, url, "2019-01", "closed") == 200
+                assert (await session.post(f"{url}/api/v1/streams", json=made[:50])).status == 201  # late: February has adjustments
+            rows = {row["month"]: row for row in json.loads((await read_money(session, url, "months"))[0])["data"]}
+            status = rows["2019-02"]["status"]
+            assert status == expected
+            found = await read_money(session, url, *paths)
+            assert told.setdefault(status, found) == found  # to the byte
+            if {*told} == {"open", "closed"}:
+                assert [each.replace(b'"status":"open"', b'"status":"closed"') for each in told["open"]] == told["closed"]
+            wanted = "open" if status == "closed" else "closed"
+            began = time.monotonic()
+            asked = asyncio.create_task(put_month(session, url, "2019-02", wanted))
+            if turn < 2:
+                assert await asked == 200
+                took = max(took, time.monotonic() - began)
+            else:
+                await asyncio.sleep(rng.random() * took)
+            program.process.kill()
+            await program.process.wait()
+            with contextlib.suppress(aiohttp.ClientError, OSError):
+                await asked
+            answered = asked.exception() is None
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            counts = {table: other.execute(f"SELECT count(*) FROM {table} WHERE month = '2019-02'").fetchone()[0] for table in tables}  # noqa: S608
+        assert counts in (dict.fromkeys(tables, 0), counts | {"closed_months": 1, "closed_labels": 9, "closed_subscriptions": 3})
+        expected = "closed" if counts["closed_months"] else "open"
+        done = expected == wanted
+        assert done or not answered
+        seen[wanted, done] += 1
+    assert min(seen.values()) > 2
+    assert len(seen) == 4
+
+
+@needs_strace
+@pytest.mark.parametrize("retry", [False, True])
+async def test_a_close_that_could_not_be_synced_is_not_there_after_a_kill(tmp_path: Path, retry: bool) -> None:
+    path = str(tmp_path / "usage.db")
+    async with started("--db", path, "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        assert await post_one(session, url) == 201  # in 1970
+        async with failing_syncs(program, when="1"):
+            assert await put_month(session, url, "1970-01", "closed") == 503
+            assert json.loads((await read_money(session, url, "months"))[0])["data"][0]["status"] == "open"
+            if retry:
+                assert await put_month(session, url, "1970-01", "closed") == 200
+            program.process.kill()
+            await program.process.wait()
+    async with started("--db", path, "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        assert json.loads((await read_money(session, url, "months"))[0])["data"][0]["status"] == ("closed" if retry else "open")
+        assert await put_month(session, url, "1970-01", "closed") == 200
+
+
+async def test_a_close_that_a_full_disk_does_not_take_is_503_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    body = [STREAM | {"stream_started_on": 1, "user_id": f"user{number}", "label": f"label {number}"} for number in range(1_000)]
+    async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        assert (await session.post(f"{url}/api/v1/streams", json=body)).status == 201
+        before = await read_money(session, url, "months", "report")
+        limit = resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, ((tmp_path / "usage.db-wal").stat().st_size + 20_000, limit[1]))
+        assert await put_month(session, url, "1970-01", "closed") == 503
+        assert await read_money(session, url, "months", "report") == before
+        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, limit)
+        assert await put_month(session, url, "1970-01", "closed") == 200
+        closed = await read_money(session, url, "months", "report?month=1970-01")
+        program.process.kill()
+        await program.process.wait()
+    async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        assert await read_money(session, await program.url(), "months", "report?month=1970-01") == closed
 
 
 async def test_history_that_a_full_disk_does_not_take_is_said_in_one_line(tmp_path: Path) -> None:
