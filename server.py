@@ -280,7 +280,7 @@ class Tombstone:
         return f'{{"version":{self.version},"id":{self.id},"deleted":true}}\n'
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)
 def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no cell that a spreadsheet runs."""
     text = io.StringIO()

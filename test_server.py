@@ -39,6 +39,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal, localcontext
 from fractions import Fraction
@@ -1646,6 +1647,7 @@ def test_a_csv_cell_that_a_spreadsheet_would_run_is_defused(cell: str) -> None:
 def test_a_csv_number_below_zero_stays_a_number() -> None:
     assert server.encode_cells(-1, "b") == "-1,b"
     assert server.encode_cells(server.euros(-12), "-0.12") == "-0.12,'-0.12"
+    assert server.encode_cells("-0.12", server.euros(-12)) == "'-0.12,-0.12"
 
 
 async def test_usage_answers_with_the_events_in_order(start: Start) -> None:
@@ -2150,7 +2152,7 @@ async def test_no_cell_of_a_csv_answer_is_a_formula(start: Start) -> None:
     for path, cells in (("/usage?", 3), ("/usage?group_by=label,user_id&", 2), ("/usage?window=day&group_by=track_id&", 1), ("/api/v1/report?", 1)):
         text = await (await client.get(f"{path}format=csv")).text()
         rows = [cell for row in csv.reader(io.StringIO(text, newline="")) for cell in row]
-        assert not [cell for cell in rows if cell.startswith(server.FORMULA)]
+        assert not [cell for cell in rows if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
         for name in names:
             assert rows.count(name if name == "'=1" else f"'{name}") == cells
 
@@ -2598,6 +2600,20 @@ async def test_a_report_is_for_a_month_or_for_all_and_in_two_formats(start: Star
     header, *lines = csv.reader(io.StringIO(await answer.text(), newline=""))
     assert header == ["month", "currency", "label", "streams", "seconds_streamed", "share", "amount", "amount_user_centric", "adjustment", "adjustment_user_centric"]
     assert [line[:3] + line[6:7] for line in lines] == [["2019-03", "EUR", "'=a", "26.28"], ["2019-04", "EUR", "'=a", "19.71"], ["2019-04", "EUR", "b", "6.57"]]
+
+
+async def test_a_closed_month_does_not_change_with_a_subscription_and_what_it_then_owes_is_a_number_in_the_csv(start: Start, tmp_path: Path) -> None:
+    client = await start([event(1_551_398_400, 10, label="a"), event(1_551_398_400, 30, label="b"), event(1_554_076_800, 10, label="a")], db=tmp_path / "usage.db")
+    assert (await client.put("/api/v1/months/2019-03", json={"status": "closed"})).status == 200
+    paths = ("/api/v1/report?month=2019-03", "/api/v1/report/a?month=2019-03", "/api/v1/report/a?month=2019-03&format=csv")
+    before = [await (await client.get(path)).text() for path in paths]
+    await client.put("/api/v1/users/user1", json={"product_type": "p", "fee": "100", "origin": "web"})
+    await client.put("/api/v1/users/new", json={"product_type": "p", "fee": "100", "origin": "web"})
+    late = {"user_id": "user1", "track_id": "t", "label": "b", "stream_started_on": 1_551_398_401, "seconds_streamed": 20}
+    assert (await client.post("/api/v1/streams", json=late)).status == 201
+    assert [await (await client.get(path)).text() for path in paths] == before
+    lines = (await (await client.get("/api/v1/report?month=2019-04&format=csv")).text()).splitlines()
+    assert [line.split(",")[2::6] for line in lines[1:]] == [["a", "-2.19"], ["b", "2.19"]]
 
 
 @pytest.mark.parametrize("query", ["report?", "users?"])
@@ -3765,18 +3781,25 @@ async def test_without_file_descriptors_those_who_are_in_are_answered_and_the_ot
 class Model:
     """The API in the contract's words, as plain as can be: what it holds, and what a request gets."""
 
-    def __init__(self, keep: float) -> None:
+    def __init__(self, keep: float, durable: bool) -> None:
         """Begin with nothing but the three subscribers."""
         self.keep = keep
+        self.durable = durable
+        self.number = 0  # the last of the sequence that was given
+        self.visible = 0  # the last that a change is known by
+        self.forgotten = 0  # a follower from before this one has to begin anew
+        self.sequence = ""  # its name, once the feed has told it
         self.streams: dict[int, dict[str, Any]] = {}
-        self.last_id = 0
+        self.versions: dict[int, int] = {}  # of the streams
+        self.gone: dict[int, int] = {}  # and of those that were removed
         self.keys: dict[str, tuple[bytes, Any]] = {}
-        self.subscriptions = {
+        self.subscriptions: Subscribers = {
             "user1": {"product_type": "premium", "fee": "7.99", "origin": "app_store"},
             "user2": {"product_type": "platinum", "fee": "14.99", "origin": "web"},
             "user3": {"product_type": "premium", "fee": "7.99", "origin": "web"},
         }
-        self.changes = 0
+        self.closed: dict[str, Closed] = {}
+        self.told: dict[str, str] = {}  # headers that the answer must have
 
     @staticmethod
     def is_text(value: object) -> bool:
@@ -3807,72 +3830,132 @@ class Model:
             and value["origin"] in ("app_store", "web")
         )
 
-    def predict(self, method: str, path: list[str], query: list[tuple[str, str]], key: str | None, body: bytes) -> tuple[int, Any]:
+    def predict(self, method: str, path: list[str], query: list[tuple[str, str]], headers: dict[str, str], body: bytes) -> tuple[int, Any]:
         """Do what is asked, and return the status and what the answer says."""
-        asked: dict[str, Any] = {}
+        asked, self.told = dict[str, Any](), {}
         for name, text in query:
             asked.setdefault(name, []).append(text)
-        if path == ["usage"]:
-            return self.usage(asked)
-        if path == ["report"]:
-            return 200, self.report(asked["month"][0])
-        if path == ["users"]:
-            return 200, [self.user(user) for user in sorted({*self.subscriptions, *(each["user_id"] for each in self.streams.values())})]
         value: Any = None
         if method in ("POST", "PUT", "PATCH"):
             with contextlib.suppress(ValueError, RecursionError):
                 value = json.loads(body.decode())
-        if path[0] == "users":
-            return self.put_user(path[1], value) if method == "PUT" else (200, self.user(path[1]))
-        if path == ["streams"]:
-            return self.post(value, key, body) if method == "POST" else self.page(asked)
-        stream = self.streams.get(int(path[1]))
+        match path:
+            case ["usage"]:
+                return self.usage(asked)
+            case ["metrics"]:
+                return 200, {"usage_events": len(self.streams), "usage_sequence": self.visible}
+            case ["changes"]:
+                return self.feed(asked)
+            case ["report"]:
+                return self.report(asked.get("month", [""])[0], asked)
+            case ["report", label]:
+                return self.statement(asked["month"][0], label, asked)
+            case ["months"]:
+                return 200, [self.month(name) for name in reversed(self.accounts())]
+            case ["months", name]:
+                return self.put_month(name, value)
+            case ["users"]:
+                return 200, [self.user(user)[1] for user in sorted({*self.subscriptions, *(each["user_id"] for each in self.streams.values())})]
+            case ["users", user]:
+                return self.put_user(user, value) if method == "PUT" else self.user(user)
+            case ["streams"]:
+                return self.post(value, headers.get("Idempotency-Key"), body) if method == "POST" else self.page(asked)
+        return self.one_stream(method, path[1], headers, value)
+
+    def one_stream(self, method: str, text: str, headers: dict[str, str], value: Any) -> tuple[int, Any]:
+        """Show, replace, change or remove a stream."""
+        if not re.fullmatch("[0-9]+", text):
+            return 400, None
+        stream = self.streams.get(int(text))
         if stream is None:
             return 404, None
+        tag = f'"{self.versions[int(text)]}"'
         if method == "GET":
-            return 200, stream
-        if method == "DELETE":
-            self.changes += 1
-            return 200, self.streams.pop(int(path[1]))
+            self.told = {"etag": tag}
+            return (304, None) if headers.get("If-None-Match") in (tag, "*") else (200, stream)
         if method == "PATCH" and isinstance(value, dict):
             value = {name: stream[name] for name in STREAM} | value
-        if not self.is_event(value):
+        if method != "DELETE" and not self.is_event(value):
             return 400, None
-        self.changes += 1
+        if "If-Match" in headers and not {tag, "*"} & {*headers["If-Match"].split(", ")}:
+            return 412, None
+        if method == "DELETE":
+            self.told = {"etag": tag}
+            self.remove(stream["id"])
+            return 200, stream
+        self.versions[stream["id"]] = self.change()
+        self.told = {"etag": f'"{self.number}"'}
         changed: dict[str, Any] = {"id": stream["id"]} | {name: value[name] for name in STREAM}
         self.streams[stream["id"]] = changed
         return 200, changed
+
+    def change(self) -> int:
+        """Give the next number."""
+        self.number += 1
+        self.visible = self.number
+        return self.number
+
+    def remove(self, stream_id: int) -> None:
+        """Remove a stream; of what is gone as much is told as is kept."""
+        del self.streams[stream_id], self.versions[stream_id]
+        self.gone[stream_id] = self.change()
+        if len(self.gone) > self.keep:
+            self.forgotten = self.gone.pop(next(iter(self.gone)))
 
     def post(self, value: Any, key: str | None, body: bytes) -> tuple[int, Any]:
         """Store one event or some."""
         events = value if isinstance(value, list) else [value]
         if not 1 <= len(events) <= 1_000 or not all(map(self.is_event, events)):
             return 400, None
+        first = self.number + 1
         if key in self.keys:
-            return (201, self.keys[key][1]) if self.keys[key][0] == body else (422, None)
-        made = [{"id": self.last_id + at} | {name: each[name] for name in STREAM} for at, each in enumerate(events, 1)]
-        self.last_id += len(made)
-        self.changes += 1
-        self.streams |= {each["id"]: each for each in made}
-        while len(self.streams) > self.keep:
-            del self.streams[min(self.streams, key=lambda number: (self.streams[number]["stream_started_on"], number))]
-        answer = made if isinstance(value, list) else made[0]
-        if key is not None:
-            self.keys[key] = body, answer
-        return 201, answer
+            if self.keys[key][0] != body:
+                return 422, None
+            made, self.told = self.keys[key][1], {"idempotent-replayed": "true"}
+        else:
+            made = [{"id": number} | {name: each[name] for name in STREAM} for number, each in enumerate(events, first)]
+            both = sorted([*self.streams.values(), *made], key=lambda each: (each["stream_started_on"], each["id"]))
+            dropped = both[: max(0, len(both) - int(min(self.keep, 10**9)))]
+            if any(each["id"] >= first for each in dropped):
+                return 409, None
+            for each in made:
+                self.streams[each["id"]], self.versions[each["id"]] = each, self.change()
+            for each in dropped:
+                self.remove(each["id"])
+            if key is not None:
+                self.keys[key] = body, made
+        if isinstance(value, list):
+            return 201, made
+        self.told |= {"etag": f'"{made[0]["id"]}"', "location": f"/api/v1/streams/{made[0]['id']}"}
+        return 201, made[0]
+
+    def feed(self, asked: dict[str, Any]) -> tuple[int, Any]:
+        """Tell each stream that has changed after a number, once."""
+        name, _, number = asked.get("after", ["0"])[0].rpartition("-")
+        if name not in ("", self.sequence) or int(number) > self.visible or 0 < int(number) < self.forgotten:
+            return 410, None
+        told = [{"version": self.versions[stream_id]} | stream for stream_id, stream in self.streams.items()]
+        told += [{"version": version, "id": stream_id, "deleted": True} for stream_id, version in self.gone.items()]
+        rows = sorted((each for each in told if each["version"] > int(number)), key=lambda each: each["version"])
+        limit = int(asked.get("limit", [10**9])[0])
+        cursor = self.visible if len(rows) < limit else rows[limit - 1]["version"]
+        self.told = {"link": f'</api/v1/changes?after={self.sequence}-{cursor}>; rel="next"'}
+        return 200, rows[:limit]
 
     def put_user(self, user: str, value: Any) -> tuple[int, Any]:
         """Set a subscription."""
         if not self.is_subscription(value):
             return 400, None
-        self.changes += 1
-        self.subscriptions[user] = value | {"fee": f"{float(value['fee']):.2f}"}
-        return 200, self.user(user)
+        self.change()
+        self.subscriptions = self.subscriptions | {user: value | {"fee": f"{float(value['fee']):.2f}"}}
+        return self.user(user)
 
-    def user(self, user: str) -> Any:
+    def user(self, user: str) -> tuple[int, Any]:
         """Return what a user streamed."""
         mine = [each for each in self.streams.values() if each["user_id"] == user]
-        return {
+        if not mine and user not in self.subscriptions:
+            return 404, None
+        return 200, {
             "user_id": user, "streams": len(mine), "seconds_streamed": sum(each["seconds_streamed"] for each in mine),
             "labels": sums(mine, "label"), "tracks": sums(mine, "track_id"), "subscription": self.subscriptions.get(user),
         }
@@ -3887,6 +3970,8 @@ class Model:
 
     def page(self, asked: dict[str, Any]) -> tuple[int, Any]:
         """Return a page of streams, their number, and what comes next."""
+        if int(asked.get("from", [0])[0]) > time.time():
+            return 400, None
         found, limit = self.filtered(asked), int(asked["limit"][0])
         later = [each for each in found if each["id"] > int(asked["after"][0])]
         return 200, [later[:limit], len(found), later[limit - 1]["id"] if len(later) > limit else None]
@@ -3895,8 +3980,14 @@ class Model:
         """Return the events, or the sums over them, as rows."""
         events = sorted(self.filtered(asked), key=lambda each: each["stream_started_on"])
         window, by = asked.get("window", [None])[0], [name for name in asked.get("group_by", [""])[0].split(",") if name]
+        limit = int(asked.get("limit", [10**9])[0])
+        if "order" in asked and (window or by):
+            return 400, None
+        if int(asked.get("from", [0])[0]) > time.time():
+            return 400, b""
         if not window and not by:
-            return 200, [{name: each[name] for name in STREAM} for each in events]
+            listed = [{name: each[name] for name in STREAM} for each in events]
+            return 200, (listed[::-1] if asked.get("order") == ["desc"] else listed)[:limit]
         rows: dict[tuple[Any, ...], list[int]] = {}
         for each in events:
             began = datetime.fromtimestamp(each["stream_started_on"], UTC).replace(second=0)
@@ -3908,35 +3999,249 @@ class Model:
             row = rows.setdefault((*([int(began.timestamp())] if window else []), *(each[name] for name in by)), [0, 0])
             row[0] += 1
             row[1] += each["seconds_streamed"]
+        if len(rows) > FUZZ_ROWS and "limit" not in asked:
+            return 400, None
         columns = [*(["window_start"] if window else []), *by]
-        listed: list[dict[str, Any]] = [
+        found: list[dict[str, Any]] = [
             dict(zip(columns, of, strict=True)) | {"events": row[0], "seconds_streamed": row[1]} for of, row in rows.items()
         ]
-        return 200, sorted(listed, key=lambda row: (row.get("window_start"), -row["seconds_streamed"], [row[name] for name in by]))
+        return 200, sorted(found, key=lambda row: (row.get("window_start"), -row["seconds_streamed"], [row[name] for name in by]))[:limit]
 
-    def report(self, month: str) -> Any:
-        """Return the revenue of a month, and what the labels are owed."""
-        streams = [each for each in self.streams.values() if time.strftime("%Y-%m", time.gmtime(each["stream_started_on"])) == month]
-        subscriptions = {
-            user: Subscription("", round(100 * Fraction(of["fee"])), of["origin"]) for user, of in self.subscriptions.items()
+    # Money: what an account holds is what a closed month has frozen, or what an open one would.
+
+    def account(self, month: str) -> Closed:
+        """Return the account of a month, as it was closed or as it is now."""
+        if month in self.closed:
+            return self.closed[month]
+        streams = self.streams_of(month)
+        due = self.due() if month == self.target() else {}
+        return Closed(None, streams, self.subscriptions, figures_of(streams, self.subscriptions), due)
+
+    def streams_of(self, month: str) -> list[dict[str, Any]]:
+        """Return the streams of a month."""
+        return [each for each in self.streams.values() if month_in(each) == month]
+
+    def open_months(self) -> list[str]:
+        """Return the open months with a stream."""
+        return sorted({month_in(each) for each in self.streams.values()} - {*self.closed})
+
+    def target(self) -> str:
+        """Return the month that what is late is paid with."""
+        if months := self.open_months():
+            return months[0]
+        if not self.closed:
+            return ""
+        year, number = map(int, max(self.closed).split("-"))
+        return f"{year + number // 12:04}-{number % 12 + 1:02}"
+
+    def now(self, month: str) -> dict[str, list[int]]:
+        """Return what a closed month would give each label now."""
+        return {label: of[2:] for label, of in figures_of(self.streams_of(month), self.closed[month].subscriptions).items()}
+
+    def due(self) -> dict[str, dict[str, list[int]]]:
+        """Return what is to be paid for each month: what the closed would give now less what they have given."""
+        due = defaultdict[str, dict[str, list[int]]](dict)
+        parts = [(name, 1, self.now(name)) for name in self.closed]
+        parts += [(name, -1, {label: of[2:] for label, of in account.figures.items()}) for name, account in self.closed.items()]
+        parts += [(name, -1, labels) for account in self.closed.values() for name, labels in account.adjustments.items()]
+        for name, sign, labels in parts:
+            for label, of in labels.items():
+                due[name][label] = [before + sign * cents for before, cents in zip(due[name].get(label, [0, 0]), of, strict=True)]
+        found = {name: {label: of for label, of in labels.items() if any(of)} for name, labels in sorted(due.items())}
+        return {name: labels for name, labels in found.items() if labels}
+
+    def accounts(self, *, all_closed: bool = True) -> dict[str, Closed]:
+        """Return the months with a stream or an adjustment, and all that are closed, in order."""
+        found = {name: self.account(name) for name in sorted({*self.closed, *self.open_months(), self.target()} - {""})}
+        return {name: of for name, of in found.items() if of.streams or of.adjustments or (all_closed and name in self.closed)}
+
+    def month(self, name: str) -> dict[str, Any]:
+        """Return the row of a month in the list of months."""
+        account = self.account(name)
+        now, then = self.now(name) if name in self.closed else {}, {label: of[2:] for label, of in account.figures.items()}
+        return {
+            "month": name, "status": account.status, "closed_on": account.closed_on, "subscribers": len(account.subscriptions),
+            "streams": len(account.streams), "seconds_streamed": account.seconds(),
+            "fees": euros(sum(round(100 * Fraction(of["fee"])) for of in account.subscriptions.values())), "revenue": euros(account.revenue()),
+            "distributed": euros(sum(of[0] for of in then.values())), "adjusted": euros(account.adjusted()),
+            "late": sum(now.get(label, [0, 0]) != then.get(label, [0, 0]) for label in {*now, *then}) if name in self.closed else 0,
         }
-        revenue, pro_rata, centric = naive_month([event(*(each[name] for name in ("stream_started_on", "seconds_streamed", *server.NAMES))) for each in streams], subscriptions)
-        return [server.euros(revenue), {label: [server.euros(cents), server.euros(centric[label])] for label, cents in pro_rata.items()}]
+
+    def put_month(self, name: str, value: Any) -> tuple[int, Any]:
+        """Close a month or open it again."""
+        if not re.fullmatch("[0-9]{4}-(0[1-9]|1[0-2])", name) or not isinstance(value, dict) or value.keys() != {"status"} or value["status"] not in ("open", "closed"):
+            return 400, None
+        if not self.durable:
+            return 409, None
+        if (name in self.closed) == (value["status"] == "closed"):
+            return 200, self.month(name)
+        over = name < time.strftime("%Y-%m", time.gmtime())
+        if max(self.closed) > name if name in self.closed else not over or min(self.open_months(), default=name) < name:
+            self.number += 1  # a write that is refused may leave a gap
+            return 409, None
+        if name in self.closed:
+            del self.closed[name]
+        else:
+            account = self.account(name)
+            account.closed_on = int(time.time())
+            self.closed[name] = account
+        self.change()
+        return 200, self.month(name)
+
+    def report(self, month: str, asked: dict[str, Any]) -> tuple[int, Any]:
+        """Return what the labels are owed."""
+        accounts = {month: self.account(month)} if month else self.accounts(all_closed=False)
+        if asked.get("format") == ["csv"]:
+            return 200, [{"month": name, "currency": "EUR"} | line for name, of in accounts.items() for line in write_lines(of.lines())]
+        lines = defaultdict[str, list[int]](lambda: [0] * 6)
+        for account in accounts.values():
+            for label, of in account.lines().items():
+                lines[label] = [a + b for a, b in zip(lines[label], of, strict=True)]
+        subscribers = len(accounts[month].subscriptions if month else self.subscriptions)
+        return 200, {
+            "currency": "EUR", "months": [*accounts], **({"status": accounts[month].status} if month else {}), "subscribers": subscribers,
+            "revenue": euros(sum(of.revenue() for of in accounts.values())), "distributed": euros(sum(of[2] for of in lines.values())),
+            "adjusted": euros(sum(of.adjusted() for of in accounts.values())), "seconds_streamed": sum(of.seconds() for of in accounts.values()),
+            "labels": write_lines(lines),
+        }
+
+    def statement(self, month: str, label: str, asked: dict[str, Any]) -> tuple[int, Any]:
+        """Return why a label is owed what it is owed."""
+        account = self.account(month)
+        lines, subscriptions, nets = account.lines(), account.subscriptions, nets_of(account.subscriptions)
+        if label not in lines:
+            return 404, None
+        mine, heard = sums([each for each in account.streams if each["label"] == label], "user_id"), sums(account.streams, "user_id")
+        _, seconds, *amounts, _, _ = lines[label]
+        whole, revenue, net, silent = account.seconds(), Fraction(account.revenue(), 100), sum(nets.values(), Fraction(0)) / 100, [user for user in nets if not heard.get(user)]
+        parts = {user: nets[user] / 100 * mine[user] / heard[user] for user in nets if mine.get(user)}
+        rows: list[dict[str, Any]] = [
+            {"user_id": user, **subscriptions[user], "net": cut(nets[user] / 100, 6), "seconds_streamed": mine[user], "of_seconds": heard[user], "part": cut(part, 6)}
+            for user, part in sorted(parts.items(), key=lambda item: (-math.floor(item[1] * 10**6), item[0]))
+        ]
+        claim = sum(parts.values(), Fraction(0))
+        if silent:
+            spare = sum((nets[user] for user in silent), Fraction(0)) / 100
+            claim += spare * seconds / (whole or 1)
+            terms = dict.fromkeys(("user_id", "product_type", "fee", "origin"))
+            rows.append({**terms, "net": cut(spare, 6), "seconds_streamed": seconds, "of_seconds": whole, "part": cut(spare * seconds / (whole or 1), 6)})
+        if asked.get("format") == ["csv"]:
+            return 200, rows
+
+        def rounding(exact: Fraction, cents: int) -> dict[str, Any]:
+            return {"exact": cut(exact, 6), "rounded_down": cut(exact, 2), "cent_added": cents > math.floor(100 * exact)}
+
+        others = [spent for user, spent in mine.items() if spent and user not in nets]
+        return 200, {
+            "month": month, "status": account.status, "currency": "EUR",
+            "line": next(line for line in write_lines(lines) if line["label"] == label),
+            "pro_rata": {"revenue": euros(account.revenue()), "seconds_streamed": seconds, "of_seconds": whole} | rounding(revenue * seconds / (whole or 1), amounts[0]),
+            "user_centric": {"subscribers": rows, "sum": cut(claim, 6), "of_sum": cut(net, 6), "revenue": euros(account.revenue())} | rounding(revenue * claim / (net or 1), amounts[1]),
+            "listeners_without_subscription": {"users": len(others), "seconds_streamed": sum(others)},
+            "adjustments": [
+                {"month": of_month, "amount": euros(of[label][0]), "amount_user_centric": euros(of[label][1])}
+                for of_month, of in account.adjustments.items() if label in of
+            ],
+        }
+
+
+Subscribers = dict[str, dict[str, str]]
+
+
+@dataclass
+class Closed:
+    """What a month has frozen: the figures of a label are its streams, its seconds and two amounts in cents."""
+
+    closed_on: int | None
+    streams: list[dict[str, Any]]
+    subscriptions: Subscribers
+    figures: dict[str, list[int]]
+    adjustments: dict[str, dict[str, list[int]]]  # by the month that they are for, and by label
+
+    @property
+    def status(self) -> str:
+        """Tell which it is."""
+        return "open" if self.closed_on is None else "closed"
+
+    def seconds(self) -> int:
+        """Return the seconds of all labels."""
+        return sum(each["seconds_streamed"] for each in self.streams)
+
+    def revenue(self) -> int:
+        """Return the revenue, rounded half up to cents."""
+        return math.floor(sum(nets_of(self.subscriptions).values()) + Fraction(1, 2))
+
+    def adjusted(self) -> int:
+        """Return the sum of the adjustments pro rata."""
+        return sum(of[0] for labels in self.adjustments.values() for of in labels.values())
+
+    def lines(self) -> dict[str, list[int]]:
+        """Return the figures of each label, and after them its adjustments."""
+        lines = {label: [*of, 0, 0] for label, of in self.figures.items()}
+        for labels in self.adjustments.values():
+            for label, of in labels.items():
+                line = lines.setdefault(label, [0] * 6)
+                line[4], line[5] = line[4] + of[0], line[5] + of[1]
+        return lines
+
+
+def month_in(stream: dict[str, Any]) -> str:
+    """Return the month of a stream."""
+    return time.strftime("%Y-%m", time.gmtime(stream["stream_started_on"]))
+
+
+def nets_of(subscriptions: Subscribers) -> dict[str, Fraction]:
+    """Return what is left of each fee, in cents."""
+    return {user: 100 * Fraction(of["fee"]) * {"app_store": Fraction("0.7"), "web": Fraction("0.9")}[of["origin"]] for user, of in subscriptions.items()}
+
+
+def figures_of(streams: list[dict[str, Any]], subscriptions: Subscribers) -> dict[str, list[int]]:
+    """Return each label's streams, seconds and both amounts, from the contract's words alone."""
+    nets, heard, labels = nets_of(subscriptions), sums(streams, "user_id"), sums(streams, "label")
+    whole = sum(labels.values())
+    silent = sum((net for user, net in nets.items() if not heard.get(user)), Fraction(0))
+    claims = {label: silent * seconds / (whole or 1) for label, seconds in labels.items()}
+    for user, net in nets.items():
+        if heard.get(user):
+            for label, seconds in sums([each for each in streams if each["user_id"] == user], "label").items():
+                claims[label] += net * seconds / heard[user]
+    revenue = math.floor(sum(nets.values()) + Fraction(1, 2))
+    pro_rata, centric = naive_sharing(revenue, {label: Fraction(seconds) for label, seconds in labels.items()}), naive_sharing(revenue, claims)
+    return {label: [sum(each["label"] == label for each in streams), labels[label], pro_rata[label], centric[label]] for label in labels}
+
+
+def euros(cents: int) -> str:
+    """Write an amount."""
+    return f"{'-' if cents < 0 else ''}{abs(cents) // 100}.{abs(cents) % 100:02}"
+
+
+def write_lines(lines: Mapping[str, list[int]]) -> list[dict[str, Any]]:
+    """Write the lines of a report, the highest amount first."""
+    whole = sum(of[1] for of in lines.values()) or 1
+    return [
+        {"label": label, "streams": of[0], "seconds_streamed": of[1], "share": round(of[1] / whole, 6)}
+        | dict(zip(("amount", "amount_user_centric", "adjustment", "adjustment_user_centric"), map(euros, of[2:]), strict=True))
+        for label, of in sorted(lines.items(), key=lambda item: (-item[1][2], item[0]))
+    ]
 
 
 HEAD_TOKENS = [
     b"\r\n", b"\n", b"\0", b"\xff", b":", b" ", b"%", b"%00", b"%2e%2e/", b"/", b"?", b"#", b"[", b"A" * 9_000, b"HTTP/9.9", b"\x16\x03\x01\x02\x00\x01", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: gzip\r\n", b"Content-Length: 7\r\n", b"Content-Length: -1\r\n", b"Content-Length: 99999999999999999999\r\n", b"Content-Encoding: br\r\n",
-    b"Expect: 100-continue\r\n", b"Expect: 2\r\n", b"Host: x\r\n", b'Cookie: "=\\\r\n', b"Upgrade: websocket\r\nConnection: Upgrade\r\n", b"If-None-Match: \"\r\n", b"If-None-Match: *\r\n",
+    b"Expect: 100-continue\r\n", b"Expect: 2\r\n", b"Host: x\r\n", b'Cookie: "=\\\r\n', b"Upgrade: websocket\r\nConnection: Upgrade\r\n", b"If-None-Match: \"\r\n", b"If-None-Match: *\r\n", b"If-Match: \"\xff\r\n",
     b"Range: bytes=9-1\r\n", b"Accept-Encoding: gzip;q=x\r\n", b"Authorization: \xff\r\n",
 ]
 BODY_TOKENS = [b"\0", b"\n", b"\xff", b"\xef\xbb\xbf", b"[", b"{", b'"', b"\\", b"\\ud800", b",", b"NaN", b"1e999", b"-0", b"1.0", b"true", b"null", b"9" * 5_000, b"[" * 5_000]
 ODD_VALUES: list[Any] = [True, False, None, 1.0, -1, 2_147_483_648, 10**12, 10**30, "", "1", "x" * 129, "a\n", "\x85", "\ud800", [], {}, ["web"], "10000.01", "7.999", "1e3", "-1"]
+PATCH_TYPES = ["application/json", "application/merge-patch+json", "application/merge-patch+json; charset=utf-8"]
 REFUSED_HEADERS = [
     ({"Host": "evil.example"}, 421), ({"Origin": "http://evil.example"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403),
-    ({"Content-Type": "text/plain"}, 415), ({"Content-Type": ""}, 415), ({"Idempotency-Key": "k" * 256}, 400), ({"Idempotency-Key": "a\tb"}, 400),
+    ({"Content-Type": "text/plain"}, 415), ({"Content-Type": ""}, 415), ({"Content-Type": PATCH_TYPES[1]}, 415), ({"Idempotency-Key": "k" * 256}, 400), ({"Idempotency-Key": "a\tb"}, 400),
 ]
-REFUSED_PARAMETERS = [("from", "x"), ("limit", "0"), ("after", "-1"), ("month", "2019-13"), ("group_by", "id"), ("", ""), ("label", ""), ("to", "1.0")]
+REFUSED_PARAMETERS = [("from", "x"), ("limit", "0"), ("limit", "100001"), ("after", "-1"), ("month", "2019-13"), ("group_by", "id"), ("order", "up"), ("", ""), ("label", ""), ("to", "1.0")]
+FUZZ_NAMES = ["user1", "b", "☃ ", "=1+1", "x" * 128]
+FUZZ_ROWS = 60
+FUZZ_LIMITS = f"MOST_ROWS, server.CHUNK_EVENTS, server.KEPT_BYTES, server.PIECE_BYTES, server.GZIP_BYTES = {FUZZ_ROWS}, 16, 4_000, 2_000, 200"
 
 
 def mutate(rng: random.Random, text: bytes, tokens: list[bytes]) -> bytes:
@@ -3958,11 +4263,15 @@ class Fuzzer:
         self.rng = rng
         self.model = model
         self.connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self.etag = ("", -1)  # and how many changes there had been
+        self.etag = ("", -1)  # and the number of the change that it is about
+        self.cursors = ["0"]
+        self.followed: dict[int, dict[str, Any]] = {}  # what the feed has told, by id
+        self.cursor = "0"  # and so far
+        self.done = Counter[tuple[str, int]]()
 
     def stream(self) -> dict[str, Any]:
         """Make a stream of few names and starts; some of the starts are at the edge of a month."""
-        names = {name: self.rng.choice(["user1", "b", "☃ ", "=1+1", "x" * 128]) for name in server.NAMES}
+        names = {name: self.rng.choice(FUZZ_NAMES) for name in server.NAMES}
         started = self.rng.choice([1_551_398_399, 1_551_398_400, self.rng.randrange(1_551_000_000, 1_552_000_000)])
         return names | {"stream_started_on": started, "seconds_streamed": self.rng.choice([0, 60, self.rng.randrange(86_401), 2_147_483_647])}
 
@@ -3970,42 +4279,71 @@ class Fuzzer:
         """Make some of the parameters that both lists of streams have."""
         rng = self.rng
         found = [(name, rng.choice(["user1", "b", "☃ ", "nobody"])) for name in rng.choices(server.NAMES, k=rng.choice((0, 0, 1, 3)))]
-        return found + [(name, str(rng.randrange(1_551_000_000, 1_552_000_000))) for name in ("from", "to") if rng.random() < 0.3]
+        times = [*[str(rng.randrange(1_551_000_000, 1_552_000_000))] * 8, "-1", "0", str(10**30)]
+        return found + [(name, rng.choice(times)) for name in ("from", "to") if rng.random() < 0.3]
+
+    def months(self) -> list[str]:
+        """Return some months, most of them with something in them."""
+        return [*self.model.open_months()[:3], *list(self.model.closed)[-3:], "2019-01", "2019-02", "2019-03", "2019-04", "9999-12"]
 
     def read(self) -> tuple[list[str], list[tuple[str, str]]]:
         """Make a path and a query."""
-        rng = self.rng
-        if (kind := rng.random()) < 0.6:
-            query = self.filters() + [("format", rng.choice(["json", "ndjson", "csv"]))] * (rng.random() < 0.7)
+        rng, formats = self.rng, [("format", self.rng.choice(["json", "csv"]))] * self.rng.randrange(2)
+        limit = [("limit", str(rng.choice([1, 2, 16, rng.randint(1, 300), 100_000])))] * (rng.random() < 0.3)
+        if (kind := rng.random()) < 0.45:
+            query = self.filters() + limit + [("format", rng.choice(["json", "ndjson", "csv"]))] * (rng.random() < 0.7)
             if rng.random() < 0.6:
                 query += [("group_by", ",".join(rng.sample(server.NAMES, rng.randint(1, 3))))]
             if rng.random() < 0.4:
                 query += [("window", rng.choice(["minute", "hour", "day", "month"]))]
+            if rng.random() < (0.05 if len(query) > 2 else 0.3):
+                query += [("order", rng.choice(["asc", "desc"]))]
             return ["usage"], query
-        if kind < 0.8:
-            return ["streams"], [*self.filters(), ("limit", str(rng.randint(1, 50))), ("after", str(rng.randrange(self.model.last_id + 9)))]
-        if kind < 0.9:
-            return rng.choice([["users"], ["users", "user1"], ["users", "user2"]]), []
-        return ["report"], [("month", rng.choice(["2019-02", "2019-03", "2019-04"]))]
+        if kind < 0.57:
+            return ["streams"], [*self.filters(), ("limit", str(rng.choice([1, rng.randint(1, 50), 1_000]))), ("after", str(rng.randrange(self.model.number + 9)))]
+        if kind < 0.62:
+            return ["users", *rng.choice([[], [rng.choice([*FUZZ_NAMES, "nobody"])]])], []
+        if kind < 0.7:
+            return ["report"], formats + [("month", rng.choice(self.months()))] * (rng.random() < 0.7)
+        if kind < 0.78:
+            return ["report", rng.choice([*FUZZ_NAMES, "nobody"])], [*formats, ("month", rng.choice(self.months()))]
+        if kind < 0.85:
+            return [rng.choice(["months", "months", "metrics"])], []
+        if kind < 0.92:
+            return [rng.choice(["streams", "stream"]), self.number()], []
+        after = rng.choice([rng.choice(self.cursors), str(rng.randrange(self.model.number + 9)), "9" * 100, "abc-1"])
+        return ["changes"], limit + [("after", after)] * (rng.random() < 0.9)
 
-    def write(self) -> tuple[str, list[str], str | None, bytes]:
-        """Make a method, a path, an idempotency key and a body, many of the bodies not quite right."""
-        rng, known = self.rng, self.model.streams
-        number = str(rng.choice([*known, 0, self.model.last_id + 9, 10**30]) if known else 1)
+    def number(self) -> str:
+        """Make what may be the number of a stream."""
+        return str(self.rng.choice([*self.model.streams] * 5 + [*self.model.gone] + [0, self.model.number + 9, 10**30, "1x", "²"]))
+
+    def write(self) -> tuple[str, list[str], dict[str, str], bytes]:
+        """Make a method, a path, headers and a body, many of the bodies not quite right."""
+        rng, known, headers, key = self.rng, self.model.streams, dict[str, str](), None
         value: Any = self.stream()
-        key, path = None, ["streams", number]
+        path = [rng.choice(["streams", "stream"]), self.number()]
         method = rng.choice(["POST", "POST", "PUT", "PATCH", "DELETE" if len(known) < 400 else "POST"])
         if len(known) > 300 and rng.random() < 0.5:
             method = "DELETE"
         elif method == "POST":
             path = ["streams"]
-            value = rng.choice([value, value, [self.stream() for _ in range(rng.choice((0, 1, 5, 20)))]])
+            value = rng.choice([value, value, [self.stream() for _ in range(rng.choice((0, 1, 5, 20, 90)))]])
             key = rng.choice([None, None, f"key {rng.randrange(10**9)}", rng.choice([*self.model.keys, "key"])])
         elif method == "PATCH":
             value = {name: value[name] for name in rng.sample(list(value), rng.randrange(6))}
+            headers["Content-Type"] = rng.choice(PATCH_TYPES)
         elif method == "PUT" and rng.random() < 0.3:
             path = ["users", rng.choice(["user1", "b", "☃ ", "new"])]
-            value = {"product_type": "p", "fee": f"{rng.randrange(9_999)}.{rng.randrange(100):02}", "origin": rng.choice(["web", "app_store"])}
+            value = {"product_type": rng.choice("p="), "fee": f"{rng.randrange(9_999)}.{rng.randrange(100):02}", "origin": rng.choice(["web", "app_store"])}
+        elif method == "PUT" and rng.random() < 0.4:
+            path = ["months", rng.choice([*self.months(), time.strftime("%Y-%m", time.gmtime()), "2019-13", "x"])]
+            value = {"status": rng.choice(["closed", "closed", "open"])}
+        if path[0] in ("stream", "streams") and path[1:] and rng.random() < 0.4:
+            tag = f'"{self.model.versions.get(int(path[1]), 1)}"' if path[1].isascii() and path[1].isdecimal() else '"1"'
+            headers["If-Match"] = rng.choice([tag, tag, "*", f"W/{tag}", f'"0", {tag}', '"0"', '"1"', tag[:-1], "x"])
+        if key is not None:
+            headers["Idempotency-Key"] = key
         if isinstance(value, dict) and value and rng.random() < 0.25:
             value[rng.choice([*value, *value, "more"])] = rng.choice(ODD_VALUES)
         body = json.dumps(value, ensure_ascii=rng.random() < 0.5).encode(errors="surrogatepass")
@@ -4013,7 +4351,7 @@ class Fuzzer:
             body = self.model.keys[key][0]
         elif rng.random() < 0.3:
             body = rng.choice([mutate(rng, body, BODY_TOKENS), rng.choice(BODY_TOKENS)])
-        return method, path, key, b"" if method == "DELETE" else body
+        return method, path, headers, b"" if method == "DELETE" else body
 
     async def send(self, method: str, target: str, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
         """Send a request in one of the ways that HTTP has for it, and return the answer."""
@@ -4027,81 +4365,120 @@ class Fuzzer:
             headers["Content-Length"] = str(len(body))
         if rng.random() < 0.1:
             headers["Expect"] = "100-continue"
+        if rng.random() < 0.2:
+            headers["Accept-Encoding"] = "gzip"
         change: Any = rng.choice([str, str.lower, str.upper])
         pairs = rng.sample(list(headers.items()), len(headers))
         head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{change(name)}: {value}\r\n" for name, value in pairs)
         message = head.encode() + b"\r\n" + body
-        reader, writer = self.connection or await asyncio.open_connection(*self.address)
         cut = rng.randrange(len(message)) if rng.random() < 0.2 else 0
-        for part in (message[:cut], message[cut:]):
+        return await self.exchange(method, message[:cut], message[cut:])
+
+    async def exchange(self, method: str, *parts: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Send a message in parts, and return the answer; the connection lives on just as long as the answer says."""
+        reader, writer = self.connection or await asyncio.open_connection(*self.address)
+        for part in parts:
             writer.write(part)
-            await asyncio.sleep(0.001 if cut else 0)
+            await asyncio.sleep(0.001 if parts[0] else 0)
         answer = await read_answer(reader, method)
         self.connection = reader, writer
-        if answer[0] >= 400:
+        if answer[1]["connection"] == "close":
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
             writer.close()
             self.connection = None
         return answer
 
+    async def close(self) -> None:
+        """Close the connection."""
+        if self.connection:
+            self.connection[1].close()
+            await self.connection[1].wait_closed()
+            self.connection = None
+
+    async def send_too_much(self) -> None:
+        """Promise a body that is too large, and get the answer without having sent it."""
+        async with asyncio.timeout(5):
+            head = f"{self.rng.choice(['POST /api/v1/streams', 'PUT /api/v1/users/user1'])} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {1024 * 1024 + 1}\r\n\r\n"
+            status, answer, _ = await self.exchange("POST", head.encode(), b"{")
+            assert (status, answer["connection"]) == (413, "close")
+
     async def ask(self) -> None:
         """Send what is proper HTTP, and check the answer against the model's."""
-        rng, before = self.rng, self.model.changes
-        key, body, method, headers, query = None, b"", "GET", dict[str, str](), list[tuple[str, str]]()
+        rng, before = self.rng, self.model.visible
+        wanted: Any = None
+        body, method, headers, query = b"", "GET", dict[str, str](), list[tuple[str, str]]()
         if rng.random() < 0.5:
             path, query = self.read()
+            if path[0] in ("stream", "streams") and path[1:] and rng.random() < 0.5:
+                known = self.model.versions.get(int(path[1]), 1) if path[1].isascii() and path[1].isdecimal() else 1
+                headers["If-None-Match"] = rng.choice([f'"{known}"', f'"{known}"', '"1"', "*"])
         else:
-            method, path, key, body = self.write()
+            method, path, headers, body = self.write()
         kind = dict(query).get("format", "json")
-        if key:
-            headers["Idempotency-Key"] = key
+        self.model.told = {}
         if method == "POST" and rng.random() < 0.1:
             fault, status = rng.choice(REFUSED_HEADERS)
             headers |= fault
         elif query and rng.random() < 0.1:
             query, status = [*query, rng.choice(REFUSED_PARAMETERS)], 400
         else:
-            status, wanted = self.model.predict(method, path, query, key, body)
+            status, wanted = self.model.predict(method, path, query, headers, body)
             method = "HEAD" if method == "GET" and rng.random() < 0.1 else method
-        if path == ["usage"] and status == 200 and rng.random() < 0.3:
-            headers["If-None-Match"], changes = self.etag
-            status = 304 if changes == before else 200
-        target = ("/" if path == ["usage"] else "/api/v1/") + "/".join(quote(part, safe="") for part in path)
+        of_all = method in ("GET", "HEAD") and (path[0] in ("usage", "report", "months") or path == ["users"]) and status == 200
+        if of_all and rng.random() < 0.3:
+            headers["If-None-Match"], number = self.etag
+            status = 304 if number == before else 200
+        self.done[f"{method} {path[0]}{'/' * len(path[1:])}", status] += 1
+        target = ("/" if path[0] in ("usage", "metrics") else "/api/v1/") + "/".join(quote(part, safe="") for part in path)
         asked = f"{method} {target} {query} {headers} {body[:500]!r}"
         try:
             async with asyncio.timeout(5):
                 found, answer, text = await self.send(method, f"{target}?{urlencode(query)}", headers, body)
         except TimeoutError:
             pytest.fail(f"no answer within 5 s: {asked}")
+        if answer.get("content-encoding") == "gzip" and text:
+            text = gzip.decompress(text)
         assert found == status, f"{asked}: {text!r}"
-        if path == ["usage"] and status == 200:
+        assert {name: answer.get(name) for name in self.model.told} == self.model.told, asked
+        if of_all and status == 200:
             self.etag = answer["etag"], before
+        if "link" in answer:
+            self.cursors = [answer["link"].split("after=")[1].split(">")[0], *self.cursors[:9]]
         if method != "HEAD" and status in (200, 201):
+            if method == "PUT" and path[0] == "months" and wanted["status"] == "closed":  # when, the server decides
+                closed = self.model.closed[path[1]]
+                closed.closed_on = json.loads(text)["data"]["closed_on"]
+                assert 0 <= (closed.closed_on or 0) - wanted["closed_on"] <= 5
+                wanted["closed_on"] = closed.closed_on
             assert self.parse(path, kind, text) == (as_cells(wanted) if kind == "csv" else wanted), asked
+        elif status >= 400 and method != "HEAD" and wanted == b"":
+            assert text == b"", asked
         elif status >= 400 and method != "HEAD":
             assert list(json.loads(text)) == ["error"], asked
 
     @staticmethod
     def parse(path: list[str], kind: str, text: bytes) -> Any:
         """Return what an answer says, in the model's words."""
-        if kind == "ndjson":
+        if kind == "ndjson" or path == ["changes"]:
             return [json.loads(line) for line in text.splitlines()]
         if kind == "csv":
             return [*csv.reader(io.StringIO(text.decode(), newline=""))][1:]
+        if path == ["metrics"]:
+            return {name: int(value) for name, value in re.findall(r"^(usage_events|usage_sequence) ([0-9]+)$", text.decode(), re.MULTILINE)}
         value = json.loads(text)
         if path == ["usage"]:
             return value
-        if "total" in value:
-            return [value["data"], value["total"], value["next"]]
-        if path == ["report"]:
-            data = value["data"]
-            return [data["revenue"], {row["label"]: [row["amount"], row["amount_user_centric"]] for row in data["labels"]}]
-        return value["data"]
+        return [value["data"], value["total"], value["next"]] if "total" in value else value["data"]
 
     async def break_http(self, rng: random.Random) -> None:
         """Send what is no proper HTTP, or half of it: nothing that could change anything, and no 5xx."""
         body = b"{broken" * rng.randrange(2)
         method = rng.choice(["GET", "HEAD", "OPTIONS", "TRACE", "CONNECT", "POST", "PUT", "PATCH"])
-        target = rng.choice(["/", "/usage?from=1&format=csv", "/usage?group_by=label&window=day", "/health", "/api/v1/streams?limit=9", "/api/v1/streams/1", "/api/v1/users/user1", "/api/v1/report?month=2019-03"])
+        target = rng.choice([
+            "/", "/usage?from=1&format=csv", "/usage?group_by=label&window=day", "/health", "/metrics", "/api/v1/streams?limit=9", "/api/v1/streams/1", "/api/v1/users/user1",
+            "/api/v1/report?month=2019-03", "/api/v1/report/b?month=2019-03", "/api/v1/months", "/api/v1/months/2019-03", "/api/v1/changes?after=7",
+        ])
         head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         message = mutate(rng, head.encode(), HEAD_TOKENS) + body
         reader, writer = await asyncio.open_connection(*self.address)
@@ -4117,50 +4494,72 @@ class Fuzzer:
         assert b"Traceback" not in received
 
     async def compare(self) -> None:
-        """Check everything that is held against the model's."""
-        for path, query, whole in (
-            (["usage"], [], lambda answer: answer),
-            (["streams"], [("limit", "1000"), ("after", "0")], lambda answer: [answer["data"], answer["total"], answer["next"]]),
-            (["users"], [], lambda answer: answer["data"]),
-        ):
+        """Check everything that is held against the model's, and what a follower has against that."""
+        for path, query in ((["usage"], []), (["streams"], [("limit", "1000"), ("after", "0")]), (["users"], []), (["months"], []), (["report"], [])):
             url = f"http://{':'.join(self.address)}{'/' if path == ['usage'] else '/api/v1/'}{path[0]}?{urlencode(query)}"
-            assert whole(await get_json(url)) == self.model.predict("GET", path, query, None, b"")[1]
+            assert self.parse(path, "json", json.dumps(await get_json(url)).encode()) == self.model.predict("GET", path, query, {}, b"")[1]
+        async with aiohttp.ClientSession() as session:
+            url = f"http://{':'.join(self.address)}/api/v1/changes?after="
+            answer = await session.get(url + self.cursor)
+            if answer.status == 410:
+                self.followed.clear()
+                answer = await session.get(url + "0")
+            for line in (await answer.text()).splitlines():
+                row = json.loads(line)
+                assert row["version"] >= self.followed.get(row["id"], row)["version"]
+                self.followed[row["id"]] = row
+            self.cursor = answer.headers["Link"].split("after=")[1].split(">")[0]
+        kept = {number: {name: row[name] for name in ("id", *STREAM)} for number, row in self.followed.items() if "deleted" not in row}
+        assert kept == self.model.streams
+        self.model.sequence = self.cursor.split("-")[0]
 
 
 def as_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Write rows as the cells of a CSV, no text a formula."""
-    return [[f"'{cell}" if isinstance(cell, str) and cell[0] in "=+-@\t\r" else str(cell) for cell in row.values()] for row in rows]
+    """Write rows as the cells of a CSV, no text a formula; an amount is no text."""
+
+    def as_cell(name: str, cell: Any) -> str:
+        is_text = isinstance(cell, str) and not name.startswith(("amount", "adjustment"))
+        return "" if cell is None else f"'{cell}" if is_text and cell[0] in "=+-@\t\r" else str(cell)
+
+    return [list(itertools.starmap(as_cell, row.items())) for row in rows]
 
 
 @pytest.mark.parametrize("durable", [False, True])
 async def test_whatever_is_sent_gets_what_a_plain_model_says_and_never_a_5xx(tmp_path: Path, durable: bool) -> None:
     options, keep = (["--db", str(tmp_path / "usage.db")], math.inf) if durable else (["--keep=200"], 200)
-    rng, number = random.Random(33), int(os.environ.get("FUZZ_REQUESTS", "1500"))
-    async with started("--no-simulation", *options) as program:
-        fuzzer = Fuzzer(await program.url(), rng, Model(keep))
+    rng, number = random.Random(int(os.environ.get("FUZZ_SEED", "33"))), int(os.environ.get("FUZZ_REQUESTS", "1500"))
+    # Limits that are low are reached with few streams.
+    command = "-c", f"import server; server.{FUZZ_LIMITS}; server.main()"
+    async with started("--no-simulation", *options, command=command) as program:
+        fuzzer = Fuzzer(await program.url(), rng, Model(keep, durable))
         broken = set[asyncio.Task[None]]()
         for at in range(number):
-            if rng.random() < 0.3:
+            if at % 250 == 0:
+                await fuzzer.compare()
+            if (kind := rng.random()) < 0.3:
                 broken.add(asyncio.create_task(fuzzer.break_http(random.Random(at))))
                 if len(broken) >= 20:
                     done, broken = await asyncio.wait(broken, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
                         task.result()
+            elif kind < 0.302:
+                await fuzzer.send_too_much()
             else:
                 await fuzzer.ask()
-            if at % 250 == 0:
-                await fuzzer.compare()
         await asyncio.gather(*broken)
         await fuzzer.compare()
-        if fuzzer.connection:
-            fuzzer.connection[1].close()
+        await fuzzer.close()
         status, errors = await program.stop()
         assert status == 0
         assert re.sub(".* WARNING .*--keep.*\n", "", errors) == ""
+    assert len(fuzzer.done) > 60  # ways in which requests ended: the model expects more than refusals
     if durable:
-        async with started("--no-simulation", *options) as program:
+        async with started("--no-simulation", *options, command=command) as program:
             fuzzer.address = (await program.url()).removeprefix("http://").split(":")
             await fuzzer.compare()
+            for _ in range(50):
+                await fuzzer.ask()
+            await fuzzer.close()
 
 
 async def test_a_bad_import_prints_20_faults_and_ends_with_status_2(tmp_path: Path) -> None:
