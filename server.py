@@ -6,7 +6,7 @@
 
     python server.py            then open http://127.0.0.1:8080, or curl http://127.0.0.1:8080/usage
 
-The map, from top to bottom; each section uses only those above it:
+The map, from top to bottom. Each section uses only those above it, and the application's State:
 
     events        what an event is: the one place where one is checked and written
     usage         the events that are kept, in chunks that are never changed
@@ -131,7 +131,6 @@ KEPT_BYTES = 1024 * 1024  # a longer answer is not kept, and a longer list is wr
 KEPT_ANSWERS = 64
 MOST_ROWS = 100_000  # of totals, in one answer
 PAGE_STREAMS = 1_000
-USERS_A_STEP = 64
 THREADS = 4
 LONG_WORK = 4  # so much of what takes more than a time slice is under way at a time: each holds memory
 SLICE_SECONDS = 0.0005  # how long something may keep the event loop at a stretch
@@ -171,19 +170,14 @@ Wanted = tuple[tuple[str, Container[Any]], ...]  # names of fields, and the valu
 log = logging.getLogger("server")
 
 
-class Progress:
-    """What is said of long work: once a second, how far it is."""
-
-    def __init__(self, what: str) -> None:
-        """Begin; `what` stands before the count."""
-        self.what = what
-        self.began = self.said = time.monotonic()
-
-    def step(self, count: int) -> None:
-        """Log that `count` is done, unless something was said within the last second."""
-        if (now := time.monotonic()) >= self.said + 1:
-            self.said = now
-            log.info("%s: %s after %.0f s", self.what, f"{count:,}", now - self.began)
+def telling(what: str, items: Iterable[T]) -> Iterator[T]:
+    """Yield `items`, and log once a second how many of `what` that were."""
+    began = said = time.monotonic()
+    for number, item in enumerate(items):
+        if (now := time.monotonic()) >= said + 1:
+            said = now
+            log.info("%s so far: %s after %.0f s", what, f"{number:,}", now - began)
+        yield item
 
 
 # ── Events ──────────────────────────────────────────────────────────────────────────────────────
@@ -197,6 +191,7 @@ EVENT_KEYS = frozenset(FIELDS)
 FORBIDDEN_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 TEXT_CHARACTERS = 128
 
+INTEGER = re.compile(r"-?[0-9]{1,100}")
 HIGHEST_SECONDS = 2**31 - 1
 COMMON_SECONDS = {seconds: seconds for seconds in range(7_200)}  # one object of each is enough
 CSV_END = "\r\n"
@@ -406,17 +401,14 @@ class Chunks:
             leaving = set(group)
             self._replace(at, [event for event in self.chunks[at] if event not in leaving])
 
-    def between(self, low: int | None = None, high: int | None = None) -> deque[Chunk]:
+    def between(self, low: float = -math.inf, high: float = math.inf) -> deque[Chunk]:
         """Return the events with `low <= field < high`, in order, as chunks."""
-        first, end = 0, len(self.chunks)
-        if low is not None:
-            first = bisect_left(self.chunks, low, key=lambda chunk: self.value(chunk[-1]))
-        if high is not None:
-            end = bisect_left(self.chunks, high, key=lambda chunk: self.value(chunk[0]))
+        first = bisect_left(self.chunks, low, key=lambda chunk: self.value(chunk[-1]))
+        end = bisect_left(self.chunks, high, key=lambda chunk: self.value(chunk[0]))
         found = deque(itertools.islice(self.chunks, first, end))
-        if found and low is not None and self.value(found[0][0]) < low:
+        if found and self.value(found[0][0]) < low:
             found[0] = Chunk(found[0][bisect_left(found[0], low, key=self.value) :])
-        if found and high is not None and self.value(found[-1][-1]) >= high:
+        if found and self.value(found[-1][-1]) >= high:
             found[-1] = Chunk(found[-1][: bisect_left(found[-1], high, key=self.value)])
         return found
 
@@ -480,12 +472,9 @@ class Usage:
     def is_too_old(self, events: Sequence[Event]) -> bool:
         """Tell whether one of these new events would be among those that `keep` drops at once."""
         over = self.count + len(events) - self.keep
-        if over <= 0:
-            return False
+        starts = (event.stream_started_on for event in itertools.chain.from_iterable(self.by_start.chunks))
         oldest = min(event.stream_started_on for event in events)
-        in_order = itertools.chain.from_iterable(self.by_start.chunks)
-        last = next(itertools.islice(in_order, int(over) - 1, None), None)  # of those that would be dropped
-        return last is None or last.stream_started_on > oldest
+        return over > 0 and next(itertools.islice(starts, int(over) - 1, None), math.inf) > oldest
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`."""
@@ -507,9 +496,8 @@ class Usage:
 
     def find(self, stream_id: int) -> Event:
         """Return the event with this id; raises MissingError."""
-        for chunk in self.by_id.between(stream_id, stream_id + 1):
-            for event in chunk:
-                return event  # type: ignore[no-any-return]
+        for event in itertools.chain.from_iterable(self.by_id.between(stream_id, stream_id + 1)):
+            return event  # type: ignore[no-any-return]
         raise MissingError(f"there is no stream {stream_id}")
 
     def replace(self, old: Event, new: Event) -> None:
@@ -1256,7 +1244,7 @@ class Import:
 
     def _read_rows(self, path: Path, columns: Sequence[str], take: Callable[[dict[str, str]], None]) -> None:
         """Give each row's cells, by column, to `take`, and note with its line what is wrong with it."""
-        progress, digest = Progress(f"reading {path.name}, lines so far"), hashlib.sha256(self.hash)
+        digest = hashlib.sha256(self.hash)
         with (
             self._noting(path.name),
             ImportFile(path, digest) as pieces,
@@ -1267,7 +1255,8 @@ class Import:
             names = [cell.strip().casefold().replace(" ", "_") for cell in cells]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            reader = csv.reader(lines_of(file), delimiter=delimiter, strict=True)
+            lines = telling(f"reading {path.name}, lines", lines_of(file))
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
             end: list[str] = []
             while cells is not end:
                 with self._noting(f"{path.name}:{reader.line_num + 2}"):
@@ -1277,7 +1266,6 @@ class Import:
                     if len(cells) != len(names):
                         raise InvalidError(f"{len(cells)} columns instead of {len(names)}")
                     take(dict(zip(names, map(str.strip, cells), strict=True)))
-                progress.step(reader.line_num)
             self.hash = digest.digest()
 
     def _add_user(self, row: dict[str, str]) -> None:
@@ -1466,14 +1454,6 @@ class StorageError(Exception):
     """The disk does not take what is to be stored, or the file cannot be used."""
 
 
-def in_thousands(items: Iterable[T], what: str) -> Iterator[list[T]]:
-    """Yield lists of a thousand, and say how far that is."""
-    progress = Progress(what)
-    for number, thousand in enumerate(batched(items, POST_EVENTS)):
-        progress.step(number * POST_EVENTS)
-        yield thousand
-
-
 def is_mounted_alone(path: str) -> bool:
     """Tell whether the file itself is a mount point, as of `docker -v`: its log would stay behind."""
     with contextlib.suppress(OSError):
@@ -1630,8 +1610,7 @@ class Journal:
         """Put into `usage` and `books` what is stored; raises StorageError."""
         with self._refusing():
             execute = self.connection.execute
-            rows = in_thousands(execute("SELECT * FROM streams"), "loading, streams so far")
-            usage.add([Event(*row) for thousand in rows for row in thousand])
+            usage.add([Event(*row) for row in telling("loading, streams", execute("SELECT * FROM streams"))])
             usage.by_version.add([Tombstone(*row) for row in execute("SELECT * FROM tombstones")])
             (usage.name,) = execute("SELECT name FROM sequence").fetchone()
             usage.last_number = usage.sequence = self._last_number()
@@ -1674,10 +1653,8 @@ class Journal:
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
                     if statement == INSERT_STREAMS:
-                        cells = in_thousands(
-                            map(attrgetter(*FIELDS, "id", "version"), rows), "storing, streams so far"
-                        )
-                        rows = ((to_json(thousand),) for thousand in cells)
+                        cells = map(attrgetter(*FIELDS, "id", "version"), telling("storing, streams", rows))
+                        rows = ((to_json(thousand),) for thousand in batched(cells, POST_EVENTS))
                     self.connection.executemany(statement, rows)
                 self.unsure = True  # until the commit, which comes now, has succeeded
             self.unsure = False
@@ -1788,21 +1765,19 @@ async def simulate_history(state: State) -> None:
     config, now = state.config, state.clock()
     if not config.history or (state.journal and state.usage.count):
         return
-    events, progress = list[Event](), Progress("simulating the history, events so far")
+    events = list[Event]()
     seconds = min(config.history * DAY, now - 1_800)  # there was nothing before 1970
-    for number in range(1, int(seconds / config.interval) + 1):  # the latest first
+    numbers = range(1, int(seconds / config.interval) + 1)  # the latest first
+    for number in telling("simulating the history, batches", numbers):
         if len(events) >= state.usage.keep:
             log.warning("--keep ends the history after %.1f days", number * config.interval / DAY)
             break
         events += simulate_batch(int(now - number * config.interval), state.simulation.rng)
         if number % 1_000 == 0:
-            progress.step(len(events))
             await asyncio.sleep(0)  # a signal can end a long start
-    progress = Progress("adding the history, events so far")
     size = len(events) if state.journal else 100_000  # a file gets all of it or nothing
-    for part in batched(reversed(events), size):
+    for part in telling(f"adding the history, parts of {size:,} events", batched(reversed(events), size)):
         await state.add(part)
-        progress.step(state.usage.count)
         await asyncio.sleep(0)
 
 
@@ -1834,14 +1809,12 @@ async def run_simulation(state: State) -> None:
 # ── HTTP: requests ──────────────────────────────────────────────────────────────────────────────
 # What comes in: who may ask, and what is asked for. The rules above know nothing of HTTP.
 
-INTEGER = re.compile(r"-?[0-9]{1,100}")
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?")  # RFC 3986: the port may be empty
 HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 JSON_TYPES = ("application/json",)
 PATCH_TYPES = (*JSON_TYPES, "application/merge-patch+json")
 
 GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permutations(NAMES, size))
-
 
 
 def parse_cursor(text: str) -> tuple[str, int]:
@@ -2384,7 +2357,7 @@ async def get_usage(request: web.Request) -> Answer:
         return Answer(400)  # with an empty body: the challenge wants it so
 
     def make() -> Pieces:
-        chunks = state.usage.by_start.between(asked.get("from"), asked.get("to"))
+        chunks = state.usage.by_start.between(asked.get("from", -math.inf), asked.get("to", math.inf))
         if grouped:
             columns = (*(["window_start"] if window else []), *by, "events", "seconds_streamed")
             return write_totals(kind, columns, aggregate(chunks, by, window, wanted_in(asked), limit))
@@ -2435,7 +2408,7 @@ async def get_streams(request: web.Request) -> Answer:
         raise InvalidError("from is in the future")
     since, until = asked.get("from", 0), asked.get("to", sys.maxsize)
     wanted = (*wanted_in(asked), ("stream_started_on", range(since, until)))
-    in_time = state.usage.by_start.between(asked.get("from"), asked.get("to"))
+    in_time = state.usage.by_start.between(asked.get("from", -math.inf), asked.get("to", math.inf))
     following = (matching(chunk, wanted) for chunk in state.usage.by_id.between(after + 1))
     totals = await result_of(state, aggregate(in_time, (), None, wanted_in(asked), None))
     page: list[Event] = [*itertools.chain.from_iterable(await collect(state, first_of(following, limit + 1)))]
@@ -3037,10 +3010,8 @@ def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> I
     try:
         content = asyncio.run(fetch_tracks(source)) if remote else read_tracks(Path(source))
         return Import(directory, content, time.time())
-    except OSError as error:
-        parser.error(f"cannot read the tracks from {source}: {error.strerror or error}")
-    except ValueError as error:
-        parser.error(f"cannot read the tracks from {source}: {error}")
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot read the tracks from {source}: {getattr(error, 'strerror', None) or error}")
     except ImportFailedError as error:
         parser.exit(2, f"{error}\n")
 
