@@ -1370,21 +1370,28 @@ MIGRATIONS = (
         amount INTEGER NOT NULL, amount_user_centric INTEGER NOT NULL, PRIMARY KEY (month, label));
     CREATE TABLE closed_totals (
         month TEXT NOT NULL, user_id TEXT NOT NULL, label TEXT NOT NULL, streams INTEGER NOT NULL,
-        seconds_streamed INTEGER NOT NULL, PRIMARY KEY (month, user_id, label));
+        seconds_streamed INTEGER NOT NULL, PRIMARY KEY (month, user_id, label)) WITHOUT ROWID;
     CREATE TABLE closed_subscriptions (
         month TEXT NOT NULL, user_id TEXT NOT NULL, product_type TEXT NOT NULL, fee INTEGER NOT NULL,
-        origin TEXT NOT NULL, PRIMARY KEY (month, user_id));
+        origin TEXT NOT NULL, PRIMARY KEY (month, user_id)) WITHOUT ROWID;
     CREATE TABLE adjustments (
         month TEXT NOT NULL, of_month TEXT NOT NULL, label TEXT NOT NULL, amount INTEGER NOT NULL,
         amount_user_centric INTEGER NOT NULL, PRIMARY KEY (month, of_month, label));
     """,
 )
-# A thousand rows in one step: between two steps the thread would wait for its turn with the event loop.
-INSERT_STREAMS = """
-    INSERT INTO streams SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
-    json_extract(value, '$[2]'), json_extract(value, '$[3]'), json_extract(value, '$[4]'),
-    json_extract(value, '$[5]'), json_extract(value, '$[6]') FROM json_each(?)
-"""
+
+Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows
+Freeze = Callable[[], Awaitable[Statements]]  # gives them when all changes before are visible, none after
+
+
+def insert_many(table: str, columns: int) -> str:
+    """Return what inserts a thousand rows in one step: after each the thread waits for its turn to run."""
+    cells = ", ".join(f"json_extract(value, '$[{at}]')" for at in range(columns))
+    return f"INSERT INTO {table} SELECT {cells} FROM json_each(?)"  # noqa: S608 - the names are those here
+
+
+INSERT_STREAMS = insert_many("streams", 7)
+CELLS = attrgetter(*FIELDS, "id", "version")  # of an event, as SQLite has them
 SET_STREAM = "INSERT OR REPLACE INTO streams VALUES (?, ?, ?, ?, ?, ?, ?)"
 DELETE_STREAM = "DELETE FROM streams WHERE id = ?"
 INSERT_TOMBSTONE = "INSERT INTO tombstones VALUES (?, ?)"
@@ -1422,32 +1429,22 @@ LAST_NUMBER = """
         UNION ALL SELECT max(first_id + size) FROM imports UNION ALL SELECT max(first_id) FROM keys)
 """
 
-Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows, INSERT_STREAMS with its events
-Freeze = Callable[[], Awaitable[Statements]]  # gives them when all changes before are visible, none after
-
-# What was paid stays to the cent, whatever a later version would work out.
-OPEN_MONTH = tuple(
-    f"DELETE FROM {table} WHERE month = ?"  # noqa: S608 - the names are these
-    for table in ("closed_months", "closed_labels", "closed_totals", "closed_subscriptions", "adjustments")
-)
-CLOSE_MONTH = "INSERT INTO closed_months VALUES (?, ?, ?, ?)"
-CLOSE_LABEL = "INSERT INTO closed_labels VALUES (?, ?, ?, ?, ?, ?)"
-CLOSE_TOTAL = "INSERT INTO closed_totals VALUES (?, ?, ?, ?, ?)"
-CLOSE_SUBSCRIPTION = "INSERT INTO closed_subscriptions VALUES (?, ?, ?, ?, ?)"
-CLOSE_ADJUSTMENT = "INSERT INTO adjustments VALUES (?, ?, ?, ?, ?)"
+# What was paid stays to the cent, whatever a later version would work out. Each table has so many columns.
+FROZEN = {"closed_months": 4, "closed_labels": 6, "closed_totals": 5, "closed_subscriptions": 5}
+FROZEN |= {"adjustments": 5}
+OPEN_MONTH = tuple(f"DELETE FROM {table} WHERE month = ?" for table in FROZEN)  # noqa: S608
 
 
 def freeze_account(name: str, account: Account) -> Statements:
-    """Return what stores the account of a month that is closed."""
-    due = ((of, label, cents) for of, own in account.adjustments.items() for label, cents in own.items())
-    totals = ((name, user, label, *of) for user, own in account.totals.items() for label, of in own.items())
-    return [
-        (CLOSE_MONTH, [(name, account.closed_on, account.fees, account.revenue)]),
-        (CLOSE_LABEL, ((name, label, *of) for label, of in account.labels.items())),
-        (CLOSE_TOTAL, totals),
-        (CLOSE_SUBSCRIPTION, ((name, user, *astuple(of)) for user, of in account.subscriptions.items())),
-        (CLOSE_ADJUSTMENT, ((name, of, label, *cents) for of, label, cents in due)),
-    ]
+    """Return what stores the account of a month that is closed; its rows are made as they are stored."""
+    rows: tuple[Iterable[Any], ...] = (
+        [(name, account.closed_on, account.fees, account.revenue)],
+        ((name, label, *of) for label, of in account.labels.items()),
+        ((name, user, label, *of) for user, own in account.totals.items() for label, of in own.items()),
+        ((name, user, of.product_type, of.fee, of.origin) for user, of in account.subscriptions.items()),
+        ((name, of, label, *each) for of, own in account.adjustments.items() for label, each in own.items()),
+    )
+    return [*zip(itertools.starmap(insert_many, FROZEN.items()), rows, strict=True)]
 
 
 class StorageError(Exception):
@@ -1580,7 +1577,7 @@ class Journal:
             event.id = event.version = stream_id
         users = ((user, *astuple(found), number) for user, found in imported.subscriptions.items())
         self.commit([
-            (INSERT_STREAMS, imported.events),
+            (INSERT_STREAMS, map(CELLS, imported.events)),
             (KEEP_REPLACED, ((number, user) for user in imported.subscriptions)),
             (SET_SUBSCRIPTION, users),
             (INSERT_IMPORT, [(number, imported.hash, first_id, len(imported.events))]),
@@ -1633,7 +1630,8 @@ class Journal:
         for user, label, *of in rows("closed_totals"):
             totals.setdefault(user, {})[label] = of[0], of[1]
         same = {user: now[user] for user, own in totals.items() if now.get(user) == own}
-        subscriptions = {user: Subscription(*cells) for user, *cells in rows("closed_subscriptions")}
+        kinds = lru_cache(Subscription)
+        subscriptions = {user: kinds(*cells) for user, *cells in rows("closed_subscriptions")}
         labels = {label: (of[0], of[1], of[2], of[3]) for label, *of in rows("closed_labels")}
         adjustments: dict[str, dict[str, Cents]] = {}
         for month, label, *cents in rows("adjustments"):
@@ -1652,9 +1650,9 @@ class Journal:
                     raise StorageError(f"{self.log.name} has just been emptied")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
-                    if statement == INSERT_STREAMS:
-                        cells = map(attrgetter(*FIELDS, "id", "version"), telling("storing, streams", rows))
-                        rows = ((to_json(thousand),) for thousand in batched(cells, POST_EVENTS))
+                    if statement.endswith("json_each(?)"):
+                        thousands = batched(telling("storing, rows", rows), POST_EVENTS)
+                        rows = ((to_json(thousand),) for thousand in thousands)
                     self.connection.executemany(statement, rows)
                 self.unsure = True  # until the commit, which comes now, has succeeded
             self.unsure = False
@@ -2822,7 +2820,7 @@ class State:
             self.usage.keys |= keys
 
         rows = [(INSERT_KEY, [(name, digest, first_id)]) for name, (digest, first_id) in keys.items()]
-        await self.write([(INSERT_STREAMS, events), *rows], apply)
+        await self.write([(INSERT_STREAMS, map(CELLS, events)), *rows], apply)
 
 
 def abort_if_failed(journal: asyncio.Task[None]) -> None:

@@ -1357,6 +1357,37 @@ async def test_a_file_of_every_earlier_version_is_opened(start: Start, tmp_path:
     assert version == len(server.MIGRATIONS) - 1
 
 
+async def test_a_file_of_the_version_before_gives_the_same_money_and_once_a_month_is_closed_an_older_program_refuses_it(start: Start, tmp_path: Path) -> None:
+    path, rng = tmp_path / "usage.db", random.Random(43)
+    made = [event(rng.choice([*CLOSABLE.values()]), rng.randrange(999), f"user{rng.randrange(12)}", label=rng.choice("abcd")) for _ in range(500)]
+    subscriptions = {f"user{number}": Subscription("p", rng.randrange(2_000), rng.choice(("web", "app_store"))) for number in range(9)}
+    with contextlib.closing(sqlite3.connect(path)) as old:
+        old.executescript(SCHEMA_1)
+        old.executescript("DELETE FROM streams; DELETE FROM subscriptions")
+        old.executemany("INSERT INTO streams VALUES (?, ?, ?, ?, ?, NULL)", [[getattr(each, name) for name in server.FIELDS] for each in made])
+        old.executemany("INSERT INTO subscriptions VALUES (?, ?, ?, ?, NULL)", [(user, each.product_type, each.fee, each.origin) for user, each in subscriptions.items()])
+        old.commit()
+    client = await start(db=path)
+    for month in CLOSABLE:
+        revenue, *columns = naive_month([each for each in made if month_of(each) == month], server.SUBSCRIPTIONS | subscriptions)
+        for body in (OPEN, CLOSE):
+            await set_month(client, month, body)
+            data = json.loads((await money(client, f"report?month={month}"))[0])["data"]
+            assert (data["revenue"], data["distributed"], data["adjusted"]) == (server.euros(revenue), server.euros(revenue), "0.00")
+            for name, naive in zip(server.AMOUNTS, columns, strict=True):
+                assert {line["label"]: line[name] for line in data["labels"]} == {label: server.euros(cents) for label, cents in naive.items()}
+    await client.close()
+    with contextlib.closing(sqlite3.connect(path)) as newer:
+        ((version,),) = newer.execute("PRAGMA user_version")
+        assert version == len(server.MIGRATIONS) > 1  # the version before was of 1, and refused what is above
+        newer.executescript(f"PRAGMA user_version = {version + 1}; PRAGMA wal_checkpoint(TRUNCATE)")
+    content = path.read_bytes()
+    async with started("--db", str(path)) as program:
+        _, errors = await program.process.communicate()
+        assert (program.process.returncode, errors.decode()) == (2, f"server.py: cannot use the database {path}: it is of version {version + 1}, this program is of {version}\n")
+    assert path.read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("damage", "following"),
     [
@@ -1406,7 +1437,7 @@ def test_a_long_import_and_a_long_start_say_how_far_they_are(
     journal.load(usage_of(math.inf), server.Books({}))
     said = Counter(re.sub(r"[0-9][0-9,.]*", "N", record.getMessage()) for record in caplog.records)
     assert said["reading streaming.csv, lines so far: N after N s"] > 3_000
-    assert said["storing, streams so far: N after N s"] == said["loading, streams so far: N after N s"] == 3_003
+    assert said["storing, rows so far: N after N s"] == said["loading, streams so far: N after N s"] == 3_003
     journal.connection.close()
     journal.lock.close()
 
