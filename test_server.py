@@ -2962,6 +2962,19 @@ async def test_a_statement_over_10_000_subscribers_takes_less_than_a_second_and_
         walk(data)
 
 
+async def test_a_close_which_all_writes_wait_for_waits_for_no_other_long_work(start: Start, tmp_path: Path) -> None:
+    client = await start(db=tmp_path / "usage.db")
+    state = client.app[server.STATE]
+    state.books.subscriptions.update({f"u{number}": Subscription("p", number, "web") for number in range(10_000)})
+    add(state.usage, [event(JANUARY, 60, f"u{number}", label=f"label {number % 5}") for number in range(10_000)])
+    for _ in range(server.LONG_WORK):
+        await state.long_work.acquire()
+    async with asyncio.timeout(10):
+        row = await set_month(client, "2019-01", CLOSE)
+        assert (row["status"], row["late"]) == ("closed", 0)
+        assert (await client.post("/api/v1/streams", json=STREAM)).status == 201
+
+
 class Office(Payroll):
     """A payroll beside the real program, which is closed, restarted, and imported into."""
 
