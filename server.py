@@ -104,7 +104,7 @@ from http import HTTPStatus
 from operator import add, attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, unquote, urlencode
 from weakref import WeakValueDictionary
 
 try:
@@ -2700,9 +2700,7 @@ def write_months(books: Books) -> Pieces:
 async def put_month(request: web.Request) -> Answer:
     """Close a month or open it again."""
     state, name = request.app[STATE], request.match_info["month"]
-    pattern, kind, _ = PARAMETERS["month"]
-    if not re.fullmatch(pattern, name):
-        raise InvalidError(f"the month must be {kind}")
+    parse_query(urlencode({"month": name}), "month")  # it is the same in a path
     value, _ = await read_json(request)
     status = check_keys("the month", value, {"status"})["status"]
     if status not in ("open", "closed"):

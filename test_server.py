@@ -2969,10 +2969,14 @@ async def test_a_close_which_all_writes_wait_for_waits_for_no_other_long_work(st
     add(state.usage, [event(JANUARY, 60, f"u{number}", label=f"label {number % 5}") for number in range(10_000)])
     for _ in range(server.LONG_WORK):
         await state.long_work.acquire()
-    async with asyncio.timeout(10):
-        row = await set_month(client, "2019-01", CLOSE)
-        assert (row["status"], row["late"]) == ("closed", 0)
-        assert (await client.post("/api/v1/streams", json=STREAM)).status == 201
+    try:
+        async with asyncio.timeout(10):
+            row = await set_month(client, "2019-01", CLOSE)
+            assert (row["status"], row["late"]) == ("closed", 0)
+            assert (await client.post("/api/v1/streams", json=STREAM)).status == 201
+    finally:
+        for _ in range(server.LONG_WORK):
+            state.long_work.release()
 
 
 class Office(Payroll):
