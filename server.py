@@ -104,7 +104,7 @@ from http import HTTPStatus
 from operator import add, attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, unquote, urlencode
 from weakref import WeakValueDictionary
 
 try:
@@ -922,7 +922,8 @@ class Month:
 
     def close(self, account: Account | None) -> None:
         """Close the month with this account or, with none, open it again."""
-        self.closed, self._late = account, []
+        same = account and account.totals is self.totals  # which its snapshot shares until they change
+        self.closed, self._late = account, [{}] if same else []
 
     def snapshot(self) -> Month:
         """Return the month as it is now; the next change copies the totals that the two share."""
@@ -1061,15 +1062,18 @@ def describe_month(books: Books, name: str, account: Account) -> Steps[dict[str,
     return row | {"adjusted": euros(adjusted), "late": len(late)}
 
 
-def write_lines(lines: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
-    """Return the report's lines for each label's figures: highest amount first, then by name."""
-    whole = sum(line[1] for line in lines.values()) or 1
-    written = []
-    for label, (streams, seconds, *cents) in sorted(lines.items(), key=lambda item: (-item[1][2], item[0])):
-        share = round(seconds / whole, 6)  # no money, so a float will do
-        cells = label, streams, seconds, share, *map(euros, cents)
-        written.append(dict(zip(LABEL_COLUMNS, cells, strict=True)))
-    return written
+def write_line(label: str, figures: Sequence[int], whole: int) -> dict[str, Any]:
+    """Return a label's line of the report; `whole` are the seconds of all."""
+    streams, seconds, *cents = figures
+    share = round(seconds / (whole or 1), 6)  # no money, so a float will do
+    return dict(zip(LABEL_COLUMNS, (label, streams, seconds, share, *map(euros, cents)), strict=True))
+
+
+def write_lines(lines: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Any]]:
+    """Yield the report's lines: highest amount first, then by name."""
+    whole = sum(line[1] for line in lines.values())
+    for label, figures in sorted(lines.items(), key=lambda item: (-item[1][2], item[0])):
+        yield write_line(label, figures, whole)
 
 
 def report(books: Books, month: str | None = None) -> Steps[tuple[dict[str, Any], Iterator[dict[str, Any]]]]:
@@ -1095,25 +1099,34 @@ def report(books: Books, month: str | None = None) -> Steps[tuple[dict[str, Any]
         for name, account in accounts.items()
         for line in write_lines(account.lines())
     )
-    return data | {"labels": write_lines(added)}, rows
+    data["labels"] = []
+    for some in batched(write_lines(added), STEP_USERS):
+        yield
+        data["labels"] += some
+    return data, rows
 
 
 def find_payers(ledger: Ledger, label: str) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
     """Return a statement's rows of subscribers, and the seconds of each listener who does not subscribe."""
-    rows, others = [], []
-    for some in find_listeners(ledger):
+    runs, rows, others = list[list[Any]](), list[dict[str, Any]](), list[int]()
+    for listeners in find_listeners(ledger):
         yield
-        for user, net, own, heard in some:
+        runs.append([])
+        for user, net, own, heard in listeners:
             _, seconds = own.get(label, (0, 0))
             found = ledger.subscriptions.get(user or "")
             if (found and seconds) or (not user and ledger.silent_users):
                 part = 100 * net * seconds // (heard or 1)
                 terms = (found.product_type, euros(found.fee), found.origin) if found else (None,) * 3
                 cells = user, *terms, euros(100 * net, 6), seconds, heard, euros(part, 6)
-                rows.append((not user, -part, user, dict(zip(PAYER_COLUMNS, cells, strict=True))))
+                runs[-1].append((not user, -part, user, dict(zip(PAYER_COLUMNS, cells, strict=True))))
             elif user and seconds:
                 others.append(seconds)
-    return [row for *_, row in sorted(rows, key=itemgetter(0, 1, 2))], others
+        runs[-1].sort(key=itemgetter(0, 1, 2))
+    for some in batched(merge(*runs), STEP_USERS):
+        yield
+        rows += [row for *_, row in some]
+    return rows, others
 
 
 def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
@@ -1149,7 +1162,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
         "month": month,
         "status": account.status,
         "currency": CURRENCY,
-        "line": next(line for line in write_lines(lines) if line["label"] == label),
+        "line": write_line(label, lines[label], ledger.seconds),
         "pro_rata": revenue | {"seconds_streamed": seconds, "of_seconds": ledger.seconds} | pro_rata,
         "user_centric": {"subscribers": payers} | sums | revenue | round_to(centric_amount, cuts[1]),
         "listeners_without_subscription": {"users": len(others), "seconds_streamed": sum(others)},
@@ -2073,12 +2086,12 @@ def time_slice(steps: Iterator[T]) -> tuple[list[T], bool]:
     return made, True
 
 
-async def collect(state: State, steps: Generator[T, None, None]) -> list[T]:
-    """Return all `steps`, and yield to others between time slices."""
+async def collect(state: State, steps: Generator[T, None, None], first: bool = False) -> list[T]:
+    """Return all `steps`, and yield to others between time slices; what comes `first` waits for no others."""
     with contextlib.closing(steps):
         made, done = time_slice(steps)  # most work is done at once
         if not done:
-            async with state.long_work:
+            async with contextlib.nullcontext() if first else state.long_work:
                 while not done:
                     await state.yield_to_others()
                     more, done = time_slice(steps)
@@ -2086,15 +2099,14 @@ async def collect(state: State, steps: Generator[T, None, None]) -> list[T]:
         return made
 
 
-async def result_of(state: State, work: Generator[None, None, R]) -> R:
-    """Return what `work` returns, and yield to others between time slices."""
-
+async def result_of(state: State, work: Generator[None, None, R], first: bool = False) -> R:
+    """Return what `work` returns, as `collect` does."""
     results: list[R] = []
 
     def run() -> Generator[None, None, None]:
         results.append((yield from work))
 
-    await collect(state, run())
+    await collect(state, run(), first)
     return results[0]
 
 
@@ -2662,9 +2674,7 @@ def write_months(books: Books) -> Pieces:
 async def put_month(request: web.Request) -> Answer:
     """Close a month or open it again."""
     state, name = request.app[STATE], request.match_info["month"]
-    pattern, kind, _ = PARAMETERS["month"]
-    if not re.fullmatch(pattern, name):
-        raise InvalidError(f"the month must be {kind}")
+    parse_query(urlencode({"month": name}), "month")  # it is the same in a path
     value, _ = await read_json(request)
     status = check_keys("the month", value, {"status"})["status"]
     if status not in ("open", "closed"):
@@ -2679,7 +2689,8 @@ async def put_month(request: web.Request) -> Answer:
             raise ConflictError(reason)
         if status == "open":
             return [(statement, [(name,)]) for statement in OPEN_MONTH]
-        account = await result_of(state, find_account(state.books.snapshot(), name, int(now)))
+        work = find_account(state.books.snapshot(), name, int(now))
+        account = await result_of(state, work, first=True)  # all other writes wait for it
         return freeze_account(name, account)
 
     async with state.lock("months"):

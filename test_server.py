@@ -3061,6 +3061,23 @@ async def test_a_statement_over_10_000_subscribers_takes_less_than_a_second_and_
         walk(data)
 
 
+async def test_a_close_which_all_writes_wait_for_waits_for_no_other_long_work(start: Start, tmp_path: Path) -> None:
+    client = await start(db=tmp_path / "usage.db")
+    state = client.app[server.STATE]
+    state.books.subscriptions.update({f"u{number}": Subscription("p", number, "web") for number in range(10_000)})
+    add(state.usage, [event(JANUARY, 60, f"u{number}", label=f"label {number % 5}") for number in range(10_000)])
+    for _ in range(server.LONG_WORK):
+        await state.long_work.acquire()
+    try:
+        async with asyncio.timeout(10):
+            row = await set_month(client, "2019-01", CLOSE)
+            assert (row["status"], row["late"]) == ("closed", 0)
+            assert (await client.post("/api/v1/streams", json=STREAM)).status == 201
+    finally:
+        for _ in range(server.LONG_WORK):
+            state.long_work.release()
+
+
 class Office(Payroll):
     """A payroll beside the real program, which is closed, restarted, and imported into."""
 
@@ -5680,6 +5697,38 @@ async def test_the_readmes_backup_and_undo_work_as_they_stand(tmp_path: Path) ->
     await shell(f"{sys.executable} {HERE}/{take_back.removeprefix('python ')}")
     async with started("--db", str(tmp_path / "usage.db"), "--no-simulation") as program:
         assert await get_json(f"{await program.url()}/api/v1/users") == before
+
+
+@pytest.mark.skipif(shutil.which("curl") is None and not CI, reason="curl is not installed")
+async def test_the_month_of_the_readme_works_as_it_stands(tmp_path: Path) -> None:
+    text = (HERE / "README.md").read_text("utf-8").partition("### A month, from the 1st to the payment")[2].partition("\n### ")[0]
+    said, (row,) = [], re.findall(r"^\{.*\}$", text, re.MULTILINE)
+    async with started("--db", str(tmp_path / "example.db"), "--no-simulation") as program:
+        url = await program.url()
+        for command in re.findall(r"^curl .*$", text, re.MULTILINE):
+            process = await asyncio.create_subprocess_shell(
+                command.replace("http://127.0.0.1:8080", url), cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+            )
+            said.append((await process.communicate())[0].decode())
+            assert process.returncode == 0
+    _, months, report, close, statement, nothing, _, late, _, close_again, february = said
+    was = json.loads(row)
+    assert json.loads(months)["data"] == [was | {"status": "open", "closed_on": None}]
+    assert {line["label"]: [line[name] for name in server.AMOUNTS] for line in json.loads(report)["data"]["labels"]} == {"a": ["15.77", "9.91"], "b": ["10.51", "16.37"]}
+    closed = json.loads(close)["data"]
+    assert list(closed.items()) == list((was | {"closed_on": closed["closed_on"]}).items())
+    walk(json.loads(statement)["data"])
+    payers = [[str(cell) for cell in row.values() if cell is not None] for row in json.loads(statement)["data"]["user_centric"]["subscribers"]]
+    saved = (tmp_path / "statement-2019-01-a.csv").read_text("utf-8").splitlines()[1:]
+    assert (nothing, [[cell for cell in line.split(",") if cell] for line in saved]) == ("", payers)
+    assert [each["late"] for each in json.loads(late)["data"]] == [0, 2]
+    assert json.loads(close_again)["data"]["distributed"] == "26.28"
+    lines = [line.split(",") for line in february.splitlines()[1:]]
+    assert [line[6:] for line in lines] == [["13.14", "12.34", "-3.16", "-4.32"], ["13.14", "13.94", "3.16", "4.32"]]
+    for label, amount, centric, adjustment, adjustment_centric in [[line[2], *line[6:]] for line in lines]:
+        sums = [server.euros(round(100 * (Fraction(one) + Fraction(other)))) for one, other in ((amount, adjustment), (centric, adjustment_centric))]
+        cells = [amount, adjustment, f"**{sums[0]}**", centric, adjustment_centric, f"**{sums[1]}**"]
+        assert f"| {label} | {' | '.join(cells)} |".replace("-", "−") in text
 
 
 def test_the_inline_script_metadata_agrees_with_the_requirements() -> None:
