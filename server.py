@@ -2548,7 +2548,7 @@ async def get_changes(request: web.Request) -> Answer:
     began = max(after, began) if after else usage.sequence
     if name not in ("", usage.name) or not usage.forgotten <= began <= usage.sequence:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
-    chunks = deque(first_of(usage.by_version.between(after + 1), limit))
+    chunks = deque(first_of(usage.by_version.between(after + 1), limit) if after < usage.sequence else ())
     whole = sum(map(len, chunks)) < limit
     number = usage.sequence if whole else chunks[-1][-1].version
     cursor = f"{usage.name}-{number}" + (f"-{began}" if number < began else "")
