@@ -236,6 +236,8 @@ class Event:
         self.label = sys.intern(self.label)
         if self.seconds_streamed < len(COMMON_SECONDS):
             self.seconds_streamed = COMMON_SECONDS[self.seconds_streamed]
+        if self.version == self.id:
+            self.version = self.id
 
     @property
     def fields(self) -> str:
@@ -251,11 +253,6 @@ class Event:
         return f'{{"id":{self.id},{self.fields}}}'.encode()
 
     @property
-    def change(self) -> str:
-        """The line of the feed."""
-        return f'{{"version":{self.version},"id":{self.id},{self.fields}}}\n'
-
-    @property
     def csv(self) -> str:
         """The line of a CSV file."""
         names = encode_cells(self.user_id, self.track_id, self.label)
@@ -268,11 +265,6 @@ class Tombstone:
 
     id: int
     version: int
-
-    @property
-    def change(self) -> str:
-        """The line of the feed."""
-        return f'{{"version":{self.version},"id":{self.id},"deleted":true}}\n'
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -362,6 +354,19 @@ class Chunk(list[Any]):
     def csv(self) -> str:
         """The lines of a CSV file."""
         return "".join([event.csv for event in self])
+
+    @property
+    def changes(self) -> str:
+        """The lines of the feed, in one expression: whoever begins to follow asks for all there are."""
+        return "".join([
+            f'{{"version":{(number := str(each.version))},'
+            f'"id":{number if each.id == each.version else each.id},"user_id":{quote(each.user_id)},'
+            f'"track_id":{quote(each.track_id)},"label":{quote(each.label)},"stream_started_on":{each.stream_started_on},'
+            f'"seconds_streamed":{each.seconds_streamed}}}\n'
+            if isinstance(each, Event)
+            else f'{{"version":{each.version},"id":{each.id},"deleted":true}}\n'
+            for each in self
+        ])
 
     @cached_property
     def known(self) -> dict[object, Totals | None]:
@@ -1820,6 +1825,7 @@ async def run_simulation(state: State) -> None:
 # ── HTTP: requests ──────────────────────────────────────────────────────────────────────────────
 # What comes in: who may ask, and what is asked for. The rules above know nothing of HTTP.
 
+NUMBER = "[0-9]{1,100}"
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?")  # RFC 3986: the port may be empty
 HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 JSON_TYPES = ("application/json",)
@@ -1828,10 +1834,10 @@ PATCH_TYPES = (*JSON_TYPES, "application/merge-patch+json")
 GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permutations(NAMES, size))
 
 
-def parse_cursor(text: str) -> tuple[str, int]:
-    """Return the name of the sequence, "" for none, and the number."""
-    name, _, number = text.rpartition("-")
-    return name, int(number)
+def parse_cursor(text: str) -> tuple[str, int, int]:
+    """Return the name of the sequence, "" for none, the number, and the latest when the reading began."""
+    name, number, began, *_ = (*text.split("-"), "0") if "-" in text else ("", text, "0")
+    return name, int(number), int(began)
 
 
 # What a parameter may be, what that is called, and what is made of it.
@@ -1843,7 +1849,7 @@ PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "order": (r"asc|desc", "asc or desc", str),
     "format": (r"json|ndjson|csv", "json, ndjson or csv", str),
     "limit": (r"0*([1-9][0-9]{0,4}|100000)", "an int from 1 to 100000", int),
-    "after": (r"([0-9a-f]+-)?[0-9]{1,100}", "an int, 0 or more, or what a Link says", parse_cursor),
+    "after": (rf"([0-9a-f]+-({NUMBER}-)?)?{NUMBER}", "an int, 0 or more, or what a Link says", parse_cursor),
     "month": (r"[0-9]{4}-(0[1-9]|1[0-2])", "a month as in 2019-03", str),
 }
 FILTERS = ("from", "to", *NAMES)
@@ -1874,6 +1880,12 @@ def parse_query(query: str, *parameters: str) -> Mapping[str, Any]:
             raise InvalidError(f"{name} must be {kind}")
         asked[name] = convert(text)
     return asked
+
+
+def is_listed(request: web.Request, name: str, *tags: str) -> bool:
+    """Tell whether If-Match or If-None-Match, in all its lines, is `*` or lists one of these tags."""
+    listed = ",".join(request.headers.getall(name, ()))
+    return listed == "*" or not {*tags}.isdisjoint(map(str.strip, listed.split(",")))
 
 
 def wanted_in(asked: Mapping[str, Any]) -> Wanted:
@@ -2198,7 +2210,7 @@ async def send(
     """
     state = request.app[STATE]
     etag = etag or state.usage.etag
-    if any(known.value in (etag, "*") for known in request.if_none_match or ()):
+    if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
         return Answer(304, headers=cache_headers(etag, kind) + more)
     key = (etag, key)
     body = await state.answers.get(key, lambda: make_whole(state, make(), most))
@@ -2411,7 +2423,7 @@ async def get_streams(request: web.Request) -> Answer:
     """List a page of streams in order of id."""
     state = request.app[STATE]
     asked = dict(parse_query(request.rel_url.raw_query_string, *FILTERS, "limit", "after"))
-    limit, (name, after) = asked.pop("limit", 100), asked.pop("after", ("", 0))
+    limit, (name, after, _) = asked.pop("limit", 100), asked.pop("after", ("", 0, 0))
     if limit > PAGE_STREAMS or name:
         raise InvalidError(f"limit must be an int from 1 to {PAGE_STREAMS}, after an id")
     if is_in_future(state, asked):
@@ -2472,16 +2484,16 @@ def find_stream(request: web.Request) -> Event:
 
 def check_version(request: web.Request, stream: Event) -> None:
     """Raise an HTTPException if the client has said what it changes, and it is not this version."""
-    known = [each.value for each in request.if_match or () if not each.is_weak]
-    if hdrs.IF_MATCH in request.headers and not {str(stream.version), "*"} & {*known}:
+    if hdrs.IF_MATCH in request.headers and not is_listed(request, hdrs.IF_MATCH, f'"{stream.version}"'):
         raise web.HTTPPreconditionFailed(reason=f'the stream is of another version: "{stream.version}"')
 
 
 async def get_stream(request: web.Request) -> Answer:
     """Show a stream."""
     stream = find_stream(request)
-    if any(known.value in (str(stream.version), "*") for known in request.if_none_match or ()):
-        return Answer(304, headers=(("ETag", f'"{stream.version}"'), ("Cache-Control", "no-store")))
+    tag = f'"{stream.version}"'
+    if is_listed(request, hdrs.IF_NONE_MATCH, tag, f"W/{tag}"):
+        return Answer(304, headers=(("ETag", tag), ("Cache-Control", "no-store")))
     return show_stream("Found Stream", stream)
 
 
@@ -2514,22 +2526,27 @@ async def delete_stream(request: web.Request) -> Answer:
 
 
 async def get_changes(request: web.Request) -> Answer:
-    """List what was created, changed or removed after a number, each stream once, as it is now."""
+    """List what was created, changed or removed after a number, each stream once, as it is now.
+
+    Who is still reading the first time, in pages, needs only the tombstones since this `began`.
+    """
     usage = request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
-    (name, after), limit = asked.get("after", ("", 0)), asked.get("limit", math.inf)
-    if name not in ("", usage.name) or after > usage.sequence or 0 < after < usage.forgotten:
+    (name, after, began), limit = asked.get("after", ("", 0, 0)), asked.get("limit", math.inf)
+    began = max(after, began) if after else usage.sequence
+    if name not in ("", usage.name) or not usage.forgotten <= began <= usage.sequence:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
-    chunks = deque(first_of(usage.by_version.between(after + 1), limit))
+    chunks = deque(first_of(usage.by_version.between(after + 1), limit) if after < usage.sequence else ())
     whole = sum(map(len, chunks)) < limit
-    cursor = usage.sequence if whole else chunks[-1][-1].version
+    number = usage.sequence if whole else chunks[-1][-1].version
+    cursor = f"{usage.name}-{number}" + (f"-{began}" if number < began else "")
 
     def lines() -> Pieces:
         while chunks:
-            yield "".join([each.change for each in chunks.popleft()]).encode()
+            yield chunks.popleft().changes.encode()
 
     headers = (
-        ("Link", f'</api/v1/changes?after={usage.name}-{cursor}>; rel="next"'),
+        ("Link", f'</api/v1/changes?after={cursor}>; rel="next"'),
         ("Cache-Control", "no-store"),
         ("Vary", "Accept-Encoding"),
         ("Content-Type", MEDIA_TYPES["ndjson"]),
@@ -2710,24 +2727,21 @@ def describe_now(books: Books, name: str) -> Steps[dict[str, Any]]:
 
 async def get_metrics(request: web.Request) -> Answer:
     """Tell Prometheus how the program fares."""
-    state = request.app[STATE]
-    statuses = {f'{{status="{first}xx"}}': state.requests[first] for first in (2, 3, 4, 5)}
-    figures: list[tuple[str, str, str, Mapping[str, float]]] = [
-        ("usage_events", "gauge", "Events that are kept.", {"": state.usage.count}),
-        ("usage_sequence", "counter", "The number of the latest change.", {"": state.usage.sequence}),
-        ("usage_requests_total", "counter", "Requests that were answered.", statuses),
-        ("usage_simulation_errors_total", "counter", "Batches that failed.", {"": state.simulation.errors}),
-        ("process_resident_memory_bytes", "gauge", "Resident memory.", {"": resident_memory()}),
-    ]
-    if state.journal and state.journal.last_commit > 0:
-        age = {"": time.monotonic() - state.journal.last_commit}
-        figures.append(("usage_last_commit_age_seconds", "gauge", "Seconds since the last commit.", age))
-    lines = []
-    for name, kind, said, values in figures:
-        lines += [f"# HELP {name} {said}", f"# TYPE {name} {kind}"]
-        lines += [f"{name}{labels} {value}" for labels, value in values.items()]
+    state, lines = request.app[STATE], list[str]()
+
+    def tell(name: str, kind: str, said: str, *values: str) -> None:
+        lines.extend((f"# HELP {name} {said}", f"# TYPE {name} {kind}", *(name + value for value in values)))
+
+    statuses = (f'{{status="{first}xx"}} {state.requests[first]}' for first in (2, 3, 4, 5))
+    tell("usage_events", "gauge", "Events that are kept.", f" {state.usage.count}")
+    tell("usage_sequence", "counter", "Number of the latest change.", f" {state.usage.sequence}")
+    tell("usage_requests_total", "counter", "Requests that were answered.", *statuses)
+    tell("usage_simulation_errors_total", "counter", "Batches that failed.", f" {state.simulation.errors}")
+    tell("process_resident_memory_bytes", "gauge", "Resident memory.", f" {resident_memory()}")
+    if state.journal and (age := time.monotonic() - state.journal.last_commit) < math.inf:
+        tell("usage_last_commit_age_seconds", "gauge", "Seconds since the last commit.", f" {age:.3f}")
     headers = (("Content-Type", "text/plain; version=0.0.4; charset=utf-8"), ("Cache-Control", "no-store"))
-    return Answer(200, "".join(f"{line}\n" for line in lines).encode(), headers)
+    return Answer(200, "\n".join([*lines, ""]).encode(), headers)
 
 
 def resident_memory() -> int:

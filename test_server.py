@@ -1818,9 +1818,42 @@ async def test_an_answer_is_304_until_something_changes(start: Start) -> None:
     assert len(await changed.json()) == 2
 
 
-async def test_a_restarted_server_has_other_etags(start: Start) -> None:
-    one, two = [(await (await start([event()])).get("/usage")).headers["ETag"] for _ in range(2)]
-    assert one != two
+async def test_etags_outlive_a_restart_with_a_file_and_only_with_one(start: Start, tmp_path: Path) -> None:
+    paths = ("/usage", "/usage?group_by=label&format=csv", "/api/v1/report", "/api/v1/users", "/api/v1/months")
+
+    client = await start(db=tmp_path / "usage.db")
+    assert (await client.post("/api/v1/streams", json=STREAM)).status == 201
+    before = {path: (await client.get(path)).headers["ETag"] for path in paths}
+    await client.close()
+    client = await start(db=tmp_path / "usage.db")
+    for path, tag in before.items():
+        answer = await client.get(path, headers={"If-None-Match": tag})
+        assert (answer.status, answer.headers["ETag"]) == (304, tag)
+    await client.put("/api/v1/users/user1", json={"product_type": "p", "fee": "1", "origin": "web"})
+    for path, tag in before.items():
+        assert (await client.get(path, headers={"If-None-Match": tag})).status == 200
+    seen = [*before.values()]
+    for options in ({}, {}, {"db": tmp_path / "other.db"}):
+        client = await start([event()], **options)
+        for path in paths:
+            answer = await client.get(path, headers={"If-None-Match": ", ".join(seen)})
+            assert answer.status == 200
+        seen.append(answer.headers["ETag"])
+
+
+@pytest.mark.parametrize(
+    ("known", "status"),
+    [('"*"', 200), ('W/"*"', 200), ("ETAG", 304), ('"x" , ETAG', 304), ("*", 304), ("*, ETAG2", 200), ("", 200), ("x", 200)],
+)
+async def test_what_if_none_match_lists_may_be_weak_and_in_several_lines_and_a_star_in_quotes_is_a_tag(start: Start, known: str, status: int) -> None:
+    client = await start([event()])
+    for path in ("/usage", "/api/v1/streams/1"):
+        tag = (await client.get(path)).headers["ETag"]
+        for spelled in (tag.removeprefix("W/"), f"W/{tag.removeprefix('W/')}"):
+            text = known.replace("ETAG2", '"2"').replace("ETAG", spelled)
+            assert (await client.get(path, headers={"If-None-Match": text})).status == status
+            lines = [("If-None-Match", '"other"'), ("If-None-Match", spelled)]
+            assert (await client.get(path, headers=lines)).status == 304
 
 
 @pytest.mark.parametrize("count", [0, 3, 5_000])
@@ -3249,6 +3282,467 @@ async def test_closed_months_stay_to_the_byte_over_300_histories_of_requests_res
         await office.end()
         done += office.done
     assert min(done[change] for change in ("create", "change", "move", "remove", "fee", "import", "undo", "undo refused", "close", "open", "restart", "refused", "so")) > 20
+
+
+# ── One sequence: versions, and the feed of changes ─────────────────────────────────────────────
+
+
+async def change(client: Any, method: str, path: str, value: Any = None, status: int = 200, **headers: str) -> Any:
+    """Send a write, and return its answer."""
+    answer = await client.request(method, f"/api/v1/{path}", json=value, headers={name.replace("_", "-"): text for name, text in headers.items()})
+    assert answer.status == status, await answer.text()
+    return answer
+
+
+async def all_streams(client: Any) -> dict[int, dict[str, Any]]:
+    """Return all streams, by id."""
+    streams: dict[int, dict[str, Any]] = {}
+    after: int | None = 0
+    while after is not None:
+        page = await (await client.get(f"/api/v1/streams?limit=1000&after={after}")).json()
+        streams |= {each["id"]: each for each in page["data"]}
+        after = page["next"]
+    return streams
+
+
+class Follower:
+    """Who keeps a copy: stores each row of the feed under its id, and lets the highest version win."""
+
+    def __init__(self, told: dict[int, dict[str, Any]] | None = None) -> None:
+        """Begin with nothing; `told` is what any follower has been told under a version."""
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.cursor = "0"
+        self.told = {} if told is None else told
+        self.begun = 0  # how often anew
+
+    async def poll(self, client: Any, limit: int | None = None) -> int:
+        """Ask once, and return how many rows came."""
+        query = f"after={self.cursor}" + (f"&limit={limit}" if limit else "")
+        async with client.get(f"/api/v1/changes?{query}") as answer:
+            if answer.status == 410:
+                self.rows, self.cursor, self.begun = {}, "0", self.begun + 1
+                return await self.poll(client, limit)
+            assert answer.status == 200
+            rows = [json.loads(line) for line in (await answer.text()).splitlines()]
+            (cursor,) = re.findall(r'^</api/v1/changes\?after=([0-9a-f]+-[0-9]+(?:-[0-9]+)?)>; rel="next"$', answer.headers["Link"])
+        versions = [row["version"] for row in rows]
+        assert versions == sorted(set(versions))
+        assert len({row["id"] for row in rows}) == len(rows) <= (limit or len(rows))
+        before = int(self.cursor.split("-")[1] if "-" in self.cursor else self.cursor)
+        assert not versions or before < versions[0] <= versions[-1] <= int(cursor.split("-")[1])
+        for row in rows:
+            assert self.told.setdefault(row["version"], row) == row
+            assert list(row) == (["version", "id", "deleted"] if "deleted" in row else ["version", "id", *server.FIELDS])
+            if row["version"] > self.rows.get(row["id"], {"version": 0})["version"]:
+                self.rows[row["id"]] = row
+        self.cursor = cursor
+        return len(rows)
+
+    async def catch_up(self, client: Any, limit: int | None = None) -> dict[int, dict[str, Any]]:
+        """Ask until nothing comes, and return the streams."""
+        while await self.poll(client, limit):
+            pass
+        return self.streams()
+
+    def streams(self) -> dict[int, dict[str, Any]]:
+        """Return what there is now, as the API shows it."""
+        return {
+            number: {name: value for name, value in row.items() if name != "version"}
+            for number, row in sorted(self.rows.items()) if "deleted" not in row
+        }
+
+    def copy(self) -> Follower:
+        """Return another who is as far."""
+        other = Follower(self.told)
+        other.rows, other.cursor = {**self.rows}, self.cursor
+        return other
+
+
+@pytest.mark.parametrize("durable", [False, True])
+async def test_ids_and_versions_grow_with_every_change_and_none_is_used_twice(start: Start, tmp_path: Path, durable: bool) -> None:
+    options = {"db": tmp_path / "usage.db"} if durable else {}
+    client, rng, given, ids = await start(**options), random.Random(61), [0], list[int]()
+    for number in range(300):
+        kind = rng.randrange(6)
+        if kind < 2 or not ids:
+            made = (await (await change(client, "POST", "streams", [STREAM] * rng.randrange(1, 4), 201)).json())["data"]
+            ids += [each["id"] for each in made]
+            given += [each["id"] for each in made]
+        elif kind == 2:
+            answer = await change(client, *rng.choice((("PUT", f"streams/{rng.choice(ids)}", STREAM), ("PATCH", f"streams/{rng.choice(ids)}", {"label": "x"}))))
+            given.append(int(answer.headers["ETag"].strip('"')))
+        elif kind == 3:
+            await change(client, "DELETE", f"streams/{ids.pop(rng.randrange(len(ids)))}")
+            rows = [json.loads(line) for line in (await (await client.get("/api/v1/changes")).text()).splitlines()]
+            assert rows[-1].keys() == {"version", "id", "deleted"}
+            given.append(rows[-1]["version"])
+        elif kind == 4:  # what is refused is no change
+            await change(client, "PATCH", f"streams/{rng.choice(ids)}", {"label": ""}, 400)
+            await change(client, "DELETE", f"streams/{rng.choice(ids)}", None, 412, If_Match='"0"')
+        else:
+            await change(client, "PUT", "users/user1", {"product_type": "p", "fee": "1", "origin": "web"})
+        if durable and number % 60 == 59:
+            await client.close()
+            client = await start(**options)
+        assert given == sorted(set(given))
+
+
+async def test_every_answer_that_shows_one_stream_has_its_strong_etag(start: Start) -> None:
+    client = await start()
+    answer = await change(client, "POST", "streams", STREAM, 201)
+    assert (answer.headers["ETag"], answer.headers["Location"]) == ('"1"', "/api/v1/streams/1")
+    assert "ETag" not in (await change(client, "POST", "streams", [STREAM], 201)).headers
+    keyed = await change(client, "POST", "streams", STREAM, 201, Idempotency_Key="k")
+    answer = await change(client, "PUT", "streams/1", STREAM)
+    assert answer.headers["ETag"] == '"4"'
+    answer = await change(client, "PATCH", "stream/3", {"label": "changed"})
+    assert answer.headers["ETag"] == '"5"'
+    for path, tag in (("stream/1", '"4"'), ("streams/1", '"4"'), ("streams/3", '"5"')):
+        for method in ("GET", "HEAD"):
+            answer = await change(client, method, path)
+            assert answer.headers["ETag"] == tag
+            again = await change(client, method, path, None, 304, If_None_Match=tag)
+            assert (again.headers["ETag"], await again.read()) == (tag, b"")
+    replayed = await change(client, "POST", "streams", STREAM, 201, Idempotency_Key="k")  # the first answer again, with the version of then
+    assert (replayed.headers["ETag"], replayed.headers["Location"]) == (keyed.headers["ETag"], keyed.headers["Location"]) == ('"3"', "/api/v1/streams/3")
+    await change(client, "PATCH", "streams/3", {"label": "lost"}, 412, If_Match=replayed.headers["ETag"])
+    answer = await change(client, "DELETE", "streams/3")
+    assert (answer.headers["ETag"], (await answer.json())["data"]["label"]) == ('"5"', "changed")
+
+
+@pytest.mark.parametrize(
+    ("known", "is_met"),
+    [
+        ('"2"', True), ("*", True), ('"1", "2"', True), ('"1","2" ', True), ('"1" ,  "2", "9"', True),
+        ('"1"', False), ('W/"2"', False), ('w/"2"', False), ('"*"', False), ('W/"*"', False), ("2", False), ("", False), ('"', False),
+        ('"2', False), ("'2'", False), ('"02"', False), ('"2 "', False), ('"1", *', False), ('"1;2"', False), ('"\xff"', False), ('"1" "2"', False),
+    ],
+)
+async def test_a_write_with_if_match_changes_that_version_or_nothing(start: Start, known: str, is_met: bool) -> None:
+    for method, value in (("PUT", STREAM), ("PATCH", {"label": "other"}), ("DELETE", None)):
+        client = await start([event()])
+        await change(client, "PATCH", "streams/1", {"label": "first"})
+        before = await snapshot(client), await (await client.get("/api/v1/changes")).text()
+        answer = await change(client, method, "streams/1", value, 200 if is_met else 412, If_Match=known)
+        after = await snapshot(client), await (await client.get("/api/v1/changes")).text()
+        if is_met:
+            assert after[1] != before[1]
+        else:
+            assert after == before
+            assert list(await answer.json()) == ["error"]
+            assert '"2"' in (await answer.json())["error"]
+
+
+async def test_if_match_in_several_lines_is_one_list(start: Start) -> None:
+    client = await start([event()])
+    for lines, status in ((['"7"', '"1"'], 200), (['"2"', '"7"'], 200), (['"1"', 'W/"3"'], 412)):
+        answer = await client.patch("/api/v1/streams/1", json={"label": "x"}, headers=[("If-Match", line) for line in lines])
+        assert answer.status == status
+
+
+async def test_what_is_not_there_or_malformed_is_said_before_a_version_that_does_not_match(start: Start) -> None:
+    client = await start([event()])
+    for method in ("PUT", "PATCH", "DELETE"):
+        for known in ("*", '"1"'):
+            await change(client, method, "streams/2", STREAM, 404, If_Match=known)
+            await change(client, method, "streams/x", STREAM, 400, If_Match=known)
+    for method, value in (("PUT", {}), ("PATCH", {"label": ""}), ("PUT", STREAM | {"stream_started_on": NOW + 1})):
+        await change(client, method, "streams/1", value, 400, If_Match='"9"')
+    await change(client, "DELETE", "streams/1", None, 412, If_Match='"9"')
+    await change(client, "DELETE", "streams/1", None, 200, If_Match='"1"')
+    await change(client, "DELETE", "streams/1", None, 404, If_Match='"1"')
+
+
+@pytest.mark.parametrize("durable", [False, True])
+async def test_of_two_clients_that_change_one_version_at_the_same_time_one_gets_412(start: Start, tmp_path: Path, durable: bool) -> None:
+    client = await start([], db=tmp_path / "usage.db" if durable else None)
+    rng, tag, stream = random.Random(62), (await change(client, "POST", "streams", STREAM, 201)).headers["ETag"], 1
+    for number in range(300):
+        writes = [rng.choice((("PUT", STREAM | {"label": f"{number} {who}"}), ("PATCH", {"label": f"{number} {who}"}), ("DELETE", None))) for who in (1, 2)]
+        answers = await asyncio.gather(*(
+            client.request(method, f"/api/v1/streams/{stream}", json=value, headers={"If-Match": tag}) for method, value in writes
+        ))
+        statuses = [answer.status for answer in answers]
+        won = statuses.index(200)
+        assert statuses[1 - won] == (404 if writes[won][0] == "DELETE" else 412)
+        if writes[won][0] == "DELETE":
+            answer = await change(client, "POST", "streams", STREAM, 201)
+            stream = int(answer.headers["Location"].rsplit("/", 1)[1])
+        else:
+            answer = await change(client, "GET", f"streams/{stream}")
+            assert (await answer.json())["data"] == (await answers[won].json())["data"]
+            assert answer.headers["ETag"] == answers[won].headers["ETag"] != tag
+        tag = answer.headers["ETag"]
+
+
+async def test_the_feed_tells_each_stream_once_as_it_is_now(start: Start) -> None:
+    client = await start()
+    assert await (await client.get("/api/v1/changes")).read() == b""
+    await change(client, "POST", "streams", [STREAM] * 4, 201)
+    await change(client, "PATCH", "streams/2", {"label": 'a "☃"\\'})
+    await change(client, "DELETE", "streams/3")
+    await change(client, "PUT", "users/user1", {"product_type": "p", "fee": "1", "origin": "web"})
+    fields = f'"stream_started_on":{NOW - 9},"seconds_streamed":5'
+    lines = [
+        f'{{"version":1,"id":1,"user_id":"user1","track_id":"track1","label":"label1",{fields}}}\n',
+        f'{{"version":4,"id":4,"user_id":"user1","track_id":"track1","label":"label1",{fields}}}\n',
+        f'{{"version":5,"id":2,"user_id":"user1","track_id":"track1","label":"a \\"☃\\"\\\\",{fields}}}\n',
+        '{"version":6,"id":3,"deleted":true}\n',
+    ]
+    name = client.app[server.STATE].usage.name
+    for query, first, end, cursor in (
+        ("", 0, 4, 7), ("?after=0", 0, 4, 7), ("?after=1", 1, 4, 7), ("?after=2", 1, 4, 7), ("?after=4", 2, 4, 7), (f"?after={name}-5", 3, 4, 7), ("?after=6", 4, 4, 7),
+        ("?after=7", 4, 4, 7), ("?limit=1", 0, 1, "1-7"), ("?limit=3", 0, 3, "5-7"), ("?limit=4", 0, 4, "6-7"), ("?limit=5", 0, 4, 7), ("?limit=2&after=1", 1, 3, 5),
+        ("?after=0007", 4, 4, 7), (f"?after={name}-1-7&limit=2", 1, 3, "5-7"), (f"?after={name}-5-7", 3, 4, 7),
+    ):
+        answer = await client.get(f"/api/v1/changes{query}")
+        assert (answer.status, await answer.text()) == (200, "".join(lines[first:end])), query
+        assert answer.headers["Link"] == f'</api/v1/changes?after={name}-{cursor}>; rel="next"'
+        assert answer.headers["Content-Type"] == "application/x-ndjson; charset=utf-8"
+        assert answer.headers["Cache-Control"] == "no-store"
+        head = await client.head(f"/api/v1/changes{query}")
+        assert (head.status, head.headers["Link"], await head.read()) == (200, answer.headers["Link"], b"")
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["after=", "after=-1", "after=x", "after=1.0", "after=%2B1", "after=1&after=1", "after=-", "after=ab-", "after=ab-x", "after=ab-1-1-1", "after=1-1-x", "after=%D9%A3",
+     "limit=0", "limit=100001", "limit=x", "limit=", "limit=1&limit=1", "x=1", "from=1", "format=json", "label=a", "after=" + "1" * 101],
+)
+async def test_a_malformed_question_for_changes_is_400_and_named(start: Start, query: str) -> None:
+    answer = await (await start([event()])).get(f"/api/v1/changes?{query}")
+    assert (answer.status, list(await answer.json())) == (400, ["error"])
+    assert query.split("=", maxsplit=1)[0] in (await answer.json())["error"]
+
+
+async def test_a_cursor_that_leads_nowhere_is_410(start: Start, tmp_path: Path) -> None:
+    cursors: list[str] = []
+    for options in ({}, {}, {"db": tmp_path / "usage.db"}, {"db": tmp_path / "other.db"}):
+        client = await start([event(), event()], **options)
+        name = client.app[server.STATE].usage.name
+        for cursor in ("3", f"{name}-3", "9" * 100, "0-0", "abc-1", *cursors):
+            answer = await client.get(f"/api/v1/changes?after={cursor}")
+            assert (answer.status, list(await answer.json())) == (410, ["error"])
+            assert "after=0" in (await answer.json())["error"]
+        cursors += [f"{name}-{number}" for number in range(3)]
+        for cursor in ("0", "2", *cursors[-3:]):
+            assert (await client.get(f"/api/v1/changes?after={cursor}")).status == 200
+
+
+async def test_a_long_feed_is_compressed_on_request_and_is_one_moment(start: Start) -> None:
+    client = await start(random_events(random.Random(63), 30_000))
+    plain = await (await client.get("/api/v1/changes", headers={"Accept-Encoding": "identity"})).read()
+    packed = await client.get("/api/v1/changes", headers={"Accept-Encoding": "gzip"})
+    assert packed.headers["Content-Encoding"] == "gzip"
+    assert await packed.read() == plain
+    rows = [json.loads(line) for line in plain.splitlines()]
+    assert [row["version"] for row in rows] == list(range(1, 30_001))
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    writer.write(b"GET /api/v1/changes HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await asyncio.sleep(0.05)  # it has begun, and waits for us
+    for number in range(1, 200):
+        await change(client, "DELETE", f"streams/{number * 150}")
+    status, headers, body = await read_answer(reader)
+    assert (status, body) == (200, plain)
+    assert headers["link"].endswith('-30000>; rel="next"')
+    writer.close()
+
+
+async def test_what_keep_drops_is_told_as_deleted_until_that_is_forgotten(start: Start) -> None:
+    client, follower = await start(keep=3), Follower()
+    for _ in range(3):
+        await change(client, "POST", "streams", [STREAM, STREAM], 201)
+        assert await follower.catch_up(client) == await all_streams(client)
+    assert sum("deleted" in row for row in follower.rows.values()) == 3
+    late, early = follower.copy(), Follower()
+    await early.poll(client, 1)
+    for number in range(4):
+        await change(client, "POST", "streams", STREAM | {"stream_started_on": NOW - 8 + number}, 201)
+        assert await follower.catch_up(client, 1) == await all_streams(client)
+    assert follower.begun == 0
+    for other in (late, early):
+        assert await other.catch_up(client) == await all_streams(client)
+        assert other.begun == 1
+
+
+async def test_removals_that_are_forgotten_do_not_keep_anyone_from_reading_from_the_start_in_pages(start: Start) -> None:
+    client = await start([event(NOW - number) for number in range(5)], keep=5)
+    for number in range(20):
+        made = await change(client, "POST", "streams", STREAM | {"stream_started_on": NOW - 2}, 201)
+        if number % 2:
+            await change(client, "DELETE", made.headers["Location"].removeprefix("/api/v1/"))
+    for limit in (1, 2, 3, 4, 100, None):
+        async with asyncio.timeout(5):
+            follower = Follower()
+            assert await follower.catch_up(client, limit) == await all_streams(client)
+    # What goes while one reads is missed by nobody, or the reading begins anew.
+    for removed in (1, 20):
+        follower = Follower()
+        await follower.poll(client, 1)
+        for _ in range(removed):
+            made = await change(client, "POST", "streams", STREAM | {"stream_started_on": NOW}, 201)
+        async with asyncio.timeout(5):
+            assert await follower.catch_up(client, 1) == await all_streams(client)
+        assert follower.begun == (removed == 20)
+
+
+@pytest.mark.parametrize(("durable", "keep"), [(True, 1), (False, 1_000_000), (False, 25), (False, 5)])
+async def test_whoever_applies_the_feed_has_the_streams_after_any_mix_of_requests(
+    start: Start, tmp_path: Path, durable: bool, keep: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "CHUNK_EVENTS", 8)
+    options: dict[str, Any] = {"db": tmp_path / "usage.db"} if durable else {"keep": keep}
+    client, rng, clock = await start(**options), random.Random(keep), NOW - 10_000
+    followers = [Follower()]
+    for number in range(240):
+        streams, kind, clock = await all_streams(client), rng.randrange(8), clock + 1
+        made = STREAM | {"label": f"label{rng.randrange(4)}", "stream_started_on": clock - rng.choice((0, 0, 3)), "seconds_streamed": rng.randrange(9)}
+        if kind < 3 or not streams:
+            answer = await client.post("/api/v1/streams", json=[made] * rng.choice((1, 2, 3)))
+            assert answer.status in (201, 409)
+        elif kind == 3:
+            await change(client, "PUT", f"streams/{rng.choice([*streams])}", made)
+        elif kind == 4:
+            await change(client, "PATCH", f"streams/{rng.choice([*streams])}", {"label": made["label"]})
+        elif kind == 5:
+            await change(client, "PUT", "users/user1", {"product_type": "p", "fee": "1", "origin": "web"})
+        else:
+            await change(client, "DELETE", f"streams/{rng.choice([*streams])}")
+        if durable and number % 60 == 59:
+            await client.close()
+            client = await start(**options)
+        follower = rng.choice(followers).copy()  # of any moment: just begun, or far behind
+        if rng.randrange(3):
+            await follower.poll(client, rng.choice((None, 1, 2, 5)))
+        followers = [*rng.sample(followers, min(len(followers), 8)), follower]
+        if rng.randrange(6) == 0:
+            streams = await all_streams(client)
+            for each in [*followers, Follower(followers[0].told)]:
+                assert await each.copy().catch_up(client, rng.choice((None, 1, 3, 7, 100_000))) == streams
+    assert any(each.copy().rows for each in followers)
+
+
+@pytest.mark.parametrize("durable", [True, False])
+async def test_a_reader_that_goes_on_from_its_cursor_misses_nothing_beside_many_writers(start: Start, tmp_path: Path, durable: bool) -> None:
+    client, rng = await start(db=tmp_path / "usage.db" if durable else None), random.Random(64)
+    acknowledged: dict[int, int] = {}  # id -> the version that was answered last
+    working, told = [True], dict[int, dict[str, Any]]()
+
+    async def write() -> None:
+        mine: dict[int, str] = {}
+        for _ in range(120):
+            kind = rng.randrange(5)
+            if kind < 2 or not mine:
+                for each in (await (await change(client, "POST", "streams", [STREAM] * rng.randrange(1, 9), 201)).json())["data"]:
+                    mine[each["id"]] = f'"{each["id"]}"'
+                    acknowledged[each["id"]] = each["id"]
+                continue
+            number = rng.choice([*mine])
+            if kind == 4:
+                await change(client, "DELETE", f"streams/{number}", None, If_Match=mine.pop(number))
+                acknowledged[number] += 1  # its number is not told, but it is higher
+            else:
+                mine[number] = (await change(client, "PATCH", f"streams/{number}", {"label": f"l{rng.randrange(9)}"}, If_Match=mine[number])).headers["ETag"]
+                acknowledged[number] = int(mine[number].strip('"'))
+
+    async def read(limit: int | None) -> Follower:
+        follower = Follower(told)
+        while working:
+            before = {**acknowledged}
+            while await follower.poll(client, limit) == limit:
+                pass
+            assert all(follower.rows[number]["version"] >= version for number, version in before.items())
+        return follower
+
+    readers = [asyncio.create_task(read(limit)) for limit in (None, 1_000, 7)]
+    await asyncio.gather(*(write() for _ in range(10)))
+    working.clear()
+    streams = await all_streams(client)
+    for follower in [*await asyncio.gather(*readers), Follower(told)]:
+        assert await follower.catch_up(client) == streams
+
+
+async def test_an_import_and_its_undo_are_in_the_feed_and_a_restart_keeps_it(start: Start, tmp_path: Path) -> None:
+    path, follower = tmp_path / "usage.db", Follower()
+    client = await start(db=path)
+    await change(client, "POST", "streams", [STREAM] * 3, 201)
+    await change(client, "DELETE", "streams/2")
+    assert await follower.catch_up(client) == await all_streams(client)
+    feed = await (await client.get("/api/v1/changes")).read()
+    early, name = follower.copy(), client.app[server.STATE].usage.name
+    for imported in (None, read_import(write_import(tmp_path / "import"))):
+        await client.close()
+        client = await start(db=path, imported=imported)
+        assert client.app[server.STATE].usage.name == name
+        assert await (await client.get("/api/v1/changes?limit=3")).read() == feed
+        assert await follower.catch_up(client) == await all_streams(client)
+    assert len(follower.streams()) == 5
+    await change(client, "PATCH", "streams/6", {"label": "changed"})
+    await change(client, "DELETE", "streams/7")
+    middle = follower.copy()
+    await client.close()
+    assert (await undo(path))[0] == 0
+    client = await start(db=path)
+    for each in (follower, early, middle, Follower()):
+        assert await each.catch_up(client) == await all_streams(client)
+        assert each.begun == 0
+    assert list(follower.streams()) == [1, 3]
+    deleted = [row["version"] for row in follower.rows.values() if "deleted" in row]
+    assert len(deleted) == 4
+    created = int((await change(client, "POST", "streams", STREAM, 201)).headers["ETag"].strip('"'))
+    assert created > max(deleted)
+
+
+METRICS = {
+    "usage_events": "gauge", "usage_sequence": "counter", "usage_requests_total": "counter", "usage_simulation_errors_total": "counter",
+    "process_resident_memory_bytes": "gauge", "usage_last_commit_age_seconds": "gauge",
+}
+
+
+async def metrics(client: Any) -> dict[str, float]:
+    """Return the samples; as strict as the format is: a HELP and a TYPE, once and in this order, before a family's samples."""
+    answer = await client.get("/metrics")
+    text = await answer.text()
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    assert text.endswith("\n")
+    samples: dict[str, float] = {}
+    families: dict[str, str] = {}
+    lines = iter(text.splitlines())
+    for line in lines:
+        if helped := re.fullmatch(r"# HELP ([a-z_]+) \S.*", line):
+            typed = re.fullmatch(r"# TYPE ([a-z_]+) (counter|gauge)", next(lines))
+            assert typed
+            assert typed[1] == helped[1] not in families
+            families[typed[1]] = typed[2]
+            continue
+        sample = re.fullmatch(r'([a-z_]+)(\{[a-z]+="[^"\\]*"\})? ([0-9.]+)', line)
+        assert sample, line
+        assert sample[1] == [*families][-1]
+        assert sample[1] + (sample[2] or "") not in samples
+        samples[sample[1] + (sample[2] or "")] = float(sample[3])
+    assert families == {name: kind for name, kind in METRICS.items() if name in families}
+    assert {name.partition("{")[0] for name in samples} == set(families)
+    return samples
+
+
+async def test_the_metrics_are_what_prometheus_reads_and_count_what_happens(start: Start, tmp_path: Path) -> None:
+    client = await start([event(), event()])
+    first = await metrics(client)
+    assert first.keys() == METRICS.keys() - {"usage_requests_total", "usage_last_commit_age_seconds"} | {f'usage_requests_total{{status="{n}xx"}}' for n in range(2, 6)}
+    assert (first["usage_events"], first["usage_sequence"], first["usage_simulation_errors_total"]) == (2, 2, 0)
+    assert first["process_resident_memory_bytes"] > 10_000_000
+    for path, headers in (("/usage?from=x", {}), ("/nowhere", {}), ("/usage", {"Host": "evil.example"}), ("/usage", {"If-None-Match": "*"}), ("/usage", {})):
+        await client.get(path, headers=headers)
+    await change(client, "DELETE", "streams/1")
+    second = await metrics(client)
+    counted = {name: second[name] - first[name] for name in second if name.startswith("usage_requests")}
+    assert [*counted.values()] == [3, 1, 3, 0]  # the first question for them is among the 2xx
+    assert (second["usage_events"], second["usage_sequence"]) == (1, 3)
+    assert (await client.head("/metrics")).status == 200
+    client = await start(db=tmp_path / "usage.db")
+    assert "usage_last_commit_age_seconds" not in await metrics(client)
+    await change(client, "POST", "streams", STREAM, 201)
+    assert 0 <= (await metrics(client))["usage_last_commit_age_seconds"] < 60
 
 
 # ── Command line: the program as a process ──────────────────────────────────────────────────────
@@ -5687,10 +6181,15 @@ async def test_the_readmes_backup_and_undo_work_as_they_stand(tmp_path: Path) ->
         url = await program.url()
         assert (await session.post(f"{url}/api/v1/streams", json=STREAM | {"stream_started_on": 1})).status == 201
         before = await get_json(f"{url}/api/v1/users")
+        tag = (await session.get(f"{url}/usage")).headers["ETag"]
         await shell(backup)
         await program.stop()
-    async with started("--db", str(tmp_path / "backup.db"), "--no-simulation") as program:
-        assert await get_json(f"{await program.url()}/api/v1/users") == before
+    async with started("--db", str(tmp_path / "backup.db"), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        assert await get_json(f"{url}/api/v1/users") == before
+        # Under the same numbers there may be other changes from now on: caches and followers must not take them for those they know.
+        assert (await session.get(f"{url}/usage", headers={"If-None-Match": tag})).status == 200
+        assert (await session.get(f"{url}/api/v1/changes?after={tag[3:-1]}")).status == 410
     async with started("--db", str(tmp_path / "usage.db"), "--no-simulation", "--import", str(directory)) as program:
         assert (await get_json(f"{await program.url()}/health"))["events"] == 4
         await program.stop()

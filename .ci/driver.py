@@ -42,7 +42,8 @@ async def running(*options: str) -> AsyncIterator[Program]:
         try:
             yield Program((host, int(port)), process.pid, Path(log.name))
         finally:
-            process.terminate()
+            with contextlib.suppress(ProcessLookupError):  # it may have been killed
+                process.terminate()
             await process.wait()
 
 
