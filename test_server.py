@@ -3170,7 +3170,7 @@ class Office(Payroll):
         elif change == "undo" and self.imports:
             await self.take_back()
         elif change in ("close", "open"):
-            await self.set_status(rng.choice([*CLOSABLE]), change)
+            await self.set_status(rng.choice([*(self.frozen if change == "open" and self.frozen else CLOSABLE)]), change)
             return
         elif change == "restart":
             await self.restart()
