@@ -3671,7 +3671,7 @@ class Model:
         """Begin with nothing but the three subscribers."""
         self.keep = keep
         self.streams: dict[int, dict[str, Any]] = {}
-        self.last_id = 0
+        self.last_number = 0
         self.keys: dict[str, tuple[bytes, Any]] = {}
         self.subscriptions = {
             "user1": {"product_type": "premium", "fee": "7.99", "origin": "app_store"},
@@ -3735,12 +3735,14 @@ class Model:
             return 200, stream
         if method == "DELETE":
             self.changes += 1
+            self.last_number += 1
             return 200, self.streams.pop(int(path[1]))
         if method == "PATCH" and isinstance(value, dict):
             value = {name: stream[name] for name in STREAM} | value
         if not self.is_event(value):
             return 400, None
         self.changes += 1
+        self.last_number += 1
         changed: dict[str, Any] = {"id": stream["id"]} | {name: value[name] for name in STREAM}
         self.streams[stream["id"]] = changed
         return 200, changed
@@ -3752,11 +3754,15 @@ class Model:
             return 400, None
         if key in self.keys:
             return (201, self.keys[key][1]) if self.keys[key][0] == body else (422, None)
-        made = [{"id": self.last_id + at} | {name: each[name] for name in STREAM} for at, each in enumerate(events, 1)]
-        self.last_id += len(made)
+        made = [{"id": self.last_number + at} | {name: each[name] for name in STREAM} for at, each in enumerate(events, 1)]
+        in_order = sorted([*self.streams.values(), *made], key=lambda each: (each["stream_started_on"], each["id"]))
+        if any(each["id"] > self.last_number for each in in_order[: max(0, len(in_order) - int(min(self.keep, 10**9)))]):
+            return 409, None
+        self.last_number += len(made)
         self.changes += 1
         self.streams |= {each["id"]: each for each in made}
         while len(self.streams) > self.keep:
+            self.last_number += 1  # that is a change, too
             del self.streams[min(self.streams, key=lambda number: (self.streams[number]["stream_started_on"], number))]
         answer = made if isinstance(value, list) else made[0]
         if key is not None:
@@ -3768,6 +3774,7 @@ class Model:
         if not self.is_subscription(value):
             return 400, None
         self.changes += 1
+        self.last_number += 1
         self.subscriptions[user] = value | {"fee": f"{float(value['fee']):.2f}"}
         return 200, self.user(user)
 
@@ -3885,7 +3892,7 @@ class Fuzzer:
                 query += [("window", rng.choice(["minute", "hour", "day", "month"]))]
             return ["usage"], query
         if kind < 0.8:
-            return ["streams"], [*self.filters(), ("limit", str(rng.randint(1, 50))), ("after", str(rng.randrange(self.model.last_id + 9)))]
+            return ["streams"], [*self.filters(), ("limit", str(rng.randint(1, 50))), ("after", str(rng.randrange(self.model.last_number + 9)))]
         if kind < 0.9:
             return rng.choice([["users"], ["users", "user1"], ["users", "user2"]]), []
         return ["report"], [("month", rng.choice(["2019-02", "2019-03", "2019-04"]))]
@@ -3893,7 +3900,7 @@ class Fuzzer:
     def write(self) -> tuple[str, list[str], str | None, bytes]:
         """Make a method, a path, an idempotency key and a body, many of the bodies not quite right."""
         rng, known = self.rng, self.model.streams
-        number = str(rng.choice([*known, 0, self.model.last_id + 9, 10**30]) if known else 1)
+        number = str(rng.choice([*known, 0, self.model.last_number + 9, 10**30]) if known else 1)
         value: Any = self.stream()
         key, path = None, ["streams", number]
         method = rng.choice(["POST", "POST", "PUT", "PATCH", "DELETE" if len(known) < 400 else "POST"])
