@@ -1340,8 +1340,21 @@ SCHEMA_1 = """
     INSERT INTO subscriptions VALUES ('user9', 'family', 1799, 'web', NULL);
     PRAGMA application_id = 0x73656373; PRAGMA user_version = 1;
 """
+SCHEMA_2 = SCHEMA_1 + """
+    CREATE TABLE replaced (
+        user_id TEXT NOT NULL, product_type TEXT NOT NULL, fee INTEGER NOT NULL, origin TEXT NOT NULL, import INTEGER, replaced_by INTEGER NOT NULL);
+    ALTER TABLE streams ADD COLUMN version INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE tombstones (id INTEGER PRIMARY KEY, version INTEGER NOT NULL);
+    CREATE TABLE sequence (name TEXT NOT NULL, number INTEGER NOT NULL);
+    UPDATE streams SET version = 9;
+    INSERT INTO tombstones VALUES (8, 10);
+    INSERT INTO sequence VALUES ('0a1b2c3d', 12);
+    PRAGMA user_version = 2;
+"""
+
+
 async def test_a_file_of_every_earlier_version_is_opened(start: Start, tmp_path: Path) -> None:
-    for version, schema in enumerate(["", SCHEMA_1]):
+    for version, schema in enumerate(["", SCHEMA_1, SCHEMA_2]):
         path = tmp_path / f"{version}.db"
         path.touch()
         with contextlib.closing(sqlite3.connect(path)) as old:
@@ -1349,7 +1362,10 @@ async def test_a_file_of_every_earlier_version_is_opened(start: Start, tmp_path:
         client = await start(db=path)
         events = await (await client.get("/usage")).json()
         assert [made["seconds_streamed"] for made in events] == [1290] * bool(version)
-        assert (await (await client.post("/api/v1/streams", json=STREAM)).json())["data"]["id"] == (8 if version else 1)
+        assert (await (await client.post("/api/v1/streams", json=STREAM)).json())["data"]["id"] == (1, 8, 13)[version]
+        rows = [json.loads(line) for line in (await (await client.get("/api/v1/changes")).text()).splitlines()]
+        assert [(row["version"], row["id"], "deleted" in row) for row in rows[:-1]] == [[], [(7, 7, False)], [(9, 7, False), (10, 8, True)]][version]
+        assert (client.app[server.STATE].usage.name == "0a1b2c3d") == (version == 2)
         assert (await client.get("/api/v1/users/user9")).status == (200 if version else 404)
         await client.close()
         with contextlib.closing(sqlite3.connect(path)) as new:
