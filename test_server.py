@@ -5735,7 +5735,7 @@ async def test_each_change_is_in_a_close_or_late_and_there_is_no_third_kind(tmp_
 
 
 async def test_a_close_or_an_open_that_is_killed_is_done_with_all_that_it_froze_or_not_done(tmp_path: Path) -> None:
-    path, rng, seen = tmp_path / "usage.db", random.Random(42), Counter[tuple[str, bool]]()
+    path, rng, seen = tmp_path / "usage.db", random.Random(42), Counter[bool]()
     tables = [statement.split()[2] for statement in server.OPEN_MONTH]
     paths = ["report?month=2019-02", "report?month=2019-02&format=csv", "report/label1?month=2019-02", "report/label1?month=2019-02&format=csv"]
     made = [
@@ -5777,9 +5777,9 @@ async def test_a_close_or_an_open_that_is_killed_is_done_with_all_that_it_froze_
         expected = "closed" if counts["closed_months"] else "open"
         done = expected == wanted
         assert done or not answered
-        seen[wanted, done] += 1
-    assert min(seen.values()) > 2
-    assert len(seen) == 4
+        seen[done] += 1
+        took *= 0.9 if done else 1.2  # on a busy machine, too, some kills come before the end and some after it
+    assert min(seen[True], seen[False]) > 5
 
 
 @needs_strace
