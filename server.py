@@ -130,9 +130,11 @@ FREEZE_EVENTS = 20_000  # a search for garbage among so many takes some millisec
 KEPT_BYTES = 1024 * 1024  # a longer answer is not kept, and a longer list is written in pieces
 KEPT_ANSWERS = 64
 MOST_ROWS = 100_000  # of totals, in one answer
+KNOWN_TOTALS = 8  # so many groupings a chunk remembers
 PAGE_STREAMS = 1_000
 THREADS = 4
-LONG_WORK = 4  # so much of what takes more than a time slice is under way at a time: each holds memory
+SHORT_SLICES = 64  # what takes no more time slices does not wait for what does
+LONG_WORK = 4  # so much of what takes more of them is under way at a time: each holds memory
 SLICE_SECONDS = 0.0005  # how long something may keep the event loop at a stretch
 WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
 LINGER_SECONDS = 1  # how long a body that nobody wants may go on before its connection is closed
@@ -630,6 +632,8 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
     if (window, names) not in chunk.known:
         found = count_by_window(chunk, window, names)
         chunk.known[window, names] = found if len(found) <= len(chunk) // 4 else None
+        if len(chunk.known) > KNOWN_TOTALS:
+            del chunk.known[next(iter(chunk.known))]
         return found
     known = chunk.known[window, names]
     return count_by_window(matching(chunk, wanted), window, names) if known is None else known
@@ -1848,7 +1852,7 @@ PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "window": (r"minute|hour|day|month", "minute, hour, day or month", str),
     "order": (r"asc|desc", "asc or desc", str),
     "format": (r"json|ndjson|csv", "json, ndjson or csv", str),
-    "limit": (r"0*([1-9][0-9]{0,4}|100000)", "an int from 1 to 100000", int),
+    "limit": (r"0{0,9}([1-9][0-9]{0,4}|100000)", "an int from 1 to 100000", int),
     "after": (rf"([0-9a-f]+-({NUMBER}-)?)?{NUMBER}", "an int, 0 or more, or what a Link says", parse_cursor),
     "month": (r"[0-9]{4}-(0[1-9]|1[0-2])", "a month as in 2019-03", str),
 }
@@ -2100,14 +2104,17 @@ def time_slice(steps: Iterator[T]) -> tuple[list[T], bool]:
 
 async def collect(state: State, steps: Generator[T, None, None], first: bool = False) -> list[T]:
     """Return all `steps`, and yield to others between time slices; what comes `first` waits for no others."""
-    with contextlib.closing(steps):
+    async with contextlib.AsyncExitStack() as held:
+        held.enter_context(contextlib.closing(steps))
         made, done = time_slice(steps)  # most work is done at once
-        if not done:
-            async with contextlib.nullcontext() if first else state.long_work:
-                while not done:
-                    await state.yield_to_others()
-                    more, done = time_slice(steps)
-                    made += more
+        slices = 1
+        while not done:
+            if slices == SHORT_SLICES and not first:
+                await held.enter_async_context(state.long_work)
+            await state.yield_to_others()
+            more, done = time_slice(steps)
+            made += more
+            slices += 1
         return made
 
 

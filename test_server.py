@@ -1636,6 +1636,13 @@ def test_a_from_or_to_that_is_no_int_is_refused_by_name(name: str, text: str) ->
         parse(**{f"{name}_": text})
 
 
+@pytest.mark.parametrize("path", ["/usage", "/api/v1/streams", "/api/v1/changes"])
+async def test_a_limit_of_very_many_digits_is_400(start: Start, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    client = await start()
+    answer = await client.get(f"{path}?limit={'0' * 4_400}1")
+    assert (answer.status, "limit" in (await answer.json())["error"], caplog.text) == (400, True, "")
+
+
 @pytest.mark.parametrize(
     ("query", "named"),
     [
@@ -1978,6 +1985,24 @@ async def test_a_short_answer_does_not_wait_behind_long_ones(start: Start) -> No
         await client.app[server.STATE].long_work.acquire()
     async with asyncio.timeout(5):
         assert (await client.get("/usage")).status == 200
+
+
+async def test_a_poll_over_many_events_does_not_wait_behind_long_answers(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = await start(random_events(random.Random(46), 20_000))
+    monkeypatch.setattr(server, "SLICE_SECONDS", 0)  # so it takes some twenty slices
+    for _ in range(server.LONG_WORK):
+        await client.app[server.STATE].long_work.acquire()
+    async with asyncio.timeout(5):
+        assert len(await (await client.get("/usage?group_by=label")).json()) == 3
+
+
+def test_a_chunk_remembers_a_few_groupings_and_not_all_that_are_asked_for() -> None:
+    chunk = server.Chunk(sorted(random_events(random.Random(47), 1_000), key=attrgetter("stream_started_on")))
+    for by in [(), *(by for size in (1, 2, 3) for by in itertools.permutations(server.NAMES, size))]:
+        for window in (None, "minute", "hour", "day", "month"):
+            first, again = (result(server.aggregate([chunk], by, window, (), None)) for _ in range(2))
+            assert first == again
+    assert len(chunk.known) <= server.KNOWN_TOTALS
 
 
 async def test_what_is_long_is_not_kept(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
