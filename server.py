@@ -98,7 +98,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field, replace
 from email.utils import formatdate
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from heapq import merge
 from http import HTTPStatus
 from operator import add, attrgetter, itemgetter
@@ -2360,11 +2360,6 @@ async def get_page(request: web.Request) -> Answer:
     return await send(request, "html", "page", make, headers, etag=etag, most=math.inf)
 
 
-def is_in_future(state: State, asked: Mapping[str, Any]) -> bool:
-    """Tell whether `from` is later than now."""
-    return bool(asked.get("from", 0) > state.clock())
-
-
 def take(chunks: deque[Chunk], asked: Mapping[str, Any]) -> Iterator[Chunk]:
     """Yield the chunks with what is wanted of them, and hold only those that are yet to come."""
     newest_first, wanted = asked.get("order") == "desc", wanted_in(asked)
@@ -2382,7 +2377,7 @@ async def get_usage(request: web.Request) -> Answer:
     grouped, limit = bool(by or window), asked.get("limit")
     if grouped and "order" in asked:
         raise InvalidError("order is for events: rows of group_by and window have an order of their own")
-    if is_in_future(state, asked):
+    if asked.get("from", 0) > state.clock():
         return Answer(400)  # with an empty body: the challenge wants it so
 
     def make() -> Pieces:
@@ -2433,7 +2428,7 @@ async def get_streams(request: web.Request) -> Answer:
     limit, (name, after, _) = asked.pop("limit", 100), asked.pop("after", ("", 0, 0))
     if limit > PAGE_STREAMS or name:
         raise InvalidError(f"limit must be an int from 1 to {PAGE_STREAMS}, after an id")
-    if is_in_future(state, asked):
+    if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
     since, until = asked.get("from", 0), asked.get("to", sys.maxsize)
     wanted = (*wanted_in(asked), ("stream_started_on", range(since, until)))
@@ -2612,37 +2607,28 @@ async def put_user(request: web.Request) -> Answer:
     return succeed("Subscription Set", encode(describe_user(state.books, user)))
 
 
-def check_format(asked: Mapping[str, Any]) -> str:
-    """Return the format of an answer about money; raises InvalidError."""
-    if asked.get("format") == "ndjson":
-        raise InvalidError("format must be json or csv")
-    return str(asked.get("format", "json"))
-
-
 async def send_money(
-    request: web.Request, kind: str, key: object, title: str, make: Callable[[], Pieces]
+    request: web.Request, title: str, asked: Mapping[str, Any], write_it: Callable[[str, Books], Pieces]
 ) -> Answer:
-    """Answer with money; a CSV file is called by its title, in plain letters."""
+    """Answer with what `write_it` yields; a CSV file is called by its title, in plain letters."""
+    state, kind = request.app[STATE], asked.get("format", "json")
+    if kind == "ndjson":
+        raise InvalidError("format must be json or csv")
     letters = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
     file = re.sub(r"[^a-z0-9]+", "-", letters).strip("-")
     named = [("Content-Disposition", f'attachment; filename="{file}.csv"')] if kind == "csv" else []
+    key, make = (title, kind), lambda: write_it(kind, state.books.snapshot())
     return await send(request, kind, key, make, *named, most=math.inf)
 
 
 async def get_report(request: web.Request) -> Answer:
     """Tell how much each label is owed, for a month or for all."""
-    state = request.app[STATE]
     asked = parse_query(request.rel_url.raw_query_string, "month", "format")
-    kind, month = check_format(asked), asked.get("month")
-
-    def make() -> Pieces:
-        return write_report(kind, state.books.snapshot(), month)
-
-    key = "report", frozenset(asked.items()) - DEFAULTS
-    return await send_money(request, kind, key, f"report {month or ''}", make)
+    month = asked.get("month")
+    return await send_money(request, f"report {month or ''}", asked, partial(write_report, month))
 
 
-def write_report(kind: str, books: Books, month: str | None) -> Pieces:
+def write_report(month: str | None, kind: str, books: Books) -> Pieces:
     """Yield the report."""
     data, rows = yield from report(books, month)
     if kind == "csv":
@@ -2653,22 +2639,17 @@ def write_report(kind: str, books: Books, month: str | None) -> Pieces:
 
 async def get_statement(request: web.Request) -> Answer:
     """Tell why a label is owed what it is owed for a month."""
-    state, label = request.app[STATE], parse_path(request, "label", "Label Invalid")
+    label = parse_path(request, "label", "Label Invalid")
     asked = parse_query(request.rel_url.raw_query_string, "month", "format")
-    kind, month = check_format(asked), asked.get("month")
-    if not month:
+    if not (month := asked.get("month")):
         raise InvalidError("month is missing")
-
-    def make() -> Pieces:
-        return write_statement(kind, statement(state.books.snapshot(), month, label))
-
-    key = "statement", label, month, kind
-    return await send_money(request, kind, key, f"statement {month} {label}", make)
+    write_it = partial(write_statement, month, label)
+    return await send_money(request, f"statement {month} {label}", asked, write_it)
 
 
-def write_statement(kind: str, steps: Steps[dict[str, Any]]) -> Pieces:
+def write_statement(month: str, label: str, kind: str, books: Books) -> Pieces:
     """Yield a statement, or its subscribers alone as CSV."""
-    data = yield from steps
+    data = yield from statement(books, month, label)
     payers = data["user_centric"].pop("subscribers")
     if kind == "csv":
         yield from write_rows("csv", PAYER_COLUMNS, ([*row.values()] for row in payers))
