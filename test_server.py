@@ -3928,17 +3928,18 @@ async def test_a_report_over_very_many_subscribers_holds_up_neither_the_others_n
         url = await program.url()
         begin = time.monotonic()
         paths = ("report?month=2019-03", "report?month=2019-04", "report", "users", "report/label%201?month=2019-03")
-        report, waits = asyncio.gather(*(get_json(f"{url}/api/v1/{path}") for path in paths)), list[float]()
-        while not report.done():
-            asked = time.monotonic()
-            await get_json(f"{url}/health")
-            waits.append(time.monotonic() - asked)
-            await asyncio.sleep(0.01)
-        march = sum(int(row.split(";")[-1]) for row in rows if "/03/" in row)
-        assert (await report)[0]["data"]["seconds_streamed"] == march
+        march, waits = sum(int(row.split(";")[-1]) for row in rows if "/03/" in row), list[float]()
+        for number in range(4):
+            report = asyncio.gather(*(get_json(f"{url}/api/v1/{path}") for path in paths))
+            while not report.done():
+                asked = time.monotonic()
+                await get_json(f"{url}/health")
+                waits.append(time.monotonic() - asked)
+                await asyncio.sleep(0.01)
+            assert (await report)[0]["data"]["seconds_streamed"] == march
+            async with aiohttp.ClientSession() as session:  # a change, so that all is made anew
+                await session.put(f"{url}/api/v1/users/new", json={"product_type": "p", "fee": str(number), "origin": "web"})
         assert max(waits) < (time.monotonic() - begin) / 8
-        async with aiohttp.ClientSession() as session:  # a change, so that the report is made anew
-            await session.put(f"{url}/api/v1/users/new", json={"product_type": "p", "fee": "1", "origin": "web"})
         again = asyncio.create_task(get_json(f"{url}/api/v1/report"))
         await asyncio.sleep(0.02)
         begin = time.monotonic()
