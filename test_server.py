@@ -3894,7 +3894,7 @@ async def test_a_month_as_ndjson_gives_duckdb_the_same_sums() -> None:
     (pipe,) = re.findall(r"^(curl .*\bduckdb\b.*)$", (HERE / "README.md").read_text("utf-8"), re.MULTILINE)
     async with started("--no-simulation", "--history=30") as program:
         url = await program.url()
-        command = pipe.replace("http://127.0.0.1:8080", url).replace("python3", sys.executable)
+        command = pipe.replace("http://127.0.0.1:8080", url).replace(".venv/bin/python", sys.executable)
         shell = await asyncio.create_subprocess_shell(command, stdout=asyncio.subprocess.PIPE)
         table = (await shell.communicate())[0].decode()
         rows = await get_json(f"{url}/usage?group_by=label")
