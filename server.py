@@ -6,7 +6,7 @@
 
     python server.py            then open http://127.0.0.1:8080, or curl http://127.0.0.1:8080/usage
 
-The map, from top to bottom; each section uses only those above it:
+The map, from top to bottom. Each section uses only those above it, and the application's State:
 
     events        what an event is: the one place where one is checked and written
     usage         the events that are kept, in chunks that are never changed
@@ -98,13 +98,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field, replace
 from email.utils import formatdate
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from heapq import merge
 from http import HTTPStatus
 from operator import add, attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, unquote, urlencode
 from weakref import WeakValueDictionary
 
 try:
@@ -130,10 +130,11 @@ FREEZE_EVENTS = 20_000  # a search for garbage among so many takes some millisec
 KEPT_BYTES = 1024 * 1024  # a longer answer is not kept, and a longer list is written in pieces
 KEPT_ANSWERS = 64
 MOST_ROWS = 100_000  # of totals, in one answer
+KNOWN_TOTALS = 8  # so many groupings a chunk remembers
 PAGE_STREAMS = 1_000
-USERS_A_STEP = 64
 THREADS = 4
-LONG_WORK = 4  # so much of what takes more than a time slice is under way at a time: each holds memory
+SHORT_SLICES = 64  # what takes no more time slices does not wait for what does
+LONG_WORK = 4  # so much of what takes more of them is under way at a time: each holds memory
 SLICE_SECONDS = 0.0005  # how long something may keep the event loop at a stretch
 WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
 LINGER_SECONDS = 1  # how long a body that nobody wants may go on before its connection is closed
@@ -171,19 +172,14 @@ Wanted = tuple[tuple[str, Container[Any]], ...]  # names of fields, and the valu
 log = logging.getLogger("server")
 
 
-class Progress:
-    """What is said of long work: once a second, how far it is."""
-
-    def __init__(self, what: str) -> None:
-        """Begin; `what` stands before the count."""
-        self.what = what
-        self.began = self.said = time.monotonic()
-
-    def step(self, count: int) -> None:
-        """Log that `count` is done, unless something was said within the last second."""
-        if (now := time.monotonic()) >= self.said + 1:
-            self.said = now
-            log.info("%s: %s after %.0f s", self.what, f"{count:,}", now - self.began)
+def telling(what: str, items: Iterable[T]) -> Iterator[T]:
+    """Yield `items`, and log once a second how many of `what` that were."""
+    began = said = time.monotonic()
+    for number, item in enumerate(items):
+        if (now := time.monotonic()) >= said + 1:
+            said = now
+            log.info("%s so far: %s after %.0f s", what, f"{number:,}", now - began)
+        yield item
 
 
 # ── Events ──────────────────────────────────────────────────────────────────────────────────────
@@ -197,10 +193,11 @@ EVENT_KEYS = frozenset(FIELDS)
 FORBIDDEN_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 TEXT_CHARACTERS = 128
 
+INTEGER = re.compile(r"-?[0-9]{1,100}")
 HIGHEST_SECONDS = 2**31 - 1
 COMMON_SECONDS = {seconds: seconds for seconds in range(7_200)}  # one object of each is enough
 CSV_END = "\r\n"
-FORMULA = re.compile(r"(?!-[0-9]+\.[0-9]+\Z)[=+@\t\r-]")  # what a spreadsheet would run; an amount is none
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 quote = json.encoder.encode_basestring  # what `to_json` does with a text
@@ -241,6 +238,8 @@ class Event:
         self.label = sys.intern(self.label)
         if self.seconds_streamed < len(COMMON_SECONDS):
             self.seconds_streamed = COMMON_SECONDS[self.seconds_streamed]
+        if self.version == self.id:
+            self.version = self.id
 
     @property
     def fields(self) -> str:
@@ -256,11 +255,6 @@ class Event:
         return f'{{"id":{self.id},{self.fields}}}'.encode()
 
     @property
-    def change(self) -> str:
-        """The line of the feed."""
-        return f'{{"version":{self.version},"id":{self.id},{self.fields}}}\n'
-
-    @property
     def csv(self) -> str:
         """The line of a CSV file."""
         names = encode_cells(self.user_id, self.track_id, self.label)
@@ -274,18 +268,13 @@ class Tombstone:
     id: int
     version: int
 
-    @property
-    def change(self) -> str:
-        """The line of the feed."""
-        return f'{{"version":{self.version},"id":{self.id},"deleted":true}}\n'
 
-
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)
 def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no cell that a spreadsheet runs."""
     text = io.StringIO()
     csv.writer(text).writerow(
-        f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell for cell in cells
+        f"'{cell}" if type(cell) is str and cell.startswith(FORMULA) else cell for cell in cells
     )
     return text.getvalue()[: -len(CSV_END)]
 
@@ -368,6 +357,19 @@ class Chunk(list[Any]):
         """The lines of a CSV file."""
         return "".join([event.csv for event in self])
 
+    @property
+    def changes(self) -> str:
+        """The lines of the feed, in one expression: whoever begins to follow asks for all there are."""
+        return "".join([
+            f'{{"version":{(number := str(each.version))},'
+            f'"id":{number if each.id == each.version else each.id},"user_id":{quote(each.user_id)},'
+            f'"track_id":{quote(each.track_id)},"label":{quote(each.label)},"stream_started_on":{each.stream_started_on},'
+            f'"seconds_streamed":{each.seconds_streamed}}}\n'
+            if isinstance(each, Event)
+            else f'{{"version":{each.version},"id":{each.id},"deleted":true}}\n'
+            for each in self
+        ])
+
     @cached_property
     def known(self) -> dict[object, Totals | None]:
         """The totals that `count_chunk` has found; None where there are too many to be remembered."""
@@ -408,17 +410,14 @@ class Chunks:
             leaving = set(group)
             self._replace(at, [event for event in self.chunks[at] if event not in leaving])
 
-    def between(self, low: int | None = None, high: int | None = None) -> deque[Chunk]:
+    def between(self, low: float = -math.inf, high: float = math.inf) -> deque[Chunk]:
         """Return the events with `low <= field < high`, in order, as chunks."""
-        first, end = 0, len(self.chunks)
-        if low is not None:
-            first = bisect_left(self.chunks, low, key=lambda chunk: self.value(chunk[-1]))
-        if high is not None:
-            end = bisect_left(self.chunks, high, key=lambda chunk: self.value(chunk[0]))
+        first = bisect_left(self.chunks, low, key=lambda chunk: self.value(chunk[-1]))
+        end = bisect_left(self.chunks, high, key=lambda chunk: self.value(chunk[0]))
         found = deque(itertools.islice(self.chunks, first, end))
-        if found and low is not None and self.value(found[0][0]) < low:
+        if found and self.value(found[0][0]) < low:
             found[0] = Chunk(found[0][bisect_left(found[0], low, key=self.value) :])
-        if found and high is not None and self.value(found[-1][-1]) >= high:
+        if found and self.value(found[-1][-1]) >= high:
             found[-1] = Chunk(found[-1][: bisect_left(found[-1], high, key=self.value)])
         return found
 
@@ -486,12 +485,9 @@ class Usage:
     def is_too_old(self, events: Sequence[Event]) -> bool:
         """Tell whether one of these new events would be among those that `keep` drops at once."""
         over = self.count + len(events) - self.keep
-        if over <= 0:
-            return False
+        starts = (event.stream_started_on for event in itertools.chain.from_iterable(self.by_start.chunks))
         oldest = min(event.stream_started_on for event in events)
-        in_order = itertools.chain.from_iterable(self.by_start.chunks)
-        last = next(itertools.islice(in_order, int(over) - 1, None), None)  # of those that would be dropped
-        return last is None or last.stream_started_on > oldest
+        return over > 0 and next(itertools.islice(starts, int(over) - 1, None), math.inf) > oldest
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`."""
@@ -513,9 +509,8 @@ class Usage:
 
     def find(self, stream_id: int) -> Event:
         """Return the event with this id; raises MissingError."""
-        for chunk in self.by_id.between(stream_id, stream_id + 1):
-            for event in chunk:
-                return event  # type: ignore[no-any-return]
+        for event in itertools.chain.from_iterable(self.by_id.between(stream_id, stream_id + 1)):
+            return event  # type: ignore[no-any-return]
         raise MissingError(f"there is no stream {stream_id}")
 
     def replace(self, old: Event, new: Event) -> None:
@@ -643,6 +638,8 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
     if (window, names) not in chunk.known:
         found = count_by_window(chunk, window, names)
         chunk.known[window, names] = found if len(found) <= len(chunk) // 4 else None
+        if len(chunk.known) > KNOWN_TOTALS:
+            del chunk.known[next(iter(chunk.known))]
         return found
     known = chunk.known[window, names]
     return count_by_window(matching(chunk, wanted), window, names) if known is None else known
@@ -766,10 +763,14 @@ def parse_subscription(value: object) -> Subscription:
     return Subscription(check_text("product_type", fields["product_type"]), int(cents), fields["origin"])
 
 
-def euros(units: int, places: int = 2) -> str:
+class Money(str):
+    """An amount as text, and yet a number: in CSV its minus stays the first character."""
+
+
+def euros(units: int, places: int = 2) -> Money:
     """Write cents as a decimal; with more `places`, fractions of them."""
     whole, rest = divmod(abs(units), 10**places)
-    return f"{'-' * (units < 0)}{whole}.{rest:0{places}}"
+    return Money(f"{'-' * (units < 0)}{whole}.{rest:0{places}}")
 
 
 @dataclass(frozen=True)
@@ -936,7 +937,8 @@ class Month:
 
     def close(self, account: Account | None) -> None:
         """Close the month with this account or, with none, open it again."""
-        self.closed, self._late = account, []
+        same = account and account.totals is self.totals  # which its snapshot shares until they change
+        self.closed, self._late = account, [{}] if same else []
 
     def snapshot(self) -> Month:
         """Return the month as it is now; the next change copies the totals that the two share."""
@@ -1075,15 +1077,18 @@ def describe_month(books: Books, name: str, account: Account) -> Steps[dict[str,
     return row | {"adjusted": euros(adjusted), "late": len(late)}
 
 
-def write_lines(lines: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
-    """Return the report's lines for each label's figures: highest amount first, then by name."""
-    whole = sum(line[1] for line in lines.values()) or 1
-    written = []
-    for label, (streams, seconds, *cents) in sorted(lines.items(), key=lambda item: (-item[1][2], item[0])):
-        share = round(seconds / whole, 6)  # no money, so a float will do
-        cells = label, streams, seconds, share, *map(euros, cents)
-        written.append(dict(zip(LABEL_COLUMNS, cells, strict=True)))
-    return written
+def write_line(label: str, figures: Sequence[int], whole: int) -> dict[str, Any]:
+    """Return a label's line of the report; `whole` are the seconds of all."""
+    streams, seconds, *cents = figures
+    share = round(seconds / (whole or 1), 6)  # no money, so a float will do
+    return dict(zip(LABEL_COLUMNS, (label, streams, seconds, share, *map(euros, cents)), strict=True))
+
+
+def write_lines(lines: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Any]]:
+    """Yield the report's lines: highest amount first, then by name."""
+    whole = sum(line[1] for line in lines.values())
+    for label, figures in sorted(lines.items(), key=lambda item: (-item[1][2], item[0])):
+        yield write_line(label, figures, whole)
 
 
 def report(books: Books, month: str | None = None) -> Steps[tuple[dict[str, Any], Iterator[dict[str, Any]]]]:
@@ -1109,25 +1114,34 @@ def report(books: Books, month: str | None = None) -> Steps[tuple[dict[str, Any]
         for name, account in accounts.items()
         for line in write_lines(account.lines())
     )
-    return data | {"labels": write_lines(added)}, rows
+    data["labels"] = []
+    for some in batched(write_lines(added), STEP_USERS):
+        yield
+        data["labels"] += some
+    return data, rows
 
 
 def find_payers(ledger: Ledger, label: str) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
     """Return a statement's rows of subscribers, and the seconds of each listener who does not subscribe."""
-    rows, others = [], []
-    for some in find_listeners(ledger):
+    runs, rows, others = list[list[Any]](), list[dict[str, Any]](), list[int]()
+    for listeners in find_listeners(ledger):
         yield
-        for user, net, own, heard in some:
+        runs.append([])
+        for user, net, own, heard in listeners:
             _, seconds = own.get(label, (0, 0))
             found = ledger.subscriptions.get(user or "")
             if (found and seconds) or (not user and ledger.silent_users):
                 part = 100 * net * seconds // (heard or 1)
                 terms = (found.product_type, euros(found.fee), found.origin) if found else (None,) * 3
                 cells = user, *terms, euros(100 * net, 6), seconds, heard, euros(part, 6)
-                rows.append((not user, -part, user, dict(zip(PAYER_COLUMNS, cells, strict=True))))
+                runs[-1].append((not user, -part, user, dict(zip(PAYER_COLUMNS, cells, strict=True))))
             elif user and seconds:
                 others.append(seconds)
-    return [row for *_, row in sorted(rows, key=itemgetter(0, 1, 2))], others
+        runs[-1].sort(key=itemgetter(0, 1, 2))
+    for some in batched(merge(*runs), STEP_USERS):
+        yield
+        rows += [row for *_, row in some]
+    return rows, others
 
 
 def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
@@ -1163,7 +1177,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
         "month": month,
         "status": account.status,
         "currency": CURRENCY,
-        "line": next(line for line in write_lines(lines) if line["label"] == label),
+        "line": write_line(label, lines[label], ledger.seconds),
         "pro_rata": revenue | {"seconds_streamed": seconds, "of_seconds": ledger.seconds} | pro_rata,
         "user_centric": {"subscribers": payers} | sums | revenue | round_to(centric_amount, cuts[1]),
         "listeners_without_subscription": {"users": len(others), "seconds_streamed": sum(others)},
@@ -1258,7 +1272,7 @@ class Import:
 
     def _read_rows(self, path: Path, columns: Sequence[str], take: Callable[[dict[str, str]], None]) -> None:
         """Give each row's cells, by column, to `take`, and note with its line what is wrong with it."""
-        progress, digest = Progress(f"reading {path.name}, lines so far"), hashlib.sha256(self.hash)
+        digest = hashlib.sha256(self.hash)
         with (
             self._noting(path.name),
             ImportFile(path, digest) as pieces,
@@ -1269,7 +1283,8 @@ class Import:
             names = [cell.strip().casefold().replace(" ", "_") for cell in cells]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            reader = csv.reader(lines_of(file), delimiter=delimiter, strict=True)
+            lines = telling(f"reading {path.name}, lines", lines_of(file))
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
             end: list[str] = []
             while cells is not end:
                 with self._noting(f"{path.name}:{reader.line_num + 2}"):
@@ -1279,7 +1294,6 @@ class Import:
                     if len(cells) != len(names):
                         raise InvalidError(f"{len(cells)} columns instead of {len(names)}")
                     take(dict(zip(names, map(str.strip, cells), strict=True)))
-                progress.step(reader.line_num)
             self.hash = digest.digest()
 
     def _add_user(self, row: dict[str, str]) -> None:
@@ -1384,21 +1398,28 @@ MIGRATIONS = (
         amount INTEGER NOT NULL, amount_user_centric INTEGER NOT NULL, PRIMARY KEY (month, label));
     CREATE TABLE closed_totals (
         month TEXT NOT NULL, user_id TEXT NOT NULL, label TEXT NOT NULL, streams INTEGER NOT NULL,
-        seconds_streamed INTEGER NOT NULL, PRIMARY KEY (month, user_id, label));
+        seconds_streamed INTEGER NOT NULL, PRIMARY KEY (month, user_id, label)) WITHOUT ROWID;
     CREATE TABLE closed_subscriptions (
         month TEXT NOT NULL, user_id TEXT NOT NULL, product_type TEXT NOT NULL, fee INTEGER NOT NULL,
-        origin TEXT NOT NULL, PRIMARY KEY (month, user_id));
+        origin TEXT NOT NULL, PRIMARY KEY (month, user_id)) WITHOUT ROWID;
     CREATE TABLE adjustments (
         month TEXT NOT NULL, of_month TEXT NOT NULL, label TEXT NOT NULL, amount INTEGER NOT NULL,
         amount_user_centric INTEGER NOT NULL, PRIMARY KEY (month, of_month, label));
     """,
 )
-# A thousand rows in one step: between two steps the thread would wait for its turn with the event loop.
-INSERT_STREAMS = """
-    INSERT INTO streams SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
-    json_extract(value, '$[2]'), json_extract(value, '$[3]'), json_extract(value, '$[4]'),
-    json_extract(value, '$[5]'), json_extract(value, '$[6]') FROM json_each(?)
-"""
+
+Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows
+Freeze = Callable[[], Awaitable[Statements]]  # gives them when all changes before are visible, none after
+
+
+def insert_many(table: str, columns: int) -> str:
+    """Return what inserts a thousand rows in one step: after each the thread waits for its turn to run."""
+    cells = ", ".join(f"json_extract(value, '$[{at}]')" for at in range(columns))
+    return f"INSERT INTO {table} SELECT {cells} FROM json_each(?)"  # noqa: S608 - the names are those here
+
+
+INSERT_STREAMS = insert_many("streams", 7)
+CELLS = attrgetter(*FIELDS, "id", "version")  # of an event, as SQLite has them
 SET_STREAM = "INSERT OR REPLACE INTO streams VALUES (?, ?, ?, ?, ?, ?, ?)"
 DELETE_STREAM = "DELETE FROM streams WHERE id = ?"
 INSERT_TOMBSTONE = "INSERT INTO tombstones VALUES (?, ?)"
@@ -1436,44 +1457,26 @@ LAST_NUMBER = """
         UNION ALL SELECT max(first_id + size) FROM imports UNION ALL SELECT max(first_id) FROM keys)
 """
 
-Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows, INSERT_STREAMS with its events
-Freeze = Callable[[], Awaitable[Statements]]  # gives them when all changes before are visible, none after
-
-# What was paid stays to the cent, whatever a later version would work out.
-OPEN_MONTH = tuple(
-    f"DELETE FROM {table} WHERE month = ?"  # noqa: S608 - the names are these
-    for table in ("closed_months", "closed_labels", "closed_totals", "closed_subscriptions", "adjustments")
-)
-CLOSE_MONTH = "INSERT INTO closed_months VALUES (?, ?, ?, ?)"
-CLOSE_LABEL = "INSERT INTO closed_labels VALUES (?, ?, ?, ?, ?, ?)"
-CLOSE_TOTAL = "INSERT INTO closed_totals VALUES (?, ?, ?, ?, ?)"
-CLOSE_SUBSCRIPTION = "INSERT INTO closed_subscriptions VALUES (?, ?, ?, ?, ?)"
-CLOSE_ADJUSTMENT = "INSERT INTO adjustments VALUES (?, ?, ?, ?, ?)"
+# What was paid stays to the cent, whatever a later version would work out. Each table has so many columns.
+FROZEN = {"closed_months": 4, "closed_labels": 6, "closed_totals": 5, "closed_subscriptions": 5}
+FROZEN |= {"adjustments": 5}
+OPEN_MONTH = tuple(f"DELETE FROM {table} WHERE month = ?" for table in FROZEN)  # noqa: S608
 
 
 def freeze_account(name: str, account: Account) -> Statements:
-    """Return what stores the account of a month that is closed."""
-    due = ((of, label, cents) for of, own in account.adjustments.items() for label, cents in own.items())
-    totals = ((name, user, label, *of) for user, own in account.totals.items() for label, of in own.items())
-    return [
-        (CLOSE_MONTH, [(name, account.closed_on, account.fees, account.revenue)]),
-        (CLOSE_LABEL, [(name, label, *of) for label, of in account.labels.items()]),
-        (CLOSE_TOTAL, [*totals]),
-        (CLOSE_SUBSCRIPTION, [(name, user, *astuple(of)) for user, of in account.subscriptions.items()]),
-        (CLOSE_ADJUSTMENT, [(name, of, label, *cents) for of, label, cents in due]),
-    ]
+    """Return what stores the account of a month that is closed; its rows are made as they are stored."""
+    rows: tuple[Iterable[Any], ...] = (
+        [(name, account.closed_on, account.fees, account.revenue)],
+        ((name, label, *of) for label, of in account.labels.items()),
+        ((name, user, label, *of) for user, own in account.totals.items() for label, of in own.items()),
+        ((name, user, of.product_type, of.fee, of.origin) for user, of in account.subscriptions.items()),
+        ((name, of, label, *each) for of, own in account.adjustments.items() for label, each in own.items()),
+    )
+    return [*zip(itertools.starmap(insert_many, FROZEN.items()), rows, strict=True)]
 
 
 class StorageError(Exception):
     """The disk does not take what is to be stored, or the file cannot be used."""
-
-
-def in_thousands(items: Iterable[T], what: str) -> Iterator[list[T]]:
-    """Yield lists of a thousand, and say how far that is."""
-    progress = Progress(what)
-    for number, thousand in enumerate(batched(items, POST_EVENTS)):
-        progress.step(number * POST_EVENTS)
-        yield thousand
 
 
 def is_mounted_alone(path: str) -> bool:
@@ -1602,7 +1605,7 @@ class Journal:
             event.id = event.version = stream_id
         users = ((user, *astuple(found), number) for user, found in imported.subscriptions.items())
         self.commit([
-            (INSERT_STREAMS, imported.events),
+            (INSERT_STREAMS, map(CELLS, imported.events)),
             (KEEP_REPLACED, ((number, user) for user in imported.subscriptions)),
             (SET_SUBSCRIPTION, users),
             (INSERT_IMPORT, [(number, imported.hash, first_id, len(imported.events))]),
@@ -1616,7 +1619,9 @@ class Journal:
         if not found:
             raise StorageError("it holds none")
         number, first_id, size, streams, subscriptions = found
-        if closed := self.connection.execute(CLOSED_BY_IMPORT, [first_id, first_id + size]).fetchone():
+        with self._refusing():
+            closed = self.connection.execute(CLOSED_BY_IMPORT, [first_id, first_id + size]).fetchone()
+        if closed:
             raise StorageError(f"{closed[0]} is closed: open it first")
         names = {"number": number, "first_id": first_id, "size": size, "last": self._last_number()}
         self.commit([(statement, [names]) for statement in UNDO_IMPORT])
@@ -1630,8 +1635,7 @@ class Journal:
         """Put into `usage` and `books` what is stored; raises StorageError."""
         with self._refusing():
             execute = self.connection.execute
-            rows = in_thousands(execute("SELECT * FROM streams"), "loading, streams so far")
-            usage.add([Event(*row) for thousand in rows for row in thousand])
+            usage.add([Event(*row) for row in telling("loading, streams", execute("SELECT * FROM streams"))])
             usage.by_version.add([Tombstone(*row) for row in execute("SELECT * FROM tombstones")])
             (usage.name,) = execute("SELECT name FROM sequence").fetchone()
             usage.last_number = usage.sequence = self._last_number()
@@ -1654,7 +1658,8 @@ class Journal:
         for user, label, *of in rows("closed_totals"):
             totals.setdefault(user, {})[label] = of[0], of[1]
         same = {user: now[user] for user, own in totals.items() if now.get(user) == own}
-        subscriptions = {user: Subscription(*cells) for user, *cells in rows("closed_subscriptions")}
+        kinds = lru_cache(Subscription)
+        subscriptions = {user: kinds(*cells) for user, *cells in rows("closed_subscriptions")}
         labels = {label: (of[0], of[1], of[2], of[3]) for label, *of in rows("closed_labels")}
         adjustments: dict[str, dict[str, Cents]] = {}
         for month, label, *cents in rows("adjustments"):
@@ -1673,11 +1678,9 @@ class Journal:
                     raise StorageError(f"{self.log.name} has just been emptied")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
-                    if statement == INSERT_STREAMS:
-                        cells = in_thousands(
-                            map(attrgetter(*FIELDS, "id", "version"), rows), "storing, streams so far"
-                        )
-                        rows = ((to_json(thousand),) for thousand in cells)
+                    if statement.endswith("json_each(?)"):
+                        thousands = batched(telling("storing, rows", rows), POST_EVENTS)
+                        rows = ((to_json(thousand),) for thousand in thousands)
                     self.connection.executemany(statement, rows)
                 self.unsure = True  # until the commit, which comes now, has succeeded
             self.unsure = False
@@ -1788,21 +1791,19 @@ async def simulate_history(state: State) -> None:
     config, now = state.config, state.clock()
     if not config.history or (state.journal and state.usage.count):
         return
-    events, progress = list[Event](), Progress("simulating the history, events so far")
+    events = list[Event]()
     seconds = min(config.history * DAY, now - 1_800)  # there was nothing before 1970
-    for number in range(1, int(seconds / config.interval) + 1):  # the latest first
+    numbers = range(1, int(seconds / config.interval) + 1)  # the latest first
+    for number in telling("simulating the history, batches", numbers):
         if len(events) >= state.usage.keep:
             log.warning("--keep ends the history after %.1f days", number * config.interval / DAY)
             break
         events += simulate_batch(int(now - number * config.interval), state.simulation.rng)
         if number % 1_000 == 0:
-            progress.step(len(events))
             await asyncio.sleep(0)  # a signal can end a long start
-    progress = Progress("adding the history, events so far")
     size = len(events) if state.journal else 100_000  # a file gets all of it or nothing
-    for part in batched(reversed(events), size):
+    for part in telling(f"adding the history, parts of {size:,} events", batched(reversed(events), size)):
         await state.add(part)
-        progress.step(state.usage.count)
         await asyncio.sleep(0)
 
 
@@ -1834,7 +1835,7 @@ async def run_simulation(state: State) -> None:
 # ── HTTP: requests ──────────────────────────────────────────────────────────────────────────────
 # What comes in: who may ask, and what is asked for. The rules above know nothing of HTTP.
 
-INTEGER = re.compile(r"-?[0-9]{1,100}")
+NUMBER = "[0-9]{1,100}"
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?")  # RFC 3986: the port may be empty
 HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 JSON_TYPES = ("application/json",)
@@ -1843,11 +1844,10 @@ PATCH_TYPES = (*JSON_TYPES, "application/merge-patch+json")
 GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permutations(NAMES, size))
 
 
-
-def parse_cursor(text: str) -> tuple[str, int]:
-    """Return the name of the sequence, "" for none, and the number."""
-    name, _, number = text.rpartition("-")
-    return name, int(number)
+def parse_cursor(text: str) -> tuple[str, int, int]:
+    """Return the name of the sequence, "" for none, the number, and the latest when the reading began."""
+    name, number, began, *_ = (*text.split("-"), "0") if "-" in text else ("", text, "0")
+    return name, int(number), int(began)
 
 
 # What a parameter may be, what that is called, and what is made of it.
@@ -1858,8 +1858,8 @@ PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "window": (r"minute|hour|day|month", "minute, hour, day or month", str),
     "order": (r"asc|desc", "asc or desc", str),
     "format": (r"json|ndjson|csv", "json, ndjson or csv", str),
-    "limit": (r"0*([1-9][0-9]{0,4}|100000)", "an int from 1 to 100000", int),
-    "after": (r"([0-9a-f]+-)?[0-9]{1,100}", "an int, 0 or more, or what a Link says", parse_cursor),
+    "limit": (r"0{0,9}([1-9][0-9]{0,4}|100000)", "an int from 1 to 100000", int),
+    "after": (rf"([0-9a-f]+-({NUMBER}-)?)?{NUMBER}", "an int, 0 or more, or what a Link says", parse_cursor),
     "month": (r"[0-9]{4}-(0[1-9]|1[0-2])", "a month as in 2019-03", str),
 }
 FILTERS = ("from", "to", *NAMES)
@@ -1890,6 +1890,12 @@ def parse_query(query: str, *parameters: str) -> Mapping[str, Any]:
             raise InvalidError(f"{name} must be {kind}")
         asked[name] = convert(text)
     return asked
+
+
+def is_listed(request: web.Request, name: str, *tags: str) -> bool:
+    """Tell whether If-Match or If-None-Match, in all its lines, is `*` or lists one of these tags."""
+    listed = ",".join(request.headers.getall(name, ()))
+    return listed == "*" or not {*tags}.isdisjoint(map(str.strip, listed.split(",")))
 
 
 def wanted_in(asked: Mapping[str, Any]) -> Wanted:
@@ -2102,28 +2108,30 @@ def time_slice(steps: Iterator[T]) -> tuple[list[T], bool]:
     return made, True
 
 
-async def collect(state: State, steps: Generator[T, None, None]) -> list[T]:
-    """Return all `steps`, and yield to others between time slices."""
-    with contextlib.closing(steps):
+async def collect(state: State, steps: Generator[T, None, None], first: bool = False) -> list[T]:
+    """Return all `steps`, and yield to others between time slices; what comes `first` waits for no others."""
+    async with contextlib.AsyncExitStack() as held:
+        held.enter_context(contextlib.closing(steps))
         made, done = time_slice(steps)  # most work is done at once
-        if not done:
-            async with state.long_work:
-                while not done:
-                    await state.yield_to_others()
-                    more, done = time_slice(steps)
-                    made += more
+        slices = 1
+        while not done:
+            if slices == SHORT_SLICES and not first:
+                await held.enter_async_context(state.long_work)
+            await state.yield_to_others()
+            more, done = time_slice(steps)
+            made += more
+            slices += 1
         return made
 
 
-async def result_of(state: State, work: Generator[None, None, R]) -> R:
-    """Return what `work` returns, and yield to others between time slices."""
-
+async def result_of(state: State, work: Generator[None, None, R], first: bool = False) -> R:
+    """Return what `work` returns, as `collect` does."""
     results: list[R] = []
 
     def run() -> Generator[None, None, None]:
         results.append((yield from work))
 
-    await collect(state, run())
+    await collect(state, run(), first)
     return results[0]
 
 
@@ -2215,7 +2223,7 @@ async def send(
     """
     state = request.app[STATE]
     etag = etag or state.usage.etag
-    if any(known.value in (etag, "*") for known in request.if_none_match or ()):
+    if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
         return Answer(304, headers=cache_headers(etag, kind) + more)
     key = (etag, key)
     body = await state.answers.get(key, lambda: make_whole(state, make(), most))
@@ -2358,11 +2366,6 @@ async def get_page(request: web.Request) -> Answer:
     return await send(request, "html", "page", make, headers, etag=etag, most=math.inf)
 
 
-def is_in_future(state: State, asked: Mapping[str, Any]) -> bool:
-    """Tell whether `from` is later than now."""
-    return bool(asked.get("from", 0) > state.clock())
-
-
 def take(chunks: deque[Chunk], asked: Mapping[str, Any]) -> Iterator[Chunk]:
     """Yield the chunks with what is wanted of them, and hold only those that are yet to come."""
     newest_first, wanted = asked.get("order") == "desc", wanted_in(asked)
@@ -2380,11 +2383,11 @@ async def get_usage(request: web.Request) -> Answer:
     grouped, limit = bool(by or window), asked.get("limit")
     if grouped and "order" in asked:
         raise InvalidError("order is for events: rows of group_by and window have an order of their own")
-    if is_in_future(state, asked):
+    if asked.get("from", 0) > state.clock():
         return Answer(400)  # with an empty body: the challenge wants it so
 
     def make() -> Pieces:
-        chunks = state.usage.by_start.between(asked.get("from"), asked.get("to"))
+        chunks = state.usage.by_start.between(asked.get("from", -math.inf), asked.get("to", math.inf))
         if grouped:
             columns = (*(["window_start"] if window else []), *by, "events", "seconds_streamed")
             return write_totals(kind, columns, aggregate(chunks, by, window, wanted_in(asked), limit))
@@ -2428,14 +2431,14 @@ async def get_streams(request: web.Request) -> Answer:
     """List a page of streams in order of id."""
     state = request.app[STATE]
     asked = dict(parse_query(request.rel_url.raw_query_string, *FILTERS, "limit", "after"))
-    limit, (name, after) = asked.pop("limit", 100), asked.pop("after", ("", 0))
+    limit, (name, after, _) = asked.pop("limit", 100), asked.pop("after", ("", 0, 0))
     if limit > PAGE_STREAMS or name:
         raise InvalidError(f"limit must be an int from 1 to {PAGE_STREAMS}, after an id")
-    if is_in_future(state, asked):
+    if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
     since, until = asked.get("from", 0), asked.get("to", sys.maxsize)
     wanted = (*wanted_in(asked), ("stream_started_on", range(since, until)))
-    in_time = state.usage.by_start.between(asked.get("from"), asked.get("to"))
+    in_time = state.usage.by_start.between(asked.get("from", -math.inf), asked.get("to", math.inf))
     following = (matching(chunk, wanted) for chunk in state.usage.by_id.between(after + 1))
     total = state.usage.count
     if asked:
@@ -2491,16 +2494,16 @@ def find_stream(request: web.Request) -> Event:
 
 def check_version(request: web.Request, stream: Event) -> None:
     """Raise an HTTPException if the client has said what it changes, and it is not this version."""
-    known = [each.value for each in request.if_match or () if not each.is_weak]
-    if hdrs.IF_MATCH in request.headers and not {str(stream.version), "*"} & {*known}:
+    if hdrs.IF_MATCH in request.headers and not is_listed(request, hdrs.IF_MATCH, f'"{stream.version}"'):
         raise web.HTTPPreconditionFailed(reason=f'the stream is of another version: "{stream.version}"')
 
 
 async def get_stream(request: web.Request) -> Answer:
     """Show a stream."""
     stream = find_stream(request)
-    if any(known.value in (str(stream.version), "*") for known in request.if_none_match or ()):
-        return Answer(304, headers=(("ETag", f'"{stream.version}"'), ("Cache-Control", "no-store")))
+    tag = f'"{stream.version}"'
+    if is_listed(request, hdrs.IF_NONE_MATCH, tag, f"W/{tag}"):
+        return Answer(304, headers=(("ETag", tag), ("Cache-Control", "no-store")))
     return show_stream("Found Stream", stream)
 
 
@@ -2533,22 +2536,27 @@ async def delete_stream(request: web.Request) -> Answer:
 
 
 async def get_changes(request: web.Request) -> Answer:
-    """List what was created, changed or removed after a number, each stream once, as it is now."""
+    """List what was created, changed or removed after a number, each stream once, as it is now.
+
+    Who is still reading the first time, in pages, needs only the tombstones since this `began`.
+    """
     usage = request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
-    (name, after), limit = asked.get("after", ("", 0)), asked.get("limit", math.inf)
-    if name not in ("", usage.name) or after > usage.sequence or 0 < after < usage.forgotten:
+    (name, after, began), limit = asked.get("after", ("", 0, 0)), asked.get("limit", math.inf)
+    began = max(after, began) if after else usage.sequence
+    if name not in ("", usage.name) or not usage.forgotten <= began <= usage.sequence:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
-    chunks = deque(first_of(usage.by_version.between(after + 1), limit))
+    chunks = deque(first_of(usage.by_version.between(after + 1), limit) if after < usage.sequence else ())
     whole = sum(map(len, chunks)) < limit
-    cursor = usage.sequence if whole else chunks[-1][-1].version
+    number = usage.sequence if whole else chunks[-1][-1].version
+    cursor = f"{usage.name}-{number}" + (f"-{began}" if number < began else "")
 
     def lines() -> Pieces:
         while chunks:
-            yield "".join([each.change for each in chunks.popleft()]).encode()
+            yield chunks.popleft().changes.encode()
 
     headers = (
-        ("Link", f'</api/v1/changes?after={usage.name}-{cursor}>; rel="next"'),
+        ("Link", f'</api/v1/changes?after={cursor}>; rel="next"'),
         ("Cache-Control", "no-store"),
         ("Vary", "Accept-Encoding"),
         ("Content-Type", MEDIA_TYPES["ndjson"]),
@@ -2607,39 +2615,29 @@ async def put_user(request: web.Request) -> Answer:
     return succeed("Subscription Set", encode(describe_user(state.books, user)))
 
 
-def check_format(asked: Mapping[str, Any]) -> str:
-    """Return the format of an answer about money; raises InvalidError."""
-    if asked.get("format") == "ndjson":
-        raise InvalidError("format must be json or csv")
-    return str(asked.get("format", "json"))
-
-
 async def send_money(
-    request: web.Request, kind: str, key: object, title: str, make: Callable[[], Pieces]
+    request: web.Request, title: str, asked: Mapping[str, Any], write_it: Callable[[str, Books], Pieces]
 ) -> Answer:
-    """Answer with money; a CSV file is called by its title, in plain letters."""
-    if kind != "csv":
-        return await send(request, kind, key, make, most=math.inf)
-    letters = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
-    file = re.sub(r"[^a-z0-9]+", "-", letters).strip("-")
-    named = "Content-Disposition", f'attachment; filename="{file}.csv"'
-    return await send(request, kind, key, make, named, most=math.inf)
+    """Answer with what `write_it` yields; a CSV file is called by its title, in plain letters."""
+    state, kind, named = request.app[STATE], asked.get("format", "json"), list[tuple[str, str]]()
+    if kind == "ndjson":
+        raise InvalidError("format must be json or csv")
+    if kind == "csv":
+        letters = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
+        file = re.sub(r"[^a-z0-9]+", "-", letters).strip("-")
+        named = [("Content-Disposition", f'attachment; filename="{file}.csv"')]
+    key, make = (title, kind), lambda: write_it(kind, state.books.snapshot())
+    return await send(request, kind, key, make, *named, most=math.inf)
 
 
 async def get_report(request: web.Request) -> Answer:
     """Tell how much each label is owed, for a month or for all."""
-    state = request.app[STATE]
     asked = parse_query(request.rel_url.raw_query_string, "month", "format")
-    kind, month = check_format(asked), asked.get("month")
-
-    def make() -> Pieces:
-        return write_report(kind, state.books.snapshot(), month)
-
-    key = "report", frozenset(asked.items()) - DEFAULTS
-    return await send_money(request, kind, key, f"report {month or ''}", make)
+    month = asked.get("month")
+    return await send_money(request, f"report {month or ''}", asked, partial(write_report, month))
 
 
-def write_report(kind: str, books: Books, month: str | None) -> Pieces:
+def write_report(month: str | None, kind: str, books: Books) -> Pieces:
     """Yield the report."""
     data, rows = yield from report(books, month)
     if kind == "csv":
@@ -2650,22 +2648,17 @@ def write_report(kind: str, books: Books, month: str | None) -> Pieces:
 
 async def get_statement(request: web.Request) -> Answer:
     """Tell why a label is owed what it is owed for a month."""
-    state, label = request.app[STATE], parse_path(request, "label", "Label Invalid")
+    label = parse_path(request, "label", "Label Invalid")
     asked = parse_query(request.rel_url.raw_query_string, "month", "format")
-    kind, month = check_format(asked), asked.get("month")
-    if not month:
+    if not (month := asked.get("month")):
         raise InvalidError("month is missing")
-
-    def make() -> Pieces:
-        return write_statement(kind, statement(state.books.snapshot(), month, label))
-
-    key = "statement", label, month, kind
-    return await send_money(request, kind, key, f"statement {month} {label}", make)
+    write_it = partial(write_statement, month, label)
+    return await send_money(request, f"statement {month} {label}", asked, write_it)
 
 
-def write_statement(kind: str, steps: Steps[dict[str, Any]]) -> Pieces:
+def write_statement(month: str, label: str, kind: str, books: Books) -> Pieces:
     """Yield a statement, or its subscribers alone as CSV."""
-    data = yield from steps
+    data = yield from statement(books, month, label)
     payers = data["user_centric"].pop("subscribers")
     if kind == "csv":
         yield from write_rows("csv", PAYER_COLUMNS, ([*row.values()] for row in payers))
@@ -2680,6 +2673,7 @@ def write_statement(kind: str, steps: Steps[dict[str, Any]]) -> Pieces:
 async def get_months(request: web.Request) -> Answer:
     """List the months, the latest first."""
     state = request.app[STATE]
+    parse_query(request.rel_url.raw_query_string)
     return await send(request, "json", "months", lambda: write_months(state.books.snapshot()), most=math.inf)
 
 
@@ -2694,15 +2688,11 @@ def write_months(books: Books) -> Pieces:
 async def put_month(request: web.Request) -> Answer:
     """Close a month or open it again."""
     state, name = request.app[STATE], request.match_info["month"]
-    pattern, kind, _ = PARAMETERS["month"]
-    if not re.fullmatch(pattern, name):
-        raise InvalidError(f"the month must be {kind}")
+    parse_query(urlencode({"month": name}), "month")  # it is the same in a path
     value, _ = await read_json(request)
     status = check_keys("the month", value, {"status"})["status"]
     if status not in ("open", "closed"):
         raise InvalidError("status must be open or closed")
-    if not state.journal:
-        raise ConflictError("without --db no month can be closed: nothing could be kept")
     account: Account | None = None
 
     async def freeze() -> Statements:
@@ -2713,13 +2703,17 @@ async def put_month(request: web.Request) -> Answer:
             raise ConflictError(reason)
         if status == "open":
             return [(statement, [(name,)]) for statement in OPEN_MONTH]
-        account = await result_of(state, find_account(state.books.snapshot(), name, int(now)))
+        work = find_account(state.books.snapshot(), name, int(now))
+        account = await result_of(state, work, first=True)  # all other writes wait for it
         return freeze_account(name, account)
 
-    if (name in state.books.closed()) != (status == "closed"):
-        state.usage.number()
-        await state.write(freeze, lambda: state.books.months[name].close(account))
-    row = await result_of(state, describe_now(state.books.snapshot(), name))
+    async with state.lock("months"):
+        if (name in state.books.closed()) != (status == "closed"):
+            if not state.journal:
+                raise ConflictError("without --db no month can be closed: nothing could be kept")
+            state.usage.number()
+            await state.write(freeze, lambda: state.books.months[name].close(account))
+        row = await result_of(state, describe_now(state.books.snapshot(), name))
     return succeed(f"Month {status.capitalize()}", encode(row))
 
 
@@ -2730,24 +2724,21 @@ def describe_now(books: Books, name: str) -> Steps[dict[str, Any]]:
 
 async def get_metrics(request: web.Request) -> Answer:
     """Tell Prometheus how the program fares."""
-    state = request.app[STATE]
-    statuses = {f'{{status="{first}xx"}}': state.requests[first] for first in (2, 3, 4, 5)}
-    figures: list[tuple[str, str, str, Mapping[str, float]]] = [
-        ("usage_events", "gauge", "Events that are kept.", {"": state.usage.count}),
-        ("usage_sequence", "counter", "The number of the latest change.", {"": state.usage.sequence}),
-        ("usage_requests_total", "counter", "Requests that were answered.", statuses),
-        ("usage_simulation_errors_total", "counter", "Batches that failed.", {"": state.simulation.errors}),
-        ("process_resident_memory_bytes", "gauge", "Resident memory.", {"": resident_memory()}),
-    ]
-    if state.journal and state.journal.last_commit > 0:
-        age = {"": time.monotonic() - state.journal.last_commit}
-        figures.append(("usage_last_commit_age_seconds", "gauge", "Seconds since the last commit.", age))
-    lines = []
-    for name, kind, said, values in figures:
-        lines += [f"# HELP {name} {said}", f"# TYPE {name} {kind}"]
-        lines += [f"{name}{labels} {value}" for labels, value in values.items()]
+    state, lines = request.app[STATE], list[str]()
+
+    def tell(name: str, kind: str, said: str, *values: str) -> None:
+        lines.extend((f"# HELP {name} {said}", f"# TYPE {name} {kind}", *(name + value for value in values)))
+
+    statuses = (f'{{status="{first}xx"}} {state.requests[first]}' for first in (2, 3, 4, 5))
+    tell("usage_events", "gauge", "Events that are kept.", f" {state.usage.count}")
+    tell("usage_sequence", "counter", "Number of the latest change.", f" {state.usage.sequence}")
+    tell("usage_requests_total", "counter", "Requests that were answered.", *statuses)
+    tell("usage_simulation_errors_total", "counter", "Batches that failed.", f" {state.simulation.errors}")
+    tell("process_resident_memory_bytes", "gauge", "Resident memory.", f" {resident_memory()}")
+    if state.journal and (age := time.monotonic() - state.journal.last_commit) < math.inf:
+        tell("usage_last_commit_age_seconds", "gauge", "Seconds since the last commit.", f" {age:.3f}")
     headers = (("Content-Type", "text/plain; version=0.0.4; charset=utf-8"), ("Cache-Control", "no-store"))
-    return Answer(200, "".join(f"{line}\n" for line in lines).encode(), headers)
+    return Answer(200, "\n".join([*lines, ""]).encode(), headers)
 
 
 def resident_memory() -> int:
@@ -2851,7 +2842,7 @@ class State:
             self.usage.keys |= keys
 
         rows = [(INSERT_KEY, [(name, digest, first_id)]) for name, (digest, first_id) in keys.items()]
-        await self.write([(INSERT_STREAMS, events), *rows], apply)
+        await self.write([(INSERT_STREAMS, map(CELLS, events)), *rows], apply)
 
 
 def abort_if_failed(journal: asyncio.Task[None]) -> None:
@@ -3039,10 +3030,8 @@ def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> I
     try:
         content = asyncio.run(fetch_tracks(source)) if remote else read_tracks(Path(source))
         return Import(directory, content, time.time())
-    except OSError as error:
-        parser.error(f"cannot read the tracks from {source}: {error.strerror or error}")
-    except ValueError as error:
-        parser.error(f"cannot read the tracks from {source}: {error}")
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot read the tracks from {source}: {getattr(error, 'strerror', None) or error}")
     except ImportFailedError as error:
         parser.exit(2, f"{error}\n")
 
