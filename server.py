@@ -6,7 +6,7 @@
 
     python server.py            then open http://127.0.0.1:8080, or curl http://127.0.0.1:8080/usage
 
-The map, from top to bottom; each section uses only those above it:
+The map, from top to bottom. Each section uses only those above it, and the application's State:
 
     events        what an event is: the one place where one is checked and written
     usage         the events that are kept, in chunks that are never changed
@@ -34,6 +34,19 @@ loop; all events are in memory, and without --db gone when it ends.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - it is for those who have an older one
+    print(f"server.py: it needs Python 3.11 or newer, this is {sys.version.split()[0]}", file=sys.stderr)
+    sys.exit(2)
+
+import os
+import signal
+
+if __name__ == "__main__":  # until `main` takes them over: the imports take a while
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
 import argparse
 import asyncio
 import base64
@@ -53,22 +66,23 @@ import itertools
 import json
 import logging
 import math
-import os
+import queue
 import random
 import re
 import resource
 import secrets
-import signal
 import socket
 import sqlite3
 import stat
-import sys
+import threading
 import time
+import unicodedata
 import zlib
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
+    Awaitable,
     Callable,
     Container,
     Coroutine,
@@ -81,21 +95,31 @@ from collections.abc import (
     Sized,
 )
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from email.utils import formatdate
-from functools import cached_property, lru_cache
+from fractions import Fraction
+from functools import cached_property, lru_cache, partial
 from heapq import merge
 from http import HTTPStatus
 from operator import add, attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, unquote, urlencode
 from weakref import WeakValueDictionary
 
-import aiohttp
-from aiohttp import hdrs, http_exceptions, web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.typedefs import Handler
+try:
+    import aiohttp
+    from aiohttp import hdrs, http_exceptions, web
+    from aiohttp.abc import AbstractStreamWriter
+    from aiohttp.typedefs import Handler
+
+    if [int(part) for part in aiohttp.__version__.split(".")[:2]] < [3, 14]:
+        raise ImportError(f"aiohttp {aiohttp.__version__} is too old")
+except ImportError as error:
+    print(f"server.py: {error}; install it: python3 -m pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
+
+__version__ = "2.0"
 
 CHUNK_EVENTS = 1024  # at most, in one chunk: about 100 kB of JSON and a millisecond of work
 PIECE_BYTES = 64 * 1024  # of an answer, written at a time
@@ -106,10 +130,11 @@ FREEZE_EVENTS = 20_000  # a search for garbage among so many takes some millisec
 KEPT_BYTES = 1024 * 1024  # a longer answer is not kept, and a longer list is written in pieces
 KEPT_ANSWERS = 64
 MOST_ROWS = 100_000  # of totals, in one answer
+KNOWN_TOTALS = 8  # so many groupings a chunk remembers
 PAGE_STREAMS = 1_000
-USERS_A_STEP = 64
 THREADS = 4
-LONG_WORK = 4  # so much of what takes more than a time slice is under way at a time: each holds memory
+SHORT_SLICES = 64  # what takes no more time slices does not wait for what does
+LONG_WORK = 4  # so much of what takes more of them is under way at a time: each holds memory
 SLICE_SECONDS = 0.0005  # how long something may keep the event loop at a stretch
 WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
 LINGER_SECONDS = 1  # how long a body that nobody wants may go on before its connection is closed
@@ -118,10 +143,18 @@ BODY_SECONDS = 10
 POST_EVENTS = 1_000
 BUSY_SECONDS = 1  # how long a commit waits for another process that has locked the file
 GATHER_SECONDS = 0.001  # how long a commit waits for more to come with it
-SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way; 5 s are promised
+SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way
+END_SECONDS = 4.7  # from the signal on, whatever the disk and the clients do; 5 are promised
 LATE_SECONDS = 5  # a batch that is no later than this, or than three intervals, is not missed
-FETCH_TIMEOUT = aiohttp.ClientTimeout(total=30)
+IMPORT_BYTES = 256 * 1024 * 1024  # at most, of each file of an import
+IMPORT_FAULTS = 20  # an import is read up to so many
+FAULT_CHARACTERS = 300
+LINE_CHARACTERS = 65_536  # at most, in a line of a CSV file
+FETCH_TRIES = 5
+FETCH_SECONDS = 30  # how long each may take
+FETCH_WAIT = 0.5  # seconds before the second try; twice as many before each further one
 BACKLOG = 1024  # how many connections may wait to be taken
+OUTPUT_LINES = 1_000  # so many lines may wait to be read, further ones are dropped
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DAY = 86_400
 
@@ -139,6 +172,16 @@ Wanted = tuple[tuple[str, Container[Any]], ...]  # names of fields, and the valu
 log = logging.getLogger("server")
 
 
+def telling(what: str, items: Iterable[T]) -> Iterator[T]:
+    """Yield `items`, and log once a second how many of `what` that were."""
+    began = said = time.monotonic()
+    for number, item in enumerate(items):
+        if (now := time.monotonic()) >= said + 1:
+            said = now
+            log.info("%s so far: %s after %.0f s", what, f"{number:,}", now - began)
+        yield item
+
+
 # ── Events ──────────────────────────────────────────────────────────────────────────────────────
 # What an event is: the only place where one is checked and encoded.
 
@@ -150,8 +193,9 @@ EVENT_KEYS = frozenset(FIELDS)
 FORBIDDEN_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 TEXT_CHARACTERS = 128
 
+INTEGER = re.compile(r"-?[0-9]{1,100}")
 HIGHEST_SECONDS = 2**31 - 1
-COMMON_SECONDS = tuple(range(DAY + 1))  # one object of each is enough for all events
+COMMON_SECONDS = {seconds: seconds for seconds in range(7_200)}  # one object of each is enough
 CSV_END = "\r\n"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
@@ -192,8 +236,10 @@ class Event:
         # The same few names and numbers come again and again: one object of each takes half the memory.
         self.user_id, self.track_id = sys.intern(self.user_id), sys.intern(self.track_id)
         self.label = sys.intern(self.label)
-        if self.seconds_streamed <= DAY:
+        if self.seconds_streamed < len(COMMON_SECONDS):
             self.seconds_streamed = COMMON_SECONDS[self.seconds_streamed]
+        if self.version == self.id:
+            self.version = self.id
 
     @property
     def fields(self) -> str:
@@ -209,11 +255,6 @@ class Event:
         return f'{{"id":{self.id},{self.fields}}}'.encode()
 
     @property
-    def change(self) -> str:
-        """The line of the feed."""
-        return f'{{"version":{self.version},"id":{self.id},{self.fields}}}\n'
-
-    @property
     def csv(self) -> str:
         """The line of a CSV file."""
         names = encode_cells(self.user_id, self.track_id, self.label)
@@ -227,18 +268,13 @@ class Tombstone:
     id: int
     version: int
 
-    @property
-    def change(self) -> str:
-        """The line of the feed."""
-        return f'{{"version":{self.version},"id":{self.id},"deleted":true}}\n'
 
-
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)
 def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no cell that a spreadsheet runs."""
     text = io.StringIO()
     csv.writer(text).writerow(
-        f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell for cell in cells
+        f"'{cell}" if type(cell) is str and cell.startswith(FORMULA) else cell for cell in cells
     )
     return text.getvalue()[: -len(CSV_END)]
 
@@ -321,6 +357,19 @@ class Chunk(list[Any]):
         """The lines of a CSV file."""
         return "".join([event.csv for event in self])
 
+    @property
+    def changes(self) -> str:
+        """The lines of the feed, in one expression: whoever begins to follow asks for all there are."""
+        return "".join([
+            f'{{"version":{(number := str(each.version))},'
+            f'"id":{number if each.id == each.version else each.id},"user_id":{quote(each.user_id)},'
+            f'"track_id":{quote(each.track_id)},"label":{quote(each.label)},"stream_started_on":{each.stream_started_on},'
+            f'"seconds_streamed":{each.seconds_streamed}}}\n'
+            if isinstance(each, Event)
+            else f'{{"version":{each.version},"id":{each.id},"deleted":true}}\n'
+            for each in self
+        ])
+
     @cached_property
     def known(self) -> dict[object, Totals | None]:
         """The totals that `count_chunk` has found; None where there are too many to be remembered."""
@@ -346,7 +395,9 @@ class Chunks:
             return
         for at, group in self._by_chunk(events):
             changed = [*self.chunks[at]]
-            if len(group) > len(changed) // 16:  # sorting anew is quicker than finding so many places
+            if self.key(group[0]) > self.key(changed[-1]):  # as most do, in order of id and version
+                changed += group
+            elif len(group) > len(changed) // 16:  # sorting anew is quicker than finding so many places
                 changed = sorted(changed + group, key=self.key)
             else:
                 for event in group:
@@ -359,17 +410,14 @@ class Chunks:
             leaving = set(group)
             self._replace(at, [event for event in self.chunks[at] if event not in leaving])
 
-    def between(self, low: int | None = None, high: int | None = None) -> deque[Chunk]:
+    def between(self, low: float = -math.inf, high: float = math.inf) -> deque[Chunk]:
         """Return the events with `low <= field < high`, in order, as chunks."""
-        first, end = 0, len(self.chunks)
-        if low is not None:
-            first = bisect_left(self.chunks, low, key=lambda chunk: self.value(chunk[-1]))
-        if high is not None:
-            end = bisect_left(self.chunks, high, key=lambda chunk: self.value(chunk[0]))
+        first = bisect_left(self.chunks, low, key=lambda chunk: self.value(chunk[-1]))
+        end = bisect_left(self.chunks, high, key=lambda chunk: self.value(chunk[0]))
         found = deque(itertools.islice(self.chunks, first, end))
-        if found and low is not None and self.value(found[0][0]) < low:
+        if found and self.value(found[0][0]) < low:
             found[0] = Chunk(found[0][bisect_left(found[0], low, key=self.value) :])
-        if found and high is not None and self.value(found[-1][-1]) >= high:
+        if found and self.value(found[-1][-1]) >= high:
             found[-1] = Chunk(found[-1][: bisect_left(found[-1], high, key=self.value)])
         return found
 
@@ -377,17 +425,21 @@ class Chunks:
         """Yield the place of each chunk that events belong to, and these: the last first, so none moves."""
         pending = sorted(events, key=self.key)
         while pending:
-            after = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
-            at = max(0, after - 1)
+            at, last = len(self.chunks) - 1, self.key(pending[-1])
+            if last < self.key(self.chunks[at][0]):
+                at = max(0, bisect_right(self.chunks, last, key=lambda chunk: self.key(chunk[0])) - 1)
             first = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
             yield at, pending[first:]
             del pending[first:]
 
     def _replace(self, at: int, events: list[Any]) -> None:
         """Put `events` in the place of the chunk there, cut into chunks of about equal length."""
+        parts = math.ceil(len(events) / CHUNK_EVENTS)
+        if self.chunks and parts == 1:
+            self.chunks[at] = Chunk(events)
+            return
         if self.chunks:
             del self.chunks[at]
-        parts = math.ceil(len(events) / CHUNK_EVENTS)
         for part in reversed(range(parts)):
             first, end = len(events) * part // parts, len(events) * (part + 1) // parts
             self.chunks.insert(at, Chunk(events[first:end]))
@@ -399,13 +451,13 @@ class Usage:
     By start they are queried and by id listed; by version, with the tombstones, they are the feed.
     """
 
-    def __init__(self, keep: float = math.inf) -> None:
-        """Keep the `keep` events that started last."""
+    def __init__(self, changed: Callable[[Sequence[Event], int], object], keep: float = math.inf) -> None:
+        """Keep the `keep` events that started last, and tell `changed` what comes (1) and goes (-1)."""
+        self.changed = changed
         self.keep = keep
         self.by_start, self.by_id = Chunks("stream_started_on"), Chunks("id")
         self.by_version = Chunks("version")
         self.tombstones: deque[Tombstone] = deque()
-        self.totals = UserTotals()
         self.keys: dict[str, tuple[bytes, int]] = {}  # idempotency key -> hash of the body, first id
         self.count = 0
         self.name = secrets.token_hex(4)  # of the sequence
@@ -433,12 +485,9 @@ class Usage:
     def is_too_old(self, events: Sequence[Event]) -> bool:
         """Tell whether one of these new events would be among those that `keep` drops at once."""
         over = self.count + len(events) - self.keep
-        if over <= 0:
-            return False
+        starts = (event.stream_started_on for event in itertools.chain.from_iterable(self.by_start.chunks))
         oldest = min(event.stream_started_on for event in events)
-        in_order = itertools.chain.from_iterable(self.by_start.chunks)
-        last = next(itertools.islice(in_order, int(over) - 1, None), None)  # of those that would be dropped
-        return last is None or last.stream_started_on > oldest
+        return over > 0 and next(itertools.islice(starts, int(over) - 1, None), math.inf) > oldest
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`."""
@@ -460,9 +509,8 @@ class Usage:
 
     def find(self, stream_id: int) -> Event:
         """Return the event with this id; raises MissingError."""
-        for chunk in self.by_id.between(stream_id, stream_id + 1):
-            for event in chunk:
-                return event  # type: ignore[no-any-return]
+        for event in itertools.chain.from_iterable(self.by_id.between(stream_id, stream_id + 1)):
+            return event  # type: ignore[no-any-return]
         raise MissingError(f"there is no stream {stream_id}")
 
     def replace(self, old: Event, new: Event) -> None:
@@ -489,7 +537,7 @@ class Usage:
 
     def _count(self, events: Sequence[Event], sign: int) -> None:
         self.count += sign * len(events)
-        self.totals.change(events, sign)
+        self.changed(events, sign)
 
 
 def matching(events: Chunk, wanted: Wanted) -> Chunk:
@@ -590,6 +638,8 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
     if (window, names) not in chunk.known:
         found = count_by_window(chunk, window, names)
         chunk.known[window, names] = found if len(found) <= len(chunk) // 4 else None
+        if len(chunk.known) > KNOWN_TOTALS:
+            del chunk.known[next(iter(chunk.known))]
         return found
     known = chunk.known[window, names]
     return count_by_window(matching(chunk, wanted), window, names) if known is None else known
@@ -642,41 +692,17 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-class UserTotals:
-    """Totals by user: of each month by label, and over all time by track.
+def fold(totals: Mapping[str, Totals], changes: Totals, sign: int) -> dict[str, Totals]:
+    """Return the new totals of each user whose totals `changes`, by user and name, change.
 
-    A user's own totals are replaced and never changed, so that a copy of the outer dict is one moment.
+    A user's own totals are replaced and never changed, so that a copy of the outer mapping is one moment.
     """
-
-    def __init__(self) -> None:
-        """Begin with nothing."""
-        self.months: defaultdict[str, dict[str, Totals]] = defaultdict(dict)
-        self.tracks: dict[str, Totals] = {}
-
-    def change(self, events: Sequence[Event], sign: int) -> None:
-        """Add events, or with a `sign` of -1 take them away."""
-        days = (event.stream_started_on // DAY for event in events)
-        keys = zip(map(month_of, days), keys_of(events, ("user_id", "label")), strict=True)
-        months: defaultdict[str, Totals] = defaultdict(dict)
-        for (month, key), total in count(events, keys).items():
-            months[month][key] = total
-        for month, changes in months.items():
-            self._fold(self.months[month], changes, sign)
-            if not self.months[month]:
-                del self.months[month]
-        self._fold(self.tracks, count(events, keys_of(events, ("user_id", "track_id"))), sign)
-
-    @staticmethod
-    def _fold(totals: dict[str, Totals], changes: Totals, sign: int) -> None:
-        changed: dict[str, Totals] = {}
-        for (user, name), total in changes.items():
-            if user not in changed:
-                changed[user] = {**totals.get(user, {})}
-            add_up(changed[user], name, total, sign)
-        totals |= changed
-        for user, own in changed.items():
-            if not own:
-                del totals[user]
+    changed: dict[str, Totals] = {}
+    for (user, name), total in changes.items():
+        if user not in changed:
+            changed[user] = {**totals.get(user, {})}
+        add_up(changed[user], name, total, sign)
+    return changed
 
 
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
@@ -686,8 +712,22 @@ FACTORS = {"app_store": 70, "web": 90}  # per cent: what the store or the paymen
 FEE = re.compile(r"([0-9]{1,5})(?:\.([0-9]{1,2}))?")
 HIGHEST_FEE = 1_000_000  # cents
 CURRENCY = "EUR"
-LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", "amount", "amount_user_centric")
+AMOUNTS = ("amount", "amount_user_centric")
+ADJUSTMENTS = ("adjustment", "adjustment_user_centric")
+LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", *AMOUNTS, *ADJUSTMENTS)
 REPORT_COLUMNS = ("month", "currency", *LABEL_COLUMNS)
+PAYER_COLUMNS = ("user_id", "product_type", "fee", "origin", "net", "seconds_streamed", "of_seconds", "part")
+BITS = 128  # of a claim: what is cut off leaves a doubt only at a tie
+STEP_USERS = 50  # with a few labels each a fraction of a millisecond's work
+
+Steps = Generator[None, None, T]  # long work: yields where others may go on, and returns a T
+ByLabel = Mapping[str, Total]
+ByUser = Mapping[str, ByLabel]
+Claims = Mapping[str, tuple[int, int]]  # of labels, each with by how much it may be too low
+Parts = Counter[int]  # the numerators of fractions, by denominator, for many have the same
+Figures = tuple[int, int, int, int]  # of a label: streams, seconds, cents pro rata, cents user-centric
+Cents = tuple[int, int]  # pro rata, user-centric
+Adjustments = Mapping[str, Mapping[str, Cents]]  # month that they are for -> label
 
 
 @dataclass(frozen=True, slots=True)
@@ -723,99 +763,426 @@ def parse_subscription(value: object) -> Subscription:
     return Subscription(check_text("product_type", fields["product_type"]), int(cents), fields["origin"])
 
 
-def euros(cents: int) -> str:
-    """Write cents as a decimal."""
-    return f"{cents // 100}.{cents % 100:02}"
+class Money(str):
+    """An amount as text, and yet a number: in CSV its minus stays the first character."""
 
 
-def share_out(cents: int, weights: Mapping[str, int]) -> dict[str, int]:
-    """Share out `cents` in proportion to the weights, to the last cent: by the largest remainder.
+def euros(units: int, places: int = 2) -> Money:
+    """Write cents as a decimal; with more `places`, fractions of them."""
+    whole, rest = divmod(abs(units), 10**places)
+    return Money(f"{'-' * (units < 0)}{whole}.{rest:0{places}}")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a month's streams and fees come to: `fees` and `revenue` in cents, the rest in hundredths of one.
+
+    A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
+    user; the fees of the silent, who streamed nothing, go by the seconds of all. It is added up as price
+    of a second x seconds, in 2^-BITS of the unit. Each price is cut by less than that, and two are paid
+    for a second: so a claim is too low by less than twice the label's seconds.
+    """
+
+    totals: ByUser
+    subscriptions: Mapping[str, Subscription]
+    labels: ByLabel  # streams and seconds
+    claims: Claims
+    seconds: int
+    fees: int
+    net: int
+    revenue: int  # rounded once, half up
+    silent: int
+    silent_users: int
+
+
+def seconds_of(labels: ByLabel) -> int:
+    """Add up the seconds of such totals."""
+    return sum(seconds for _, seconds in labels.values())
+
+
+def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Ledger]:
+    """Return a month's ledger: the one place where its seconds and fees are added up."""
+    fees = net = 0
+    for some in batched(subscriptions.values(), STEP_USERS):
+        yield
+        fees += sum(each.fee for each in some)
+        net += sum(each.net for each in some)
+    labels, claims = dict[str, Total](), Counter[str]()
+    silent, silent_users = net, len(subscriptions)
+    for listeners in batched(totals.items(), STEP_USERS):
+        yield
+        for user, own in listeners:
+            price, heard = 0, seconds_of(own)
+            if heard and (found := subscriptions.get(user)):
+                price = (found.net << BITS) // heard
+                silent, silent_users = silent - found.net, silent_users - 1
+            for label, (streams, seconds) in own.items():
+                add_up(labels, label, (streams, seconds))
+                claims[label] += price * seconds
+    whole = seconds_of(labels)
+    price = (silent << BITS) // (whole or 1)
+    low = {label: (claims[label] + price * seconds, 2 * seconds) for label, (_, seconds) in labels.items()}
+    revenue = (net + 50) // 100
+    return Ledger(totals, subscriptions, labels, low, whole, fees, net, revenue, silent, silent_users)
+
+
+def find_listeners(ledger: Ledger) -> Iterator[list[tuple[str | None, int, ByLabel, int]]]:
+    """Yield in steps who listened: net fee, totals by label, all seconds; then, as None, all the silent."""
+    for some in batched(ledger.totals.items(), STEP_USERS):
+        found = [(ledger.subscriptions.get(user), user, own) for user, own in some]
+        yield [(user, each.net if each else 0, own, seconds_of(own)) for each, user, own in found]
+    yield [(None, ledger.silent, ledger.labels, ledger.seconds)]
+
+
+def find_parts(ledger: Ledger, labels: Set[str]) -> Steps[dict[str, Parts]]:
+    """Return the fractions that the exact claims of some labels are the sums of."""
+    parts = {label: Counter[int]() for label in labels}
+    for some in find_listeners(ledger):
+        yield
+        for _, net, own, heard in some:
+            for label in labels & own.keys():
+                part = Fraction((net << BITS) * own[label][1], heard or 1)
+                parts[label][part.denominator] += part.numerator
+    return parts
+
+
+def add_parts(parts: Parts) -> Steps[Fraction]:
+    """Add up fractions two by two, so that long numbers only meet long ones."""
+    sums = [(numerator, denominator) for denominator, numerator in parts.items() if numerator] or [(0, 1)]
+    while len(sums) > 1:
+        yield
+        odd = sums[len(sums) & ~1 :]
+        sums = [(a * d + c * b, b * d) for (a, b), (c, d) in zip(sums[::2], sums[1::2], strict=False)] + odd
+    return Fraction(*sums[0])
+
+
+def share_out(cents: int, whole: int, claims: Claims, ledger: Ledger) -> Steps[dict[str, int]]:
+    """Share out `cents` by a ledger's claims, `whole` in sum, to the last cent: by the largest remainder.
 
     Each gets its share rounded down; what is left goes, a cent each, to those who lost most by the
-    rounding, ties in order of the name. Without any weight nobody gets anything.
+    rounding, ties in order of the name. Claims may be too low. That matters only where the last who gets a
+    cent is no further from the next, who gets none: then the exact differences of those near them decide.
+    (A claim that is cut to just below a whole cent has lost so much that it gets the cent again.)
     """
-    whole = sum(weights.values()) or 1
-    shares = {name: cents * weight // whole for name, weight in weights.items()}
-    left = cents - sum(shares.values()) if any(weights.values()) else 0
-    for name in sorted(weights, key=lambda name: (-(cents * weights[name] % whole), name))[:left]:
-        shares[name] += 1
-    return shares
+    shares = {name: divmod(cents * claim, whole) for name, (claim, _) in claims.items()}
+    order = sorted(shares, key=lambda name: (-shares[name][1], name))
+    rests = [shares[name][1] for name in order]
+    left = cents - sum(share for share, _ in shares.values())
+    width = cents * max((off for _, off in claims.values()), default=0)
+    if width and 0 < left < len(order) and rests[left - 1] - rests[left] <= width:
+        near = [name for name in order if abs(shares[name][1] - rests[left - 1]) <= width]
+        parts, exact = (yield from find_parts(ledger, set(near))), {}
+        for name in near:
+            difference = Counter(parts[name])
+            difference.subtract(parts[near[0]])
+            exact[name] = cents * (yield from add_parts(difference)) - whole * shares[name][0]
+        at = order.index(near[0])
+        order[at : at + len(near)] = sorted(near, key=lambda name: (-exact[name], name))
+    return {name: shares[name][0] + (at < left) for at, name in enumerate(order)}
 
 
-def share_month(
-    revenue: int, totals: Mapping[str, Totals], subscriptions: Mapping[str, Subscription]
-) -> dict[str, list[int]]:
-    """Return each label's streams and seconds in a month, and the cents of the revenue that it is owed.
-
-    `totals` holds streams and seconds by user and label. The cents are owed pro rata, where a label's
-    weight is its seconds, and user-centric, where it is what the label gets of each subscriber's net
-    fee: fractions by that subscriber's seconds, which a common denominator makes ints.
-    """
-    labels, heard = dict[str, Total](), Counter[str]()
-    for user, own in totals.items():
-        for label, total in own.items():
-            add_up(labels, label, total)
-            heard[user] += total[1]
-    weights = {label: seconds for label, (_, seconds) in labels.items()}
-    whole = heard.total() or 1
-    paying = [user for user in subscriptions if heard[user]]
-    common = whole
-    for user in paying:  # one call for all of them would hold up every other thread
-        common = math.lcm(common, heard[user])
-    per_second = {user: subscriptions[user].net * (common // heard[user]) for user in paying}
-    silent = sum(each.net for user, each in subscriptions.items() if not heard[user])
-    claims = {label: silent * (common // whole) * seconds for label, seconds in weights.items()}
-    for user, own in totals.items():
-        for label, (_, seconds) in own.items():
-            claims[label] += per_second.get(user, 0) * seconds
-    pro_rata, user_centric = share_out(revenue, weights), share_out(revenue, claims)
-    return {label: [*labels[label], pro_rata[label], user_centric[label]] for label in labels}
+def share_month(ledger: Ledger) -> Steps[dict[str, Figures]]:
+    """Return each label's streams and seconds, and the cents that it is owed pro rata and user-centric."""
+    cents = ledger.revenue if ledger.seconds else 0
+    by_seconds = {label: (seconds, 0) for label, (_, seconds) in ledger.labels.items()}
+    pro_rata = yield from share_out(cents, ledger.seconds or 1, by_seconds, ledger)
+    centric = yield from share_out(cents, (ledger.net or 1) << BITS, ledger.claims, ledger)
+    return {label: (*of, pro_rata[label], centric[label]) for label, of in ledger.labels.items()}
 
 
-def write_shares(owed: Mapping[str, list[int]]) -> list[dict[str, Any]]:
-    """Return the report's lines for what `share_month` found: highest amount first, then by name."""
-    whole = sum(seconds for _, seconds, _, _ in owed.values()) or 1
-    lines = []
-    for label, (streams, seconds, *amounts) in sorted(owed.items(), key=lambda item: (-item[1][2], item[0])):
-        share = round(seconds / whole, 6)  # no money, so a float will do
-        cells = label, streams, seconds, share, *map(euros, amounts)
-        lines.append(dict(zip(LABEL_COLUMNS, cells, strict=True)))
-    return lines
+@dataclass(frozen=True)
+class Account:
+    """A month's money, in cents: what was frozen when it was closed, or what closing it now would freeze."""
+
+    closed_on: int | None
+    totals: ByUser
+    subscriptions: Mapping[str, Subscription]
+    fees: int
+    revenue: int
+    labels: Mapping[str, Figures]
+    adjustments: Adjustments  # what is paid with this month for others
+
+    @property
+    def status(self) -> str:
+        """Whether it was closed."""
+        return "open" if self.closed_on is None else "closed"
+
+    def lines(self) -> dict[str, list[int]]:
+        """Return each label's figures and, after them, the sums of its adjustments."""
+        lines = {label: [*figures, 0, 0] for label, figures in self.labels.items()}
+        for label, cents in itertools.chain(*(of_month.items() for of_month in self.adjustments.values())):
+            line = lines.setdefault(label, [0] * 6)
+            line[4:] = map(add, line[4:], cents)
+        return lines
 
 
-def report(
-    months: Mapping[str, Mapping[str, Totals]], subscriptions: Mapping[str, Subscription]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the report over `months`, each shared out on its own, and its lines by month and label."""
-    revenue = (sum(subscription.net for subscription in subscriptions.values()) + 50) // 100  # half up
-    added, lines = defaultdict[str, list[int]](lambda: [0, 0, 0, 0]), []
-    for month in sorted(months):
-        owed = share_month(revenue, months[month], subscriptions)
-        lines += [{"month": month, "currency": CURRENCY} | line for line in write_shares(owed)]
-        for label, figures in owed.items():
-            added[label] = list(map(add, figures, added[label]))
-    data = {
-        "currency": CURRENCY,
-        "months": sorted(months),
-        "subscribers": len(subscriptions),
-        "revenue": euros(revenue * len(months)),
-        "distributed": euros(sum(amount for _, _, amount, _ in added.values())),
-        "seconds_streamed": sum(seconds for _, seconds, _, _ in added.values()),
-        "labels": write_shares(added),
+@dataclass
+class Month:
+    """A month's totals as they are now and, once it is closed, its account."""
+
+    totals: dict[str, Totals] = field(default_factory=dict)
+    closed: Account | None = None
+    _late: list[dict[str, Cents]] = field(default_factory=list)  # what `find_late` found, or nothing yet
+    _shared: bool = False
+
+    def change(self, user: str, labels: Totals) -> None:
+        """Put a user's totals by label in the place of those before; they must not change any more."""
+        if self._shared:
+            self.totals, self._shared = dict(self.totals), False
+        if labels:
+            self.totals[user] = labels
+        else:
+            self.totals.pop(user, None)
+        self._late = []  # a new list: who reads an earlier snapshot writes into the old one
+
+    def close(self, account: Account | None) -> None:
+        """Close the month with this account or, with none, open it again."""
+        same = account and account.totals is self.totals  # which its snapshot shares until they change
+        self.closed, self._late = account, [{}] if same else []
+
+    def snapshot(self) -> Month:
+        """Return the month as it is now; the next change copies the totals that the two share."""
+        self._shared = True
+        return replace(self)
+
+    def find_late(self) -> Steps[Mapping[str, Cents]]:
+        """Return how much more each label of a closed month would get now, where that is not nothing."""
+        if self.closed and not self._late:
+            now = yield from share_month((yield from tally(self.totals, self.closed.subscriptions)))
+            both = ({label: of[2:] for label, of in owed.items()} for owed in (now, self.closed.labels))
+            self._late.append(subtract(*both))
+        return self._late[0] if self.closed else {}
+
+
+@dataclass
+class Books:
+    """What money and users are told from. Who reads in steps needs a snapshot: others write in between."""
+
+    subscriptions: dict[str, Subscription]
+    months: defaultdict[str, Month] = field(default_factory=lambda: defaultdict(Month))
+    tracks: dict[str, Totals] = field(default_factory=dict)  # of each user, over all time
+
+    def change(self, events: Sequence[Event], sign: int = 1) -> None:
+        """Count events or, with a `sign` of -1, take them away."""
+        days = (event.stream_started_on // DAY for event in events)
+        keys = zip(map(month_of, days), keys_of(events, ("user_id", "label")), strict=True)
+        months: defaultdict[str, Totals] = defaultdict(dict)
+        for (name, key), total in count(events, keys).items():
+            months[name][key] = total
+        for name, changes in months.items():
+            for user, labels in fold(self.months[name].totals, changes, sign).items():
+                self.months[name].change(user, labels)
+        self.tracks |= fold(self.tracks, count(events, keys_of(events, ("user_id", "track_id"))), sign)
+        for user in {event.user_id for event in events if not self.tracks[event.user_id]}:
+            del self.tracks[user]
+
+    def snapshot(self) -> Books:
+        """Return the books as they are now."""
+        months = {name: month.snapshot() for name, month in self.months.items()}
+        return Books({**self.subscriptions}, defaultdict(Month, months), {**self.tracks})
+
+    def closed(self) -> dict[str, Account]:
+        """Return the accounts of the closed months, in order."""
+        return {name: month.closed for name, month in sorted(self.months.items()) if month.closed}
+
+    def streamed(self) -> list[str]:
+        """Return the open months with a stream, in order."""
+        return sorted(name for name, month in self.months.items() if month.totals and not month.closed)
+
+    def target(self) -> str:
+        """Return the month that adjustments go to: the first of these or, with none, after the closed."""
+        return next(iter(self.streamed() or map(next_month, reversed(self.closed()))), "")
+
+    def obstacle(self, month: str, status: str, now: float) -> str:
+        """Return what stands in the way of making a month closed or open; "" when it is so, or can be."""
+        closed, first = self.closed(), min(self.streamed(), default=month)
+        if (month in closed) == (status == "closed"):
+            return ""
+        if status == "open":
+            return f"{max(closed)} is closed: open it first" if max(closed) > month else ""
+        if month >= month_of(int(now) // DAY):
+            return f"{month} is not over"
+        return f"{first} has streams and is open: close it first" if first < month else ""
+
+
+def describe_user(books: Books, user: str) -> dict[str, Any]:
+    """Return what a user streamed, by label and by track, and subscribes to; raises MissingError."""
+    tracks, found, labels = books.tracks.get(user, {}), books.subscriptions.get(user), Counter[str]()
+    if not (tracks or found):
+        raise MissingError(f"there is no user {user!r}")
+    for month in books.months.values():
+        for label, (_, seconds) in month.totals.get(user, {}).items():
+            labels[label] += seconds
+    return {
+        "user_id": user,
+        "streams": sum(streams for streams, _ in tracks.values()),
+        "seconds_streamed": seconds_of(tracks),
+        "labels": dict(sorted(labels.items())),
+        "tracks": {track: seconds for track, (_, seconds) in sorted(tracks.items())},
+        "subscription": asdict(found) | {"fee": euros(found.fee)} if found else None,
     }
-    return data, lines
 
 
-def write_report(
-    kind: str, months: Mapping[str, Mapping[str, Totals]], subscriptions: Mapping[str, Subscription]
-) -> Pieces:
-    """Yield the report."""
-    yield None
-    data, lines = report(months, subscriptions)
-    if kind == "csv":
-        yield from write_rows("csv", REPORT_COLUMNS, [[*line.values()] for line in lines])
+def next_month(month: str) -> str:
+    """Return the month after a month such as 2019-12."""
+    year, number = map(int, month.split("-"))
+    return f"{year + number // 12:04}-{number % 12 + 1:02}"
+
+
+def subtract(these: Mapping[str, Cents], those: Mapping[str, Cents]) -> dict[str, Cents]:
+    """Return by how much the labels' amounts differ, where they do."""
+    pairs = ((label, these.get(label, (0, 0)), those.get(label, (0, 0))) for label in {**these, **those})
+    return {label: (a - c, b - d) for label, (a, b), (c, d) in pairs if (a, b) != (c, d)}
+
+
+def find_due(books: Books) -> Steps[Adjustments]:
+    """Return what is still to be paid for each month: what the closed would get now less what was paid."""
+    due: dict[str, Mapping[str, Cents]] = {}
+    for name in books.closed():
+        due[name] = yield from books.months[name].find_late()
+    for account in books.closed().values():
+        for name, paid in account.adjustments.items():  # for months that are open again, too
+            due[name] = subtract(due.get(name, {}), paid)
+    return {name: of_month for name, of_month in sorted(due.items()) if of_month}
+
+
+def find_account(books: Books, name: str, closed_on: int | None = None) -> Steps[Account]:
+    """Return what was frozen of a month or, when it is open, what closing it now freezes."""
+    month = books.months.get(name, Month())
+    if month.closed:
+        return month.closed
+    ledger = yield from tally(month.totals, books.subscriptions)
+    labels = yield from share_month(ledger)
+    due = (yield from find_due(books)) if name == books.target() else {}
+    return Account(closed_on, month.totals, books.subscriptions, ledger.fees, ledger.revenue, labels, due)
+
+
+def find_accounts(books: Books) -> Steps[dict[str, Account]]:
+    """Return all months that have a stream or an adjustment, or are closed, in order."""
+    found = {}
+    for name in sorted({*books.months, books.target()}):
+        account = yield from find_account(books, name)
+        if account.totals or account.adjustments or account.status == "closed":
+            found[name] = account
+    return found
+
+
+def describe_month(books: Books, name: str, account: Account) -> Steps[dict[str, Any]]:
+    """Return the row of a month in the list of months."""
+    late = yield from books.months.get(name, Month()).find_late()
+    streams, seconds, amount, _, adjusted, _ = map(sum, zip([0] * 6, *account.lines().values(), strict=True))
+    row = {"month": name, "status": account.status, "closed_on": account.closed_on}
+    row |= {"subscribers": len(account.subscriptions), "streams": streams, "seconds_streamed": seconds}
+    row |= {"fees": euros(account.fees), "revenue": euros(account.revenue), "distributed": euros(amount)}
+    return row | {"adjusted": euros(adjusted), "late": len(late)}
+
+
+def write_line(label: str, figures: Sequence[int], whole: int) -> dict[str, Any]:
+    """Return a label's line of the report; `whole` are the seconds of all."""
+    streams, seconds, *cents = figures
+    share = round(seconds / (whole or 1), 6)  # no money, so a float will do
+    return dict(zip(LABEL_COLUMNS, (label, streams, seconds, share, *map(euros, cents)), strict=True))
+
+
+def write_lines(lines: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Any]]:
+    """Yield the report's lines: highest amount first, then by name."""
+    whole = sum(line[1] for line in lines.values())
+    for label, figures in sorted(lines.items(), key=lambda item: (-item[1][2], item[0])):
+        yield write_line(label, figures, whole)
+
+
+def report(books: Books, month: str | None = None) -> Steps[tuple[dict[str, Any], Iterator[dict[str, Any]]]]:
+    """Return the report over a month, or over all with a stream or an adjustment, and its CSV's rows."""
+    if month:
+        accounts = {month: (yield from find_account(books, month))}
     else:
-        yield SUCCESS % (encode("Found Label Stream Report"), encode(data))
+        every = yield from find_accounts(books)
+        accounts = {name: account for name, account in every.items() if account.totals or account.adjustments}
+    added = defaultdict[str, list[int]](lambda: [0] * 6)
+    for account in accounts.values():
+        yield
+        for label, figures in account.lines().items():
+            added[label] = list(map(add, figures, added[label]))
+    _, seconds, amount, _, adjusted, _ = map(sum, zip([0] * 6, *added.values(), strict=True))
+    data: dict[str, Any] = {"currency": CURRENCY, "months": list(accounts)}
+    data |= {"status": accounts[month].status} if month else {}
+    data |= {"subscribers": len(accounts[month].subscriptions if month else books.subscriptions)}
+    data |= {"revenue": euros(sum(account.revenue for account in accounts.values()))}
+    data |= {"distributed": euros(amount), "adjusted": euros(adjusted), "seconds_streamed": seconds}
+    rows = (
+        {"month": name, "currency": CURRENCY} | line
+        for name, account in accounts.items()
+        for line in write_lines(account.lines())
+    )
+    data["labels"] = []
+    for some in batched(write_lines(added), STEP_USERS):
+        yield
+        data["labels"] += some
+    return data, rows
+
+
+def find_payers(ledger: Ledger, label: str) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
+    """Return a statement's rows of subscribers, and the seconds of each listener who does not subscribe."""
+    runs, rows, others = list[list[Any]](), list[dict[str, Any]](), list[int]()
+    for listeners in find_listeners(ledger):
+        yield
+        runs.append([])
+        for user, net, own, heard in listeners:
+            _, seconds = own.get(label, (0, 0))
+            found = ledger.subscriptions.get(user or "")
+            if (found and seconds) or (not user and ledger.silent_users):
+                part = 100 * net * seconds // (heard or 1)
+                terms = (found.product_type, euros(found.fee), found.origin) if found else (None,) * 3
+                cells = user, *terms, euros(100 * net, 6), seconds, heard, euros(part, 6)
+                runs[-1].append((not user, -part, user, dict(zip(PAYER_COLUMNS, cells, strict=True))))
+            elif user and seconds:
+                others.append(seconds)
+        runs[-1].sort(key=itemgetter(0, 1, 2))
+    for some in batched(merge(*runs), STEP_USERS):
+        yield
+        rows += [row for *_, row in some]
+    return rows, others
+
+
+def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
+    """Return why a label is owed its amounts, every figure cut; raises MissingError if it has nothing."""
+    account = yield from find_account(books, month)
+    lines = account.lines()
+    if label not in lines:
+        raise MissingError(f"there is nothing for the label {label!r} in {month}")
+    ledger = yield from tally(account.totals, account.subscriptions)
+    payers, others = yield from find_payers(ledger, label)
+    _, seconds, amount, centric_amount, *_ = lines[label]
+    low, off = ledger.claims.get(label, (0, 0))
+    scales = Fraction(100, 1 << BITS), Fraction(account.revenue * 10_000, (ledger.net or 1) << BITS)
+    cuts, highest = ([int(scale * claim) for scale in scales] for claim in (low, low + off))
+    if cuts != highest:
+        parts = yield from find_parts(ledger, {label})
+        claim = yield from add_parts(parts[label])
+        cuts = [int(scale * claim) for scale in scales]
+
+    def round_to(paid: int, exact: int) -> dict[str, Any]:
+        down = exact // 10_000
+        return {"exact": euros(exact, 6), "rounded_down": euros(down), "cent_added": paid > down}
+
+    adjustments = [
+        {"month": name} | dict(zip(AMOUNTS, map(euros, cents[label]), strict=True))
+        for name, cents in account.adjustments.items()
+        if label in cents
+    ]
+    revenue = {"revenue": euros(account.revenue)}
+    pro_rata = round_to(amount, account.revenue * 10_000 * seconds // (ledger.seconds or 1))
+    sums = {"sum": euros(cuts[0], 6), "of_sum": euros(100 * ledger.net, 6)}
+    return {
+        "month": month,
+        "status": account.status,
+        "currency": CURRENCY,
+        "line": write_line(label, lines[label], ledger.seconds),
+        "pro_rata": revenue | {"seconds_streamed": seconds, "of_seconds": ledger.seconds} | pro_rata,
+        "user_centric": {"subscribers": payers} | sums | revenue | round_to(centric_amount, cuts[1]),
+        "listeners_without_subscription": {"users": len(others), "seconds_streamed": sum(others)},
+        "adjustments": adjustments,
+    }
 
 
 # ── Import ──────────────────────────────────────────────────────────────────────────────────────
@@ -827,6 +1194,33 @@ STREAM_COLUMNS = ("date", "user_id", "region", "track_id", "seconds")
 
 class ImportFailedError(Exception):
     """The files cannot be imported; the message names file, line and fault, one a line, 20 at most."""
+
+
+class ImportFile(io.FileIO):
+    """A regular file of an import, which is hashed while it is read; raises InvalidError for others."""
+
+    def __init__(self, path: Path, digest: hashlib._Hash) -> None:
+        """Open it, without waiting for anybody to write to it."""
+        super().__init__(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+        self.digest = digest
+        self.size = 0
+        if not stat.S_ISREG(os.fstat(self.fileno()).st_mode):
+            self.close()
+            raise InvalidError("it is no regular file")
+
+    def readinto(self, buffer: Any) -> int:
+        """Read the next piece; raises InvalidError when the file is too large."""
+        count = super().readinto(buffer) or 0
+        self.digest.update(memoryview(buffer)[:count])
+        self.size += count
+        check_size(self.size)
+        return count
+
+
+def check_size(size: int) -> None:
+    """Raise InvalidError if a file of an import has so many bytes that memory could run out."""
+    if size > IMPORT_BYTES:
+        raise InvalidError(f"it is larger than {IMPORT_BYTES >> 20} MiB")
 
 
 class Import:
@@ -844,16 +1238,20 @@ class Import:
         self._read_rows(directory / "users.csv", USER_COLUMNS, self._add_user)
         self._read_rows(directory / "streaming.csv", STREAM_COLUMNS, self._add_stream)
         if self.faults:
-            raise ImportFailedError("\n".join(self.faults[:20]))
+            raise ImportFailedError("\n".join(self.faults))
 
     @contextlib.contextmanager
     def _noting(self, where: str) -> Iterator[None]:
         try:
             yield
+            return
         except OSError as error:
-            self.faults.append(f"{where}: {error.strerror}")
+            fault = str(error.strerror)
         except (ValueError, RecursionError, csv.Error) as error:
-            self.faults.append(f"{where}: {error}")
+            fault = str(error)
+        self.faults.append(f"{where}: {fault[:FAULT_CHARACTERS]}")
+        if len(self.faults) == IMPORT_FAULTS:
+            raise ImportFailedError("\n".join(self.faults))
 
     def _read_tracks(self, tracks: bytes) -> None:
         with self._noting("tracks.json"):
@@ -874,30 +1272,29 @@ class Import:
 
     def _read_rows(self, path: Path, columns: Sequence[str], take: Callable[[dict[str, str]], None]) -> None:
         """Give each row's cells, by column, to `take`, and note with its line what is wrong with it."""
-        began = shown = time.monotonic()
+        digest = hashlib.sha256(self.hash)
         with (
             self._noting(path.name),
-            path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+            ImportFile(path, digest) as pieces,
+            io.TextIOWrapper(io.BufferedReader(pieces), "utf-8-sig", "surrogateescape", newline="") as file,
         ):
-            self.hash = hashlib.sha256(self.hash + path.read_bytes()).digest()
-            delimiter = ";" if ";" in (header := file.readline()) else ","
+            delimiter = ";" if ";" in (header := file.readline(LINE_CHARACTERS)) else ","
             cells = next(csv.reader([header], delimiter=delimiter), [])
             names = [cell.strip().casefold().replace(" ", "_") for cell in cells]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            lines = telling(f"reading {path.name}, lines", lines_of(file))
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
             end: list[str] = []
             while cells is not end:
-                with self._noting(where := f"{path.name}:{reader.line_num + 2}"):
+                with self._noting(f"{path.name}:{reader.line_num + 2}"):
                     cells = next(reader, end)
                     if not "".join(cells).strip():
                         continue
                     if len(cells) != len(names):
                         raise InvalidError(f"{len(cells)} columns instead of {len(names)}")
                     take(dict(zip(names, map(str.strip, cells), strict=True)))
-                if sys.stderr.isatty() and (now := time.monotonic()) > shown + 1:
-                    shown = now
-                    print(f"{where} after {now - began:.0f} s", file=sys.stderr)
+            self.hash = digest.digest()
 
     def _add_user(self, row: dict[str, str]) -> None:
         user = check_text("user_id", row.pop("user_id"))
@@ -917,38 +1314,61 @@ class Import:
         self.events.append(parse_event(dict(zip(FIELDS, cells, strict=True)), self.now))
 
 
+def lines_of(file: io.TextIOWrapper) -> Iterator[str]:
+    """Yield the lines of a CSV file, of which none may be so long that it fills the memory."""
+    while line := file.readline(LINE_CHARACTERS + 1):
+        if len(line) > LINE_CHARACTERS:
+            raise InvalidError(f"a line is longer than {LINE_CHARACTERS:,} characters")
+        yield line
+
+
 @lru_cache(maxsize=4096)
 def midnight(date: str) -> int:
     """Return the time, in Unix seconds, at which the day dd/mm/yyyy begins in UTC; raises InvalidError."""
-    try:
-        if not re.fullmatch(r"[0-9]{2}/[0-9]{2}/[0-9]{4}", date):
-            raise ValueError
-        return calendar.timegm(time.strptime(date, "%d/%m/%Y"))
-    except ValueError:
-        raise InvalidError(f"date {date!r} is no day dd/mm/yyyy") from None
+    with contextlib.suppress(ValueError):
+        day = time.strptime(date, "%d/%m/%Y")
+        if time.strftime("%d/%m/%Y", day) == date:  # strptime alone takes 1/3/2019 and any script's digits
+            return calendar.timegm(day)
+    raise InvalidError(f"date {date!r} is no day dd/mm/yyyy")
+
+
+def read_tracks(path: Path) -> bytes:
+    """Return what the file holds; raises OSError or InvalidError."""
+    with io.BufferedReader(ImportFile(path, hashlib.sha256())) as file:
+        return b"".join(iter(lambda: file.read(1 << 20), b""))
 
 
 async def fetch_tracks(url: str) -> bytes:
-    """Return what `url` answers; it is tried up to 5 times, the wait doubling from 0.5 s.
-
-    Raises aiohttp.ClientError, OSError or ValueError for what went wrong the last time.
-    """
-    async with aiohttp.ClientSession(raise_for_status=True, timeout=FETCH_TIMEOUT) as session:
-        for wait in (0.5, 1, 2, 4):
+    """Return what `url` answers; raises InvalidError, with the reason, if it can't be had."""
+    timeout = aiohttp.ClientTimeout(total=FETCH_SECONDS)
+    # A compressed body could hold a thousand times of what it may, so it is not unpacked.
+    async with aiohttp.ClientSession(
+        raise_for_status=True, timeout=timeout, auto_decompress=False, headers={"Accept-Encoding": "identity"}
+    ) as session:
+        for tried in range(FETCH_TRIES):
+            if tried:
+                await asyncio.sleep(FETCH_WAIT * 2 ** (tried - 1))
             try:
-                return await (await session.get(url)).read()
+                async with session.get(url) as answer:
+                    if coding := answer.headers.get(hdrs.CONTENT_ENCODING):
+                        raise InvalidError(f"it is compressed ({coding})")
+                    content = bytearray()
+                    async for piece in answer.content.iter_any():
+                        content += piece
+                        check_size(len(content))
+                    return bytes(content)
             except aiohttp.InvalidURL:
-                raise ValueError("it is no URL") from None
+                raise InvalidError("it is no URL") from None
             except (aiohttp.ClientError, OSError) as error:
-                log.warning("the tracks could not be fetched, next try in %s s: %s", wait, error or "timeout")
-            await asyncio.sleep(wait)
-        return await (await session.get(url)).read()
+                reason = str(error) or f"it took longer than {FETCH_SECONDS} s"
+            log.warning("try %d of %d to get the tracks failed: %s", tried + 1, FETCH_TRIES, reason)
+    raise InvalidError(reason)
 
 
 # ── Storage ─────────────────────────────────────────────────────────────────────────────────────
 # With --db, what is written is on disk first and visible second: the usage answers, SQLite remembers.
 
-APPLICATION_ID = b"secs"  # in the file's header, beside the version of the schema
+APPLICATION_ID = int.from_bytes(b"secs")  # in the file's header, beside the version of the schema
 MIGRATIONS = (
     """
     CREATE TABLE streams (
@@ -962,55 +1382,168 @@ MIGRATIONS = (
     CREATE TABLE imports (
         id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, first_id INTEGER NOT NULL, size INTEGER NOT NULL);
     """,
+    """
+    CREATE TABLE replaced (
+        user_id TEXT NOT NULL, product_type TEXT NOT NULL, fee INTEGER NOT NULL, origin TEXT NOT NULL,
+        import INTEGER, replaced_by INTEGER NOT NULL);
+    ALTER TABLE streams ADD COLUMN version INTEGER NOT NULL DEFAULT 0;
+    UPDATE streams SET version = id;
+    CREATE TABLE tombstones (id INTEGER PRIMARY KEY, version INTEGER NOT NULL);
+    CREATE TABLE sequence (name TEXT NOT NULL, number INTEGER NOT NULL);
+    INSERT INTO sequence VALUES (lower(hex(randomblob(4))), 0);
+    CREATE TABLE closed_months (
+        month TEXT PRIMARY KEY, closed_on INTEGER NOT NULL, fees INTEGER NOT NULL, revenue INTEGER NOT NULL);
+    CREATE TABLE closed_labels (
+        month TEXT NOT NULL, label TEXT NOT NULL, streams INTEGER NOT NULL, seconds_streamed INTEGER NOT NULL,
+        amount INTEGER NOT NULL, amount_user_centric INTEGER NOT NULL, PRIMARY KEY (month, label));
+    CREATE TABLE closed_totals (
+        month TEXT NOT NULL, user_id TEXT NOT NULL, label TEXT NOT NULL, streams INTEGER NOT NULL,
+        seconds_streamed INTEGER NOT NULL, PRIMARY KEY (month, user_id, label)) WITHOUT ROWID;
+    CREATE TABLE closed_subscriptions (
+        month TEXT NOT NULL, user_id TEXT NOT NULL, product_type TEXT NOT NULL, fee INTEGER NOT NULL,
+        origin TEXT NOT NULL, PRIMARY KEY (month, user_id)) WITHOUT ROWID;
+    CREATE TABLE adjustments (
+        month TEXT NOT NULL, of_month TEXT NOT NULL, label TEXT NOT NULL, amount INTEGER NOT NULL,
+        amount_user_centric INTEGER NOT NULL, PRIMARY KEY (month, of_month, label));
+    """,
 )
-# A thousand rows in one step: between two steps the thread would wait for its turn with the event loop.
-SET_STREAMS = """
-    REPLACE INTO streams SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
-    json_extract(value, '$[2]'), json_extract(value, '$[3]'), json_extract(value, '$[4]'),
-    json_extract(value, '$[5]') FROM json_each(?)
-"""
-UPDATE_STREAM = SET_STREAMS
-INSERT_TOMBSTONE = "SELECT ?, ?"
+
+Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows
+Freeze = Callable[[], Awaitable[Statements]]  # gives them when all changes before are visible, none after
+
+
+def insert_many(table: str, columns: int) -> str:
+    """Return what inserts a thousand rows in one step: after each the thread waits for its turn to run."""
+    cells = ", ".join(f"json_extract(value, '$[{at}]')" for at in range(columns))
+    return f"INSERT INTO {table} SELECT {cells} FROM json_each(?)"  # noqa: S608 - the names are those here
+
+
+INSERT_STREAMS = insert_many("streams", 7)
+CELLS = attrgetter(*FIELDS, "id", "version")  # of an event, as SQLite has them
+SET_STREAM = "INSERT OR REPLACE INTO streams VALUES (?, ?, ?, ?, ?, ?, ?)"
 DELETE_STREAM = "DELETE FROM streams WHERE id = ?"
+INSERT_TOMBSTONE = "INSERT INTO tombstones VALUES (?, ?)"
+SET_SEQUENCE = "UPDATE sequence SET number = ?"
 INSERT_KEY = "INSERT INTO keys VALUES (?, ?, ?)"
 SET_SUBSCRIPTION = "INSERT OR REPLACE INTO subscriptions VALUES (?, ?, ?, ?, ?)"
 INSERT_IMPORT = "INSERT INTO imports VALUES (?, ?, ?, ?)"
+KEEP_REPLACED = "INSERT INTO replaced SELECT *, ? FROM subscriptions WHERE user_id = ?"
+LATEST_IMPORT = """
+    SELECT id, first_id, size,
+        (SELECT count(*) FROM streams WHERE streams.id >= first_id AND streams.id < first_id + size),
+        (SELECT count(*) FROM subscriptions WHERE import = imports.id)
+    FROM imports ORDER BY id DESC LIMIT 1
+"""
+CLOSED_BY_IMPORT = """
+    SELECT max(month) FROM closed_months JOIN streams ON id >= ? AND id < ?
+    AND month = strftime('%Y-%m', stream_started_on, 'unixepoch') HAVING max(month) NOT NULL
+"""
+UNDO_IMPORT = (  # of the import :number, and what its subscriptions have replaced is there again
+    """INSERT INTO tombstones SELECT id, :last + row_number() OVER (ORDER BY id) FROM streams
+        WHERE id >= :first_id AND id < :first_id + :size""",
+    "DELETE FROM streams WHERE id >= :first_id AND id < :first_id + :size",
+    "DELETE FROM subscriptions WHERE import = :number",
+    """INSERT OR IGNORE INTO subscriptions
+        SELECT user_id, product_type, fee, origin, import FROM replaced WHERE replaced_by = :number""",
+    "DELETE FROM replaced WHERE replaced_by = :number",
+    "DELETE FROM imports WHERE id = :number",
+    "UPDATE sequence SET number = :last + :size + 1",
+)
+# A number that was given is in one of these, even if the stream is gone, or a table was emptied.
+LAST_NUMBER = """
+    SELECT coalesce(max(number), 0) FROM (
+        SELECT number FROM sequence UNION ALL SELECT max(max(id), max(version)) FROM streams
+        UNION ALL SELECT max(version) FROM tombstones UNION ALL SELECT seq FROM sqlite_sequence
+        UNION ALL SELECT max(first_id + size) FROM imports UNION ALL SELECT max(first_id) FROM keys)
+"""
 
-Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows, SET_STREAMS with its events
+# What was paid stays to the cent, whatever a later version would work out. Each table has so many columns.
+FROZEN = {"closed_months": 4, "closed_labels": 6, "closed_totals": 5, "closed_subscriptions": 5}
+FROZEN |= {"adjustments": 5}
+OPEN_MONTH = tuple(f"DELETE FROM {table} WHERE month = ?" for table in FROZEN)  # noqa: S608
+
+
+def freeze_account(name: str, account: Account) -> Statements:
+    """Return what stores the account of a month that is closed; its rows are made as they are stored."""
+    rows: tuple[Iterable[Any], ...] = (
+        [(name, account.closed_on, account.fees, account.revenue)],
+        ((name, label, *of) for label, of in account.labels.items()),
+        ((name, user, label, *of) for user, own in account.totals.items() for label, of in own.items()),
+        ((name, user, of.product_type, of.fee, of.origin) for user, of in account.subscriptions.items()),
+        ((name, of, label, *each) for of, own in account.adjustments.items() for label, each in own.items()),
+    )
+    return [*zip(itertools.starmap(insert_many, FROZEN.items()), rows, strict=True)]
 
 
 class StorageError(Exception):
     """The disk does not take what is to be stored, or the file cannot be used."""
 
 
+def is_mounted_alone(path: str) -> bool:
+    """Tell whether the file itself is a mount point, as of `docker -v`: its log would stay behind."""
+    with contextlib.suppress(OSError):
+        mounts = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
+        return path.replace(" ", "\\040") in (line.split(" ")[4] for line in mounts)
+    return os.path.ismount(path)
+
+
+def read_application_id(path: Path) -> int | None:
+    """Return what stands in the file's header, or None if it is no database, and touch nothing beside it."""
+    header = sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)
+    with contextlib.closing(header), contextlib.suppress(sqlite3.DatabaseError):
+        return int(header.execute("PRAGMA application_id").fetchone()[0])
+    return None
+
+
+@dataclass
+class Change:
+    """What waits to be stored, up to this number of the sequence, and then made visible."""
+
+    number: int
+    statements: Statements | Freeze
+    apply: Callable[[], None]
+    done: asyncio.Future[None]
+
+
 class Journal:
     """The SQLite file behind the usage; one process writes to it, in one transaction at a time."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the file, new or of any earlier version; raises StorageError and leaves others untouched."""
-        self.waiting: list[tuple[Statements, Callable[[], None], asyncio.Future[None]]] = []
+    def __init__(self, path: Path, mode: str = "a+b") -> None:
+        """Open the file, new or of any earlier version; raises StorageError and leaves others untouched.
+
+        The mode "r+b" makes no new file.
+        """
+        self.waiting: list[Change] = []
         self.wanted = asyncio.Event()
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.closing = False
         self.failed = False
+        self.unsure = False  # whether the log may hold what was not committed, or not hold what was
         self.last_commit = -math.inf
         self.path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         with self._refusing():
-            self.lock = self.path.open("a+b")  # held to the end: closing it would drop SQLite's own locks
+            real = os.path.realpath(self.path)
+            self.log = Path(f"{real}-wal")
+            self.lock = self.path.open(mode, buffering=0)  # to the end: closing it would drop SQLite's locks
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check_file()
-            self.lock.seek(0)
-            header = self.lock.read(100)
-            if header and not (header.startswith(b"SQLite format 3\0") and header[68:72] == APPLICATION_ID):
+            self.seen = {self.path: os.fstat(self.lock.fileno())}  # the files as they were last
+            self._check_files()
+            if is_mounted_alone(real):
+                raise StorageError("it is mounted alone: mount its directory")
+            if self.seen[self.path].st_size and read_application_id(self.path) != APPLICATION_ID:
                 raise StorageError("it is no database of this program")
             self.connection = sqlite3.connect(self.path, check_same_thread=False, timeout=BUSY_SECONDS)
             (version,) = self.connection.execute("PRAGMA user_version").fetchone()
             if version > len(MIGRATIONS):
                 raise StorageError(f"it is of version {version}, this program is of {len(MIGRATIONS)}")
             for number, migration in enumerate(MIGRATIONS[version:], version + 1):
-                of_file = f"PRAGMA application_id = 0x{APPLICATION_ID.hex()}; PRAGMA user_version = {number};"
+                of_file = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number};"
                 self.connection.executescript(f"BEGIN; {migration} {of_file} COMMIT;")
-            self.connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+            # What a kill has left in the log may not be on disk: it is before it is shown.
+            self.connection.executescript(
+                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
+            )
+            self.seen |= {path: path.stat() for path in (self.log, Path(f"{real}-shm"))}
 
     @staticmethod
     @contextlib.contextmanager
@@ -1021,24 +1554,41 @@ class Journal:
         except BlockingIOError:
             raise StorageError("another process uses it") from None
         except OSError as error:
-            raise StorageError(str(error.strerror)) from None
-        except (sqlite3.Error, TypeError, ValueError, IndexError) as error:
+            raise StorageError(error.strerror or str(error)) from None
+        except (sqlite3.Error, TypeError, ValueError, LookupError) as error:
             raise StorageError(f"it is damaged or in use: {error}") from None
 
-    def _check_file(self) -> None:
-        """Raise a StorageError unless the path still leads to the file that was opened, and to it alone.
+    def _check_files(self) -> None:
+        """Raise a StorageError unless all files are those that were opened, and none is shorter than it was.
 
-        SQLite's log goes by the name: under a second one it would not be found.
+        SQLite would go on in files that nobody finds again. Its log goes by the name: under a second name
+        of the file it would not be found. Another process may have emptied the log, as it is in the file.
         """
-        opened = os.fstat(self.lock.fileno())
-        try:
-            found = self.path.stat()
-        except FileNotFoundError:
-            raise StorageError("the file has been removed") from None
-        if not os.path.samestat(opened, found):
-            raise StorageError("the file has been replaced")
-        if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:
-            raise StorageError("it must be a plain file with one name (no hard links)")
+        for path, before in self.seen.items():
+            now = path.stat() if path.exists() else None
+            if not now or not os.path.samestat(now, before):
+                self.unsure |= path == self.log
+                raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
+            if now.st_size < before.st_size:
+                self.unsure = path == self.log and not now.st_size
+                if not self.unsure:  # what is left of a log must not get into the file without the rest
+                    raise StorageError(f"{path.name} has been truncated")
+            if path == self.path and (not stat.S_ISREG(now.st_mode) or now.st_nlink > 1):
+                raise StorageError("it must be a plain file with one name (no hard links)")
+            self.seen[path] = now
+
+    def _checkpoint(self) -> None:
+        """Empty the log into the file if what it holds is unsure; raises sqlite3.Error or StorageError.
+
+        A commit whose sync has failed is whole in the log, beyond what SQLite knows of: after a kill it
+        would be recovered, although it was refused. A checkpoint takes in only what SQLite knows of.
+        """
+        if self.unsure:
+            busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise StorageError("another process reads the file")
+            self._check_files()  # the log is empty now
+            self.unsure = False
 
     def take_in(self, imported: Import) -> None:
         """Store what is imported, unless the same has been before; raises StorageError."""
@@ -1048,82 +1598,147 @@ class Journal:
                 log.info("the import is stored already")
                 return
             (number,) = execute("SELECT coalesce(max(id), 0) + 1 FROM imports").fetchone()
-            first_id = self.last_id() + 1
+            first_id = self._last_number() + 1
         if number > 1:
             log.warning("this is import %d, beside those stored before: are there streams in both?", number)
         for stream_id, event in enumerate(imported.events, first_id):
             event.id = event.version = stream_id
         users = ((user, *astuple(found), number) for user, found in imported.subscriptions.items())
         self.commit([
-            (SET_STREAMS, imported.events),
+            (INSERT_STREAMS, map(CELLS, imported.events)),
+            (KEEP_REPLACED, ((number, user) for user in imported.subscriptions)),
             (SET_SUBSCRIPTION, users),
             (INSERT_IMPORT, [(number, imported.hash, first_id, len(imported.events))]),
+            (SET_SEQUENCE, [(first_id + len(imported.events),)]),
         ])
 
-    def last_id(self) -> int:
-        """Return the highest id that a stream ever had."""
-        (found,) = self.connection.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence").fetchone()
+    def undo_import(self) -> str:
+        """Take the latest import back, and return what that took; raises StorageError."""
+        with self._refusing():
+            found = self.connection.execute(LATEST_IMPORT).fetchone()
+        if not found:
+            raise StorageError("it holds none")
+        number, first_id, size, streams, subscriptions = found
+        with self._refusing():
+            closed = self.connection.execute(CLOSED_BY_IMPORT, [first_id, first_id + size]).fetchone()
+        if closed:
+            raise StorageError(f"{closed[0]} is closed: open it first")
+        names = {"number": number, "first_id": first_id, "size": size, "last": self._last_number()}
+        self.commit([(statement, [names]) for statement in UNDO_IMPORT])
+        return f"import {number}: {streams} streams and {subscriptions} subscriptions"
+
+    def _last_number(self) -> int:
+        (found,) = self.connection.execute(LAST_NUMBER).fetchone()
         return int(found)
 
-    def load(self, usage: Usage, subscriptions: dict[str, Subscription]) -> None:
-        """Put into `usage` and `subscriptions` what is stored; raises StorageError."""
+    def load(self, usage: Usage, books: Books) -> None:
+        """Put into `usage` and `books` what is stored; raises StorageError."""
         with self._refusing():
             execute = self.connection.execute
-            usage.add([Event(*row[:5], id=row[5], version=row[5]) for row in execute("SELECT * FROM streams")])
-            usage.last_number = usage.sequence = self.last_id()
+            usage.add([Event(*row) for row in telling("loading, streams", execute("SELECT * FROM streams"))])
+            usage.by_version.add([Tombstone(*row) for row in execute("SELECT * FROM tombstones")])
+            (usage.name,) = execute("SELECT name FROM sequence").fetchone()
+            usage.last_number = usage.sequence = self._last_number()
             usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
             if execute("SELECT 1 FROM imports").fetchone():
-                subscriptions.clear()
+                books.subscriptions.clear()
             for user, *cells, _ in execute("SELECT * FROM subscriptions"):
-                subscriptions[user] = Subscription(*cells)
+                books.subscriptions[user] = Subscription(*cells)
+            for name, *cells in execute("SELECT * FROM closed_months").fetchall():
+                books.months[name].close(self._load_account(name, books.months[name].totals, *cells))
+
+    def _load_account(self, name: str, now: ByUser, closed_on: int, fees: int, revenue: int) -> Account:
+        """Return a closed month's account; what of its totals is as it is now takes no memory twice."""
+
+        def rows(table: str) -> Iterator[Any]:
+            found = self.connection.execute(f"SELECT * FROM {table} WHERE month = ?", [name])  # noqa: S608
+            return (cells for _, *cells in found)
+
+        totals: dict[str, Totals] = {}
+        for user, label, *of in rows("closed_totals"):
+            totals.setdefault(user, {})[label] = of[0], of[1]
+        same = {user: now[user] for user, own in totals.items() if now.get(user) == own}
+        kinds = lru_cache(Subscription)
+        subscriptions = {user: kinds(*cells) for user, *cells in rows("closed_subscriptions")}
+        labels = {label: (of[0], of[1], of[2], of[3]) for label, *of in rows("closed_labels")}
+        adjustments: dict[str, dict[str, Cents]] = {}
+        for month, label, *cents in rows("adjustments"):
+            adjustments.setdefault(month, {})[label] = cents[0], cents[1]
+        return Account(closed_on, totals | same, subscriptions, fees, revenue, labels, adjustments)
 
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
         try:
-            self._check_file()
+            self._check_files()
+            self._checkpoint()
             with self.connection:
+                self.connection.execute("BEGIN IMMEDIATE")
+                self._check_files()  # from here on no other process may empty the log
+                if self.unsure:
+                    raise StorageError(f"{self.log.name} has just been emptied")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
-                    if statement == SET_STREAMS:
-                        cells = map(attrgetter(*FIELDS, "id"), rows)
-                        rows = ((to_json(thousand),) for thousand in batched(cells, POST_EVENTS))
+                    if statement.endswith("json_each(?)"):
+                        thousands = batched(telling("storing, rows", rows), POST_EVENTS)
+                        rows = ((to_json(thousand),) for thousand in thousands)
                     self.connection.executemany(statement, rows)
+                self.unsure = True  # until the commit, which comes now, has succeeded
+            self.unsure = False
         except Exception as error:
             self.failed = True
+            with contextlib.suppress(StorageError, sqlite3.Error):
+                self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None
+        with contextlib.suppress(StorageError, OSError):  # the next commit says so
+            self._check_files()
         self.failed = False
         self.last_commit = time.monotonic()
 
-    async def store(self, statements: Statements, apply: Callable[[], None]) -> None:
-        """Have `statements` stored and then `apply` called; raises StorageError."""
-        done = asyncio.get_running_loop().create_future()
-        done.add_done_callback(lambda done: done.exception())  # the client may have gone
-        self.waiting.append((statements, apply, done))
+    async def append(self, number: int, statements: Statements | Freeze, apply: Callable[[], None]) -> None:
+        """Have the change up to `number` stored and then `apply` called; raises StorageError.
+
+        First in, first out: what a follower of the sequence has seen has nothing missing before it.
+        """
+        change = Change(number, statements, apply, asyncio.get_running_loop().create_future())
+        self.waiting.append(change)
         self.wanted.set()
-        await asyncio.shield(done)
+        await change.done
 
     async def run(self) -> None:
-        """Store what waits, all of it in one commit, until it is closed."""
+        """Store what waits in one commit, and what has to be frozen first in one of its own, until closed."""
         while not self.closing or self.waiting:
             await self.wanted.wait()
             await asyncio.sleep(GATHER_SECONDS)
-            self.wanted.clear()
-            batch, self.waiting = self.waiting, []
-            statements = [statement for of_one, _, _ in batch for statement in of_one]
+            batch = [*itertools.takewhile(lambda change: not callable(change.statements), self.waiting)]
+            batch = batch or self.waiting[:1]
+            del self.waiting[: len(batch)]
+            if not self.waiting:
+                self.wanted.clear()
             try:
-                await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, statements)
-            except StorageError as error:
-                log.error("%s", error)
-                for _, _, done in batch:
-                    done.set_exception(error)
+                await self._store(batch)
+            except (StorageError, ConflictError) as error:
+                for change in batch:
+                    change.done.set_exception(error)
                 continue
             began = time.monotonic()
-            for _, apply, done in batch:
-                apply()
-                done.set_result(None)
+            for change in batch:
+                change.apply()
+                change.done.set_result(None)
                 if time.monotonic() > began + SLICE_SECONDS:
                     await asyncio.sleep(0)
                     began = time.monotonic()
+
+    async def _store(self, batch: Sequence[Change]) -> None:
+        """Store the changes; raises StorageError, or what a Freeze raises."""
+        statements: list[tuple[str, Iterable[Any]]] = []
+        for change in batch:
+            statements += (await change.statements()) if callable(change.statements) else change.statements
+        statements += [(SET_SEQUENCE, [(change.number,)]) for change in batch[-1:]]
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, statements)
+        except StorageError as error:
+            log.error("%s", error)
+            raise
 
     async def close(self, running: asyncio.Task[None]) -> None:
         """End `run` when nothing waits any more, and close the file."""
@@ -1144,10 +1759,13 @@ LABELS = ("label1", "label2", "label3")
 
 
 def simulate_batch(now: int, rng: random.Random) -> list[Event]:
-    """Make 1 to 5 streams of 30 to 1,800 s that end at `now`: they start out of order, as in life."""
+    """Make 1 to 5 streams of 30 to 1,800 s that end at `now`: they start out of order, as in life.
+
+    None starts before 1970, not even by a clock that has been reset to it: there they are shorter.
+    """
     events = []
     for _ in range(rng.randint(1, 5)):
-        seconds = rng.randint(30, 1_800)
+        seconds = min(rng.randint(30, 1_800), now)
         user, track, label = rng.choice(USERS), rng.choice(TRACKS), rng.choice(LABELS)
         events.append(Event(user, track, label, now - seconds, seconds))
     return events
@@ -1173,15 +1791,20 @@ async def simulate_history(state: State) -> None:
     config, now = state.config, state.clock()
     if not config.history or (state.journal and state.usage.count):
         return
-    events: list[Event] = []
-    for number in range(1, int(config.history * DAY / config.interval) + 1):  # the latest first
+    events = list[Event]()
+    seconds = min(config.history * DAY, now - 1_800)  # there was nothing before 1970
+    numbers = range(1, int(seconds / config.interval) + 1)  # the latest first
+    for number in telling("simulating the history, batches", numbers):
         if len(events) >= state.usage.keep:
             log.warning("--keep ends the history after %.1f days", number * config.interval / DAY)
             break
         events += simulate_batch(int(now - number * config.interval), state.simulation.rng)
         if number % 1_000 == 0:
             await asyncio.sleep(0)  # a signal can end a long start
-    await state.add(events[::-1])
+    size = len(events) if state.journal else 100_000  # a file gets all of it or nothing
+    for part in telling(f"adding the history, parts of {size:,} events", batched(reversed(events), size)):
+        await state.add(part)
+        await asyncio.sleep(0)
 
 
 def next_due(due: float, now: float, interval: float) -> float:
@@ -1212,19 +1835,19 @@ async def run_simulation(state: State) -> None:
 # ── HTTP: requests ──────────────────────────────────────────────────────────────────────────────
 # What comes in: who may ask, and what is asked for. The rules above know nothing of HTTP.
 
-INTEGER = re.compile(r"-?[0-9]{1,100}")
-HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?")
+NUMBER = "[0-9]{1,100}"
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?")  # RFC 3986: the port may be empty
+HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 JSON_TYPES = ("application/json",)
 PATCH_TYPES = (*JSON_TYPES, "application/merge-patch+json")
 
 GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permutations(NAMES, size))
 
 
-
-def parse_cursor(text: str) -> tuple[str, int]:
-    """Return the name of the sequence, "" for none, and the number."""
-    name, _, number = text.rpartition("-")
-    return name, int(number)
+def parse_cursor(text: str) -> tuple[str, int, int]:
+    """Return the name of the sequence, "" for none, the number, and the latest when the reading began."""
+    name, number, began, *_ = (*text.split("-"), "0") if "-" in text else ("", text, "0")
+    return name, int(number), int(began)
 
 
 # What a parameter may be, what that is called, and what is made of it.
@@ -1235,8 +1858,8 @@ PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "window": (r"minute|hour|day|month", "minute, hour, day or month", str),
     "order": (r"asc|desc", "asc or desc", str),
     "format": (r"json|ndjson|csv", "json, ndjson or csv", str),
-    "limit": (r"0*([1-9][0-9]{0,4}|100000)", "an int from 1 to 100000", int),
-    "after": (r"([0-9a-f]+-)?[0-9]{1,100}", "an int, 0 or more, or what a Link says", parse_cursor),
+    "limit": (r"0{0,9}([1-9][0-9]{0,4}|100000)", "an int from 1 to 100000", int),
+    "after": (rf"([0-9a-f]+-({NUMBER}-)?)?{NUMBER}", "an int, 0 or more, or what a Link says", parse_cursor),
     "month": (r"[0-9]{4}-(0[1-9]|1[0-2])", "a month as in 2019-03", str),
 }
 FILTERS = ("from", "to", *NAMES)
@@ -1267,6 +1890,12 @@ def parse_query(query: str, *parameters: str) -> Mapping[str, Any]:
             raise InvalidError(f"{name} must be {kind}")
         asked[name] = convert(text)
     return asked
+
+
+def is_listed(request: web.Request, name: str, *tags: str) -> bool:
+    """Tell whether If-Match or If-None-Match, in all its lines, is `*` or lists one of these tags."""
+    listed = ",".join(request.headers.getall(name, ()))
+    return listed == "*" or not {*tags}.isdisjoint(map(str.strip, listed.split(",")))
 
 
 def wanted_in(asked: Mapping[str, Any]) -> Wanted:
@@ -1479,28 +2108,30 @@ def time_slice(steps: Iterator[T]) -> tuple[list[T], bool]:
     return made, True
 
 
-async def collect(state: State, steps: Generator[T, None, None]) -> list[T]:
-    """Return all `steps`, and yield to others between time slices."""
-    with contextlib.closing(steps):
+async def collect(state: State, steps: Generator[T, None, None], first: bool = False) -> list[T]:
+    """Return all `steps`, and yield to others between time slices; what comes `first` waits for no others."""
+    async with contextlib.AsyncExitStack() as held:
+        held.enter_context(contextlib.closing(steps))
         made, done = time_slice(steps)  # most work is done at once
-        if not done:
-            async with state.long_work:
-                while not done:
-                    await state.yield_to_others()
-                    more, done = time_slice(steps)
-                    made += more
+        slices = 1
+        while not done:
+            if slices == SHORT_SLICES and not first:
+                await held.enter_async_context(state.long_work)
+            await state.yield_to_others()
+            more, done = time_slice(steps)
+            made += more
+            slices += 1
         return made
 
 
-async def result_of(state: State, work: Generator[None, None, R]) -> R:
-    """Return what `work` returns, and yield to others between time slices."""
-
+async def result_of(state: State, work: Generator[None, None, R], first: bool = False) -> R:
+    """Return what `work` returns, as `collect` does."""
     results: list[R] = []
 
     def run() -> Generator[None, None, None]:
         results.append((yield from work))
 
-    await collect(state, run())
+    await collect(state, run(), first)
     return results[0]
 
 
@@ -1592,7 +2223,7 @@ async def send(
     """
     state = request.app[STATE]
     etag = etag or state.usage.etag
-    if any(known.value in (etag, "*") for known in request.if_none_match or ()):
+    if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
         return Answer(304, headers=cache_headers(etag, kind) + more)
     key = (etag, key)
     body = await state.answers.get(key, lambda: make_whole(state, make(), most))
@@ -1638,7 +2269,7 @@ def write_rows(kind: str, columns: Sequence[str], rows: Iterable[Sequence[Any]])
     template = "{" + ",".join(f'"{column}":%s' for column in columns) + "}"
 
     def as_json(batch: list[Sequence[Any]]) -> bytes:
-        cells = [map(quote, column) if isinstance(column[0], str) else column for column in zip(*batch, strict=True)]
+        cells = [map(quote, each) if isinstance(each[0], str) else each for each in zip(*batch, strict=True)]
         return ",".join([template % row for row in zip(*cells, strict=True)]).encode()
 
     def as_csv(batch: list[Sequence[Any]]) -> str:
@@ -1650,6 +2281,11 @@ def write_rows(kind: str, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 def encode(value: Any) -> bytes:
     """Return compact JSON."""
     return to_json(value).encode()
+
+
+def encode_rows(rows: Iterable[Any]) -> bytes:
+    """Return compact JSON of each, with commas between."""
+    return b",".join(map(encode, rows))
 
 
 def reply(status: int, body: bytes, **headers: str) -> Answer:
@@ -1730,11 +2366,6 @@ async def get_page(request: web.Request) -> Answer:
     return await send(request, "html", "page", make, headers, etag=etag, most=math.inf)
 
 
-def is_in_future(state: State, asked: Mapping[str, Any]) -> bool:
-    """Tell whether `from` is later than now."""
-    return bool(asked.get("from", 0) > state.clock())
-
-
 def take(chunks: deque[Chunk], asked: Mapping[str, Any]) -> Iterator[Chunk]:
     """Yield the chunks with what is wanted of them, and hold only those that are yet to come."""
     newest_first, wanted = asked.get("order") == "desc", wanted_in(asked)
@@ -1752,11 +2383,11 @@ async def get_usage(request: web.Request) -> Answer:
     grouped, limit = bool(by or window), asked.get("limit")
     if grouped and "order" in asked:
         raise InvalidError("order is for events: rows of group_by and window have an order of their own")
-    if is_in_future(state, asked):
+    if asked.get("from", 0) > state.clock():
         return Answer(400)  # with an empty body: the challenge wants it so
 
     def make() -> Pieces:
-        chunks = state.usage.by_start.between(asked.get("from"), asked.get("to"))
+        chunks = state.usage.by_start.between(asked.get("from", -math.inf), asked.get("to", math.inf))
         if grouped:
             columns = (*(["window_start"] if window else []), *by, "events", "seconds_streamed")
             return write_totals(kind, columns, aggregate(chunks, by, window, wanted_in(asked), limit))
@@ -1800,20 +2431,22 @@ async def get_streams(request: web.Request) -> Answer:
     """List a page of streams in order of id."""
     state = request.app[STATE]
     asked = dict(parse_query(request.rel_url.raw_query_string, *FILTERS, "limit", "after"))
-    limit, (name, after) = asked.pop("limit", 100), asked.pop("after", ("", 0))
+    limit, (name, after, _) = asked.pop("limit", 100), asked.pop("after", ("", 0, 0))
     if limit > PAGE_STREAMS or name:
         raise InvalidError(f"limit must be an int from 1 to {PAGE_STREAMS}, after an id")
-    if is_in_future(state, asked):
+    if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
     since, until = asked.get("from", 0), asked.get("to", sys.maxsize)
     wanted = (*wanted_in(asked), ("stream_started_on", range(since, until)))
-    in_time = state.usage.by_start.between(asked.get("from"), asked.get("to"))
+    in_time = state.usage.by_start.between(asked.get("from", -math.inf), asked.get("to", math.inf))
     following = (matching(chunk, wanted) for chunk in state.usage.by_id.between(after + 1))
-    totals = await result_of(state, aggregate(in_time, (), None, wanted_in(asked), None))
+    total = state.usage.count
+    if asked:
+        totals = await result_of(state, aggregate(in_time, (), None, wanted_in(asked), None))
+        total = totals[0][0] if totals else 0
     page: list[Event] = [*itertools.chain.from_iterable(await collect(state, first_of(following, limit + 1)))]
     data = b",".join(event.stream for event in page[:limit])
     following_id = page[limit - 1].id if len(page) > limit else None
-    total = totals[0][0] if totals else 0
     return succeed("Found Streams", b'[%b],"total":%d,"next":%b' % (data, total, encode(following_id)))
 
 
@@ -1861,16 +2494,16 @@ def find_stream(request: web.Request) -> Event:
 
 def check_version(request: web.Request, stream: Event) -> None:
     """Raise an HTTPException if the client has said what it changes, and it is not this version."""
-    known = [each.value for each in request.if_match or () if not each.is_weak]
-    if hdrs.IF_MATCH in request.headers and not {str(stream.version), "*"} & {*known}:
+    if hdrs.IF_MATCH in request.headers and not is_listed(request, hdrs.IF_MATCH, f'"{stream.version}"'):
         raise web.HTTPPreconditionFailed(reason=f'the stream is of another version: "{stream.version}"')
 
 
 async def get_stream(request: web.Request) -> Answer:
     """Show a stream."""
     stream = find_stream(request)
-    if any(known.value in (str(stream.version), "*") for known in request.if_none_match or ()):
-        return Answer(304, headers=(("ETag", f'"{stream.version}"'), ("Cache-Control", "no-store")))
+    tag = f'"{stream.version}"'
+    if is_listed(request, hdrs.IF_NONE_MATCH, tag, f"W/{tag}"):
+        return Answer(304, headers=(("ETag", tag), ("Cache-Control", "no-store")))
     return show_stream("Found Stream", stream)
 
 
@@ -1886,7 +2519,7 @@ async def change_stream(request: web.Request) -> Answer:
         new = parse_event(fields, state.clock())
         check_version(request, old)
         new.id, new.version = old.id, state.usage.number()
-        await state.write([(UPDATE_STREAM, [new])], lambda: state.usage.replace(old, new))
+        await state.write([(SET_STREAM, [astuple(new)])], lambda: state.usage.replace(old, new))
     return show_stream("Stream Updated", new)
 
 
@@ -1903,22 +2536,27 @@ async def delete_stream(request: web.Request) -> Answer:
 
 
 async def get_changes(request: web.Request) -> Answer:
-    """List what was created, changed or removed after a number, each stream once, as it is now."""
+    """List what was created, changed or removed after a number, each stream once, as it is now.
+
+    Who is still reading the first time, in pages, needs only the tombstones since this `began`.
+    """
     usage = request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
-    (name, after), limit = asked.get("after", ("", 0)), asked.get("limit", math.inf)
-    if name not in ("", usage.name) or after > usage.sequence or 0 < after < usage.forgotten:
+    (name, after, began), limit = asked.get("after", ("", 0, 0)), asked.get("limit", math.inf)
+    began = max(after, began) if after else usage.sequence
+    if name not in ("", usage.name) or not usage.forgotten <= began <= usage.sequence:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
-    chunks = deque(first_of(usage.by_version.between(after + 1), limit))
+    chunks = deque(first_of(usage.by_version.between(after + 1), limit) if after < usage.sequence else ())
     whole = sum(map(len, chunks)) < limit
-    cursor = usage.sequence if whole else chunks[-1][-1].version
+    number = usage.sequence if whole else chunks[-1][-1].version
+    cursor = f"{usage.name}-{number}" + (f"-{began}" if number < began else "")
 
     def lines() -> Pieces:
         while chunks:
-            yield "".join([each.change for each in chunks.popleft()]).encode()
+            yield chunks.popleft().changes.encode()
 
     headers = (
-        ("Link", f'</api/v1/changes?after={usage.name}-{cursor}>; rel="next"'),
+        ("Link", f'</api/v1/changes?after={cursor}>; rel="next"'),
         ("Cache-Control", "no-store"),
         ("Vary", "Accept-Encoding"),
         ("Content-Type", MEDIA_TYPES["ndjson"]),
@@ -1926,125 +2564,181 @@ async def get_changes(request: web.Request) -> Answer:
     return Answer(200, lines() if chunks else b"", headers)
 
 
-def describe(
-    user: str, months: Iterable[dict[str, Totals]], tracks: Totals, found: Subscription | None
-) -> bytes:
-    """Return the JSON of a user: what was streamed, by month and label and by track; the subscription."""
-    labels = Counter[str]()
-    for month in months:
-        for label, (_, seconds) in month.get(user, {}).items():
-            labels[label] += seconds
-    return encode({
-        "user_id": user,
-        "streams": sum(streams for streams, _ in tracks.values()),
-        "seconds_streamed": sum(seconds for _, seconds in tracks.values()),
-        "labels": dict(sorted(labels.items())),
-        "tracks": {track: seconds for track, (_, seconds) in sorted(tracks.items())},
-        "subscription": asdict(found) | {"fee": euros(found.fee)} if found else None,
-    })
+async def get_users(request: web.Request) -> Answer:
+    """List all who streamed or subscribe."""
+    state = request.app[STATE]
+    return await send(request, "json", "users", lambda: write_users(state.books.snapshot()))
 
 
-def describe_all(
-    months: Iterable[dict[str, Totals]], tracks: dict[str, Totals], subscriptions: Mapping[str, Subscription]
-) -> Pieces:
-    """Yield the JSON of all users in order of their ids."""
+def write_users(books: Books) -> Pieces:
+    """Yield the users, in order of id, step by step."""
     runs = []
-    for some in batched(tracks.keys() | subscriptions.keys(), CHUNK_EVENTS):
+    for some in batched(books.tracks.keys() | books.subscriptions.keys(), CHUNK_EVENTS):
         runs.append(sorted(some))
         yield None
 
     def as_json(users: list[str]) -> bytes:
-        each = (describe(user, months, tracks.get(user, {}), subscriptions.get(user)) for user in users)
-        return b",".join(each)
+        return encode_rows([describe_user(books, user) for user in users])
 
     yield b'{"message":"Found Users","data":'
-    yield from write("json", ("user_id",), batched(merge(*runs), USERS_A_STEP), as_json, str)
+    yield from write("json", ("user_id",), batched(merge(*runs), STEP_USERS), as_json, str)
     yield b"}"
 
 
-async def get_users(request: web.Request) -> Answer:
-    """List all who streamed or subscribe."""
-    state = request.app[STATE]
-
-    def make() -> Pieces:
-        months = [{**month} for month in state.usage.totals.months.values()]
-        return describe_all(months, {**state.usage.totals.tracks}, {**state.subscriptions})
-
-    return await send(request, "json", "users", make)
+def parse_path(request: web.Request, name: str, fault: str) -> str:
+    """Return the user or label that ends the path; raises InvalidError with the `fault`."""
+    try:
+        return check_text(name, unquote(request.rel_url.raw_parts[-1], errors="strict"))
+    except ValueError:
+        raise InvalidError(fault) from None
 
 
 def parse_user(request: web.Request) -> str:
     """Return the user that the path names; raises InvalidError."""
-    try:
-        return check_text("user_id", unquote(request.rel_url.raw_parts[-1], errors="strict"))
-    except ValueError:
-        raise InvalidError("User ID Invalid") from None
-
-
-def describe_now(state: State, user: str) -> bytes:
-    """Return the JSON of a user; raises MissingError."""
-    tracks, found = state.usage.totals.tracks.get(user, {}), state.subscriptions.get(user)
-    if not (tracks or found):
-        raise MissingError(f"there is no user {user!r}")
-    return describe(user, state.usage.totals.months.values(), tracks, found)
+    return parse_path(request, "user_id", "User ID Invalid")
 
 
 async def get_user(request: web.Request) -> Answer:
     """Show what a user streamed and subscribes to."""
-    return succeed("Found User Stream Report", describe_now(request.app[STATE], parse_user(request)))
+    described = describe_user(request.app[STATE].books, parse_user(request))
+    return succeed("Found User Stream Report", encode(described))
 
 
 async def put_user(request: web.Request) -> Answer:
     """Set a user's subscription."""
     state, user = request.app[STATE], parse_user(request)
     value, _ = await read_json(request)
-    subscription, number = parse_subscription(value), state.usage.number()
+    subscription = parse_subscription(value)
+    state.usage.number()
+    statements: Statements = [(SET_SUBSCRIPTION, [(user, *astuple(subscription), None)])]
+    await state.write(statements, lambda: state.books.subscriptions.update({user: subscription}))
+    return succeed("Subscription Set", encode(describe_user(state.books, user)))
 
-    def apply() -> None:
-        state.subscriptions[user] = subscription
-        state.usage.sequence = number
 
-    await state.write([(SET_SUBSCRIPTION, [(user, *astuple(subscription), None)])], apply)
-    return succeed("Subscription Set", describe_now(state, user))
+async def send_money(
+    request: web.Request, title: str, asked: Mapping[str, Any], write_it: Callable[[str, Books], Pieces]
+) -> Answer:
+    """Answer with what `write_it` yields; a CSV file is called by its title, in plain letters."""
+    state, kind, named = request.app[STATE], asked.get("format", "json"), list[tuple[str, str]]()
+    if kind == "ndjson":
+        raise InvalidError("format must be json or csv")
+    if kind == "csv":
+        letters = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
+        file = re.sub(r"[^a-z0-9]+", "-", letters).strip("-")
+        named = [("Content-Disposition", f'attachment; filename="{file}.csv"')]
+    key, make = (title, kind), lambda: write_it(kind, state.books.snapshot())
+    return await send(request, kind, key, make, *named, most=math.inf)
 
 
 async def get_report(request: web.Request) -> Answer:
     """Tell how much each label is owed, for a month or for all."""
-    state = request.app[STATE]
     asked = parse_query(request.rel_url.raw_query_string, "month", "format")
-    if asked.get("format") == "ndjson":
-        raise InvalidError("format must be json or csv")
-    kind = asked.get("format", "json")
+    month = asked.get("month")
+    return await send_money(request, f"report {month or ''}", asked, partial(write_report, month))
 
-    def make() -> Pieces:
-        months = {month: {**totals} for month, totals in state.usage.totals.months.items()}
-        if month := asked.get("month"):
-            months = {month: months.get(month, {})}
-        return write_report(kind, months, {**state.subscriptions})
 
-    return await send(request, kind, ("report", frozenset(asked.items()) - DEFAULTS), make, most=math.inf)
+def write_report(month: str | None, kind: str, books: Books) -> Pieces:
+    """Yield the report."""
+    data, rows = yield from report(books, month)
+    if kind == "csv":
+        yield from write_rows("csv", REPORT_COLUMNS, ([*row.values()] for row in rows))
+    else:
+        yield SUCCESS % (encode("Found Label Stream Report"), encode(data))
+
+
+async def get_statement(request: web.Request) -> Answer:
+    """Tell why a label is owed what it is owed for a month."""
+    label = parse_path(request, "label", "Label Invalid")
+    asked = parse_query(request.rel_url.raw_query_string, "month", "format")
+    if not (month := asked.get("month")):
+        raise InvalidError("month is missing")
+    write_it = partial(write_statement, month, label)
+    return await send_money(request, f"statement {month} {label}", asked, write_it)
+
+
+def write_statement(month: str, label: str, kind: str, books: Books) -> Pieces:
+    """Yield a statement, or its subscribers alone as CSV."""
+    data = yield from statement(books, month, label)
+    payers = data["user_centric"].pop("subscribers")
+    if kind == "csv":
+        yield from write_rows("csv", PAYER_COLUMNS, ([*row.values()] for row in payers))
+        return
+    centric = b'"user_centric":{'
+    before, after = (SUCCESS % (encode("Found Label Statement"), encode(data))).split(centric, 1)
+    yield before + centric + b'"subscribers":'
+    yield from write("json", PAYER_COLUMNS, batched(payers, STEP_USERS), encode_rows, str)
+    yield b"," + after
+
+
+async def get_months(request: web.Request) -> Answer:
+    """List the months, the latest first."""
+    state = request.app[STATE]
+    parse_query(request.rel_url.raw_query_string)
+    return await send(request, "json", "months", lambda: write_months(state.books.snapshot()), most=math.inf)
+
+
+def write_months(books: Books) -> Pieces:
+    """Yield the row of each month."""
+    rows = []
+    for name, account in reversed((yield from find_accounts(books)).items()):
+        rows.append((yield from describe_month(books, name, account)))
+    yield SUCCESS % (encode("Found Months"), encode(rows))
+
+
+async def put_month(request: web.Request) -> Answer:
+    """Close a month or open it again."""
+    state, name = request.app[STATE], request.match_info["month"]
+    parse_query(urlencode({"month": name}), "month")  # it is the same in a path
+    value, _ = await read_json(request)
+    status = check_keys("the month", value, {"status"})["status"]
+    if status not in ("open", "closed"):
+        raise InvalidError("status must be open or closed")
+    account: Account | None = None
+
+    async def freeze() -> Statements:
+        """Work the month out when all changes before this one are visible, and none after it."""
+        nonlocal account
+        now = state.clock()
+        if reason := state.books.obstacle(name, status, now):
+            raise ConflictError(reason)
+        if status == "open":
+            return [(statement, [(name,)]) for statement in OPEN_MONTH]
+        work = find_account(state.books.snapshot(), name, int(now))
+        account = await result_of(state, work, first=True)  # all other writes wait for it
+        return freeze_account(name, account)
+
+    async with state.lock("months"):
+        if (name in state.books.closed()) != (status == "closed"):
+            if not state.journal:
+                raise ConflictError("without --db no month can be closed: nothing could be kept")
+            state.usage.number()
+            await state.write(freeze, lambda: state.books.months[name].close(account))
+        row = await result_of(state, describe_now(state.books.snapshot(), name))
+    return succeed(f"Month {status.capitalize()}", encode(row))
+
+
+def describe_now(books: Books, name: str) -> Steps[dict[str, Any]]:
+    """Return the row of a month."""
+    return (yield from describe_month(books, name, (yield from find_account(books, name))))
 
 
 async def get_metrics(request: web.Request) -> Answer:
     """Tell Prometheus how the program fares."""
-    state = request.app[STATE]
-    statuses = {f'{{status="{first}xx"}}': state.requests[first] for first in (2, 3, 4, 5)}
-    figures: list[tuple[str, str, str, Mapping[str, float]]] = [
-        ("usage_events", "gauge", "Events that are kept.", {"": state.usage.count}),
-        ("usage_sequence", "counter", "The number of the latest change.", {"": state.usage.sequence}),
-        ("usage_requests_total", "counter", "Requests that were answered.", statuses),
-        ("usage_simulation_errors_total", "counter", "Batches that failed.", {"": state.simulation.errors}),
-        ("process_resident_memory_bytes", "gauge", "Resident memory.", {"": resident_memory()}),
-    ]
-    if state.journal and state.journal.last_commit > 0:
-        age = {"": time.monotonic() - state.journal.last_commit}
-        figures.append(("usage_last_commit_age_seconds", "gauge", "Seconds since the last commit.", age))
-    lines = []
-    for name, kind, said, values in figures:
-        lines += [f"# HELP {name} {said}", f"# TYPE {name} {kind}"]
-        lines += [f"{name}{labels} {value}" for labels, value in values.items()]
+    state, lines = request.app[STATE], list[str]()
+
+    def tell(name: str, kind: str, said: str, *values: str) -> None:
+        lines.extend((f"# HELP {name} {said}", f"# TYPE {name} {kind}", *(name + value for value in values)))
+
+    statuses = (f'{{status="{first}xx"}} {state.requests[first]}' for first in (2, 3, 4, 5))
+    tell("usage_events", "gauge", "Events that are kept.", f" {state.usage.count}")
+    tell("usage_sequence", "counter", "Number of the latest change.", f" {state.usage.sequence}")
+    tell("usage_requests_total", "counter", "Requests that were answered.", *statuses)
+    tell("usage_simulation_errors_total", "counter", "Batches that failed.", f" {state.simulation.errors}")
+    tell("process_resident_memory_bytes", "gauge", "Resident memory.", f" {resident_memory()}")
+    if state.journal and (age := time.monotonic() - state.journal.last_commit) < math.inf:
+        tell("usage_last_commit_age_seconds", "gauge", "Seconds since the last commit.", f" {age:.3f}")
     headers = (("Content-Type", "text/plain; version=0.0.4; charset=utf-8"), ("Cache-Control", "no-store"))
-    return Answer(200, "".join(f"{line}\n" for line in lines).encode(), headers)
+    return Answer(200, "\n".join([*lines, ""]).encode(), headers)
 
 
 def resident_memory() -> int:
@@ -2073,6 +2767,9 @@ ROUTES = (
     web.get(USER_PATH, get_user),
     web.put(USER_PATH, put_user),
     web.get("/api/v1/report", get_report),
+    web.get("/api/v1/report/{label:[^/]+}", get_statement),
+    web.get("/api/v1/months", get_months),
+    web.put("/api/v1/months/{month}", put_month),
 )
 
 
@@ -2102,7 +2799,7 @@ class State:
 
     config: Config
     usage: Usage
-    subscriptions: dict[str, Subscription]
+    books: Books
     simulation: Simulation
     journal: Journal | None
     page: tuple[bytes, str]  # and its policy
@@ -2122,12 +2819,18 @@ class State:
         async with self.slices:
             await asyncio.sleep(0)
 
-    async def write(self, statements: Statements, apply: Callable[[], None]) -> None:
+    async def write(self, statements: Statements | Freeze, apply: Callable[[], None]) -> None:
         """Make a change: stored first, visible second; raises StorageError."""
-        if self.journal:
-            await self.journal.store(statements, apply)
-        else:
+        number = self.usage.last_number
+
+        def show() -> None:
             apply()
+            self.usage.sequence = max(self.usage.sequence, number)
+
+        if self.journal:
+            await self.journal.append(number, statements, show)
+        else:
+            show()
 
     async def add(self, events: Sequence[Event], key: tuple[str, bytes] | None = None) -> None:
         """Create and keep `events`, and the idempotency key, with the body's hash, that they came with."""
@@ -2139,13 +2842,14 @@ class State:
             self.usage.keys |= keys
 
         rows = [(INSERT_KEY, [(name, digest, first_id)]) for name, (digest, first_id) in keys.items()]
-        await self.write([(SET_STREAMS, events), *rows], apply)
+        await self.write([(INSERT_STREAMS, map(CELLS, events)), *rows], apply)
 
 
 def abort_if_failed(journal: asyncio.Task[None]) -> None:
     """End the process as a kill does: what is stored and what is visible could differ from now on."""
     if not journal.cancelled() and (error := journal.exception()):
         log.critical("the journal has failed; start again, nothing stored is lost", exc_info=error)
+        logging.shutdown()
         os.abort()
 
 
@@ -2182,20 +2886,18 @@ def create_app(
     page = read_page(config.page)
     app = web.Application(middlewares=[answer_errors], client_max_size=BODY_BYTES)
     journal = Journal(config.db) if config.db else None
-    usage = Usage() if journal else Usage(config.keep)
-    subscriptions = dict(SUBSCRIPTIONS)
+    books = Books({**SUBSCRIPTIONS})
+    usage = Usage(books.change, math.inf if journal else config.keep)
     if journal:
         if imported:
             journal.take_in(imported)
-        journal.load(usage, subscriptions)
+        journal.load(usage, books)
     elif imported:
-        subscriptions = dict(imported.subscriptions)
+        books.subscriptions = {**imported.subscriptions}
         usage.create(imported.events)
         usage.add(imported.events)
     simulation = Simulation(random.Random(config.random_seed))  # noqa: S311 - no secret comes of it
-    app[STATE] = State(
-        config, usage, subscriptions, simulation, journal, page, clock, SingleFlight(usage)
-    )
+    app[STATE] = State(config, usage, books, simulation, journal, page, clock, SingleFlight(usage))
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_safety_headers)
     app.cleanup_ctx.extend((own_journal, own_simulation))
@@ -2207,12 +2909,55 @@ def create_app(
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 
 
+class Output(logging.Handler):
+    """Standard output or error, which a thread writes to: the server never waits for who reads it.
+
+    What finds the queue full is dropped, and what cannot be written stops nothing.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        """Begin to write to this file descriptor."""
+        super().__init__()
+        self.lines: queue.Queue[str] = queue.Queue(OUTPUT_LINES)
+        threading.Thread(target=self._write, args=(descriptor,), daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line of the log."""
+        self.say(f"{self.format(record)}\n")
+
+    def say(self, text: str) -> None:
+        """Write `text` as soon as that is possible."""
+        with contextlib.suppress(queue.Full):
+            self.lines.put_nowait(text)
+
+    def flush(self) -> None:
+        """Wait until all is written, half a second at most; `logging.shutdown` calls this at the end."""
+        with self.lines.all_tasks_done:
+            self.lines.all_tasks_done.wait_for(lambda: not self.lines.unfinished_tasks, 0.5)
+
+    def _write(self, descriptor: int) -> None:
+        while True:
+            lines = [self.lines.get()]
+            while not self.lines.empty():  # all at once: to write each, it would wait for the event loop
+                lines.append(self.lines.get())
+            with contextlib.suppress(OSError):
+                os.write(descriptor, "".join(lines).encode("utf-8", "backslashreplace"))
+            for _ in lines:
+                self.lines.task_done()
+
+
+output = lru_cache(Output)  # by file descriptor: 1 or 2
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that says in one line what is wrong."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and the message, without the usage: that is for `--help`."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        output(1 if file is sys.stdout else 2).say(message)
 
 
 def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
@@ -2227,13 +2972,35 @@ def between(kind: type[int] | type[float], low: float, high: float) -> Callable[
     return parse
 
 
+def parse_name(text: str) -> str:
+    """Return a name that a Host can have; as the type of an option, it raises ArgumentTypeError."""
+    if not HOST_NAME.fullmatch(name := text.lower()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain host name such as usage.example.com")
+    return name
+
+
 def build_parser(environment: Mapping[str, str]) -> Parser:
     """Return the parser of the command line; HOST and PORT in the environment are defaults."""
-    parser = Parser(description="Collect usage events and share out royalties.", allow_abbrev=False)
+    parser = Parser(
+        description="Collect usage events and share out royalties.",
+        epilog="In the environment HOST and PORT are defaults, and USAGE_TOKEN is what a write then needs:\n"
+        "  USAGE_TOKEN=s3cret PORT=8000 python server.py --db usage.db",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
-    host, port = environment.get("HOST") or "127.0.0.1", environment.get("PORT") or "8080"
+    host, default_port = environment.get("HOST") or "127.0.0.1", environment.get("PORT") or "8080"
+
+    def parse_port(text: str) -> float:
+        try:
+            return between(int, 0, 65_535)(text)
+        except argparse.ArgumentTypeError as error:
+            if text is default_port:
+                parser.error(f"PORT in the environment: {error}")
+            raise
+
     add("--host", default=host, help="address to listen on (%(default)s)")
-    add("--port", default=port, type=between(int, 0, 65_535), help="port; 0 picks a free one (%(default)s)")
+    add("--port", default=default_port, type=parse_port, help="port; 0 picks a free one (%(default)s)")
     add("--interval", default=Config.interval, type=between(float, 0.001, DAY), metavar="SECONDS",
         help="time between two simulated batches (%(default)s)")
     add("--no-simulation", dest="simulate", action="store_false", help="simulate nothing from now on")
@@ -2246,8 +3013,10 @@ def build_parser(environment: Mapping[str, str]) -> Parser:
     add("--import", dest="directory", type=Path, metavar="DIR",
         help="load users.csv, streaming.csv and tracks.json")
     add("--tracks", metavar="FILE_OR_URL", help="the tracks of an import (DIR/tracks.json)")
-    add("--allow-host", action="append", default=[], type=str.lower, metavar="NAME",
+    add("--undo-import", action="store_true", help="with --db: take the latest import back, and end")
+    add("--allow-host", action="append", default=[], type=parse_name, metavar="NAME",
         help="a further name that requests may come in under; repeatable")
+    add("--version", action="version", version=f"%(prog)s {__version__}", help="say the version, and end")
     add("-v", "--verbose", action="store_true", help="log each request")
     return parser
 
@@ -2259,12 +3028,22 @@ def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> I
     source = tracks or str(directory / "tracks.json")
     remote = source.lower().startswith(("http://", "https://"))
     try:
-        content = asyncio.run(fetch_tracks(source)) if remote else Path(source).read_bytes()
+        content = asyncio.run(fetch_tracks(source)) if remote else read_tracks(Path(source))
         return Import(directory, content, time.time())
-    except (OSError, ValueError, aiohttp.ClientError) as error:
-        parser.error(f"cannot read the tracks from {source}: {error or 'it took too long'}")
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot read the tracks from {source}: {getattr(error, 'strerror', None) or error}")
     except ImportFailedError as error:
         parser.exit(2, f"{error}\n")
+
+
+def undo_import(parser: Parser, path: Path | None, directory: Path | None) -> None:
+    """Take the latest import back and say what that took, or exit with status 2 and what is wrong."""
+    if not path or directory:
+        parser.error("--undo-import goes " + ("without --import" if path else "with --db"))
+    try:
+        output(1).say(f"Took back {Journal(path, 'r+b').undo_import()}\n")
+    except StorageError as error:
+        parser.error(f"cannot take back an import of {path}: {error}")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -2298,11 +3077,23 @@ def give_back_memory() -> None:
             mallopt(limit, LARGE_BYTES)
 
 
-async def serve(app: web.Application, listener: socket.socket, url: str, verbose: bool) -> None:
+def end_at_signal(ending: Sequence[Callable[[], object]]) -> None:
+    """End the process at the first signal: at once or, if it is in `ending` how, so and within END_SECONDS.
+
+    A thread does this, so neither a disk nor an event loop that is busy can keep the process alive.
+    """
+    signal.sigwait(SIGNALS)
+    for end in ending:
+        end()
+        time.sleep(END_SECONDS)
+    os._exit(0)  # all that was acknowledged is stored
+
+
+async def serve(
+    app: web.Application, listener: socket.socket, url: str, verbose: bool, ending: list[Callable[[], object]]
+) -> None:
     """Answer until the first signal; whatever signals follow, requests under way are answered first."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    for number in SIGNALS:
-        loop.add_signal_handler(number, lambda: task and not task.cancelling() and task.cancel())
+    loop, signalled = asyncio.get_running_loop(), asyncio.Event()
     loop.set_default_executor(ThreadPoolExecutor(THREADS))  # each keeps some memory of its own
     loop.set_exception_handler(log_loop_error)
     access_log = logging.getLogger("aiohttp.access") if verbose else None
@@ -2317,32 +3108,39 @@ async def serve(app: web.Application, listener: socket.socket, url: str, verbose
         handler_cancellation=True,
         lingering_time=LINGER_SECONDS,
     )
-    try:
-        await runner.setup()
-        # One connection at a time: asyncio takes as many as may wait, and logs as often that it cannot.
-        await web.SockSite(runner, listener, backlog=1).start()
-        listener.listen(BACKLOG)
-        print(f"Listening on {url}", flush=True)
-        await loop.create_future()
-    except asyncio.CancelledError:
-        pass
-    finally:
-        connections = [each.transport for each in runner.server.connections] if runner.server else []
-        await runner.cleanup()
-    for _ in range(50):  # half a second, for what has been answered to be sent, too
-        if not any(each and each.get_write_buffer_size() for each in connections):
-            break
-        await asyncio.sleep(0.01)
-    os._exit(0)  # all is stored; to free so many events, or to end a report that nobody gets, takes seconds
+    connections: list[asyncio.Transport | None] = []
+
+    async def leave(_app: web.Application) -> None:
+        for _ in range(50):  # half a second, for what has been answered to be sent, too
+            if not any(each and each.get_write_buffer_size() for each in connections):
+                break
+            await asyncio.sleep(0.01)
+        logging.shutdown()
+        os._exit(0)  # to free so many events, or to end a report that nobody gets, takes seconds
+
+    app.on_cleanup.insert(0, leave)  # before the database is closed: that syncs, and nothing needs it
+    await runner.setup()
+    ending.append(lambda: loop.call_soon_threadsafe(signalled.set))
+    # One connection at a time: asyncio takes as many as may wait, and logs as often that it cannot.
+    await web.SockSite(runner, listener, backlog=1).start()
+    listener.listen(BACKLOG)
+    output(1).say(f"Listening on {url}\n")
+    await signalled.wait()
+    connections += [each.transport for each in runner.server.connections] if runner.server else []
+    await runner.cleanup()
 
 
 def main() -> None:
     """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
-    for number in SIGNALS:  # until the event loop takes them over
-        signal.signal(number, lambda *_: sys.exit(0))
+    ending: list[Callable[[], object]] = []
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=end_at_signal, args=(ending,), daemon=True).start()
+    for _ in range(3):  # else the database could get the number of an output that is closed
+        os.open(os.devnull, os.O_RDWR)
     give_back_memory()
     gc.set_threshold(10_000, 10, 10)  # seldom, for requests leave few cycles behind
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    line = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=line, handlers=[output(2)])
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # many shells allow 256 or 1,024 until they are asked
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -2351,13 +3149,19 @@ def main() -> None:
     host, port, verbose = options.pop("host"), options.pop("port"), options.pop("verbose")
     directory, tracks = options.pop("directory"), options.pop("tracks")
     options["allow_host"] = tuple(options["allow_host"])
-    token = os.environ.get("USAGE_TOKEN", "")
+    token = os.environ.get("USAGE_TOKEN", "").strip()  # a file that holds a secret ends with a newline
+    if "USAGE_TOKEN" in os.environ and not (token and token.isprintable()):
+        parser.error("USAGE_TOKEN is empty or no printable text; unset it if a write is to need no token")
     if tracks and not directory:
         parser.error("--tracks goes with --import")
+    if options.pop("undo_import"):
+        undo_import(parser, options["db"], directory)
+        return
     try:
         listener = listen(host, port)
     except (OSError, UnicodeError) as error:
-        parser.error(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}")
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        parser.error(f"cannot listen on {host}, port {port}: {reason}; --host or --port names another")
     imported = read_import(parser, directory, tracks)
     try:
         app = create_app(Config(**options, token=token), imported)
@@ -2369,7 +3173,7 @@ def main() -> None:
         log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     try:
-        asyncio.run(serve(app, listener, url, verbose))
+        asyncio.run(serve(app, listener, url, verbose, ending))
     except StorageError as error:
         parser.error(f"cannot fill the database {options['db']}: {error}")
 

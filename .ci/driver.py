@@ -3,10 +3,10 @@
 import asyncio
 import contextlib
 import resource
+import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
 SERVER = Path(__file__).parents[1] / "server.py"
@@ -14,36 +14,53 @@ SERVER = Path(__file__).parents[1] / "server.py"
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-@dataclass
 class Program:
-    """A process of the program."""
+    """A process that says where it listens: the server or, with its `command`, another."""
 
-    address: tuple[str, int]
-    pid: int
-    log: Path
+    def __init__(self, *options: str, command: tuple[str | Path, ...] = (SERVER, "--port=0")) -> None:
+        """Start it, and wait until it listens.
+
+        Allow this process, but not that one, as many connections as the system does.
+        """
+        with tempfile.NamedTemporaryFile(delete=False) as log:
+            self.log = Path(log.name)
+            self.process = subprocess.Popen(  # noqa: S603
+                [sys.executable, *command, *options], stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        assert self.process.stdout  # noqa: S101
+        line = self.process.stdout.readline().strip()
+        host, _, port = line.removeprefix("Listening on http://").partition(":")
+        if not port:
+            raise SystemExit(self.log.read_text("utf-8"))
+        self.address = host, int(port)
+        self.pid = self.process.pid
 
     def memory(self) -> int:
         """Return how much memory it has, in kB."""
         return int(Path(f"/proc/{self.pid}/status").read_text("utf-8").split("VmRSS:")[1].split()[0])
 
+    def kill(self) -> None:
+        """Leave it no time for anything."""
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        """Have it end."""
+        self.process.terminate()
+        self.process.wait()
+        self.log.unlink(missing_ok=True)
+
 
 @contextlib.asynccontextmanager
 async def running(*options: str) -> AsyncIterator[Program]:
-    """Run the server; allow this process, but not that one, as many connections as the system does."""
-    with tempfile.NamedTemporaryFile() as log:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, SERVER, "--port=0", *options, stdout=asyncio.subprocess.PIPE, stderr=log
-        )
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        assert process.stdout  # noqa: S101
-        line = (await process.stdout.readline()).decode().strip()
-        host, port = line.removeprefix("Listening on http://").split(":")
-        try:
-            yield Program((host, int(port)), process.pid, Path(log.name))
-        finally:
-            process.terminate()
-            await process.wait()
+    """Run the server."""
+    program = Program(*options)
+    try:
+        yield program
+    finally:
+        program.end()
 
 
 def request(method: str, path: str, body: bytes = b"", headers: str = "") -> bytes:
