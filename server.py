@@ -2437,7 +2437,8 @@ async def get_streams(request: web.Request) -> Answer:
     if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
     since, until = asked.get("from", 0), asked.get("to", sys.maxsize)
-    wanted = (*wanted_in(asked), ("stream_started_on", range(since, until)))
+    in_range = [("stream_started_on", range(since, until))] if {"from", "to"} & asked.keys() else []
+    wanted = (*wanted_in(asked), *in_range)
     in_time = state.usage.by_start.between(asked.get("from", -math.inf), asked.get("to", math.inf))
     following = (matching(chunk, wanted) for chunk in state.usage.by_id.between(after + 1))
     total = state.usage.count

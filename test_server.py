@@ -4359,7 +4359,8 @@ class Model:
         self.number = 0  # the last of the sequence that was given
         self.visible = 0  # the last that a change is known by
         self.forgotten = 0  # a follower from before this one has to begin anew
-        self.sequence = ""  # its name, once the feed has told it
+        self.cursors: dict[str, tuple[int, int]] = {}  # that the feed has told: so far, and what began then needs no more
+        self.cursor = 0, 0  # that the latest answer tells
         self.streams: dict[int, dict[str, Any]] = {}
         self.versions: dict[int, int] = {}  # of the streams
         self.gone: dict[int, int] = {}  # and of those that were removed
@@ -4502,15 +4503,17 @@ class Model:
 
     def feed(self, asked: dict[str, Any]) -> tuple[int, Any]:
         """Tell each stream that has changed after a number, once."""
-        name, _, number = asked.get("after", ["0"])[0].rpartition("-")
-        if name not in ("", self.sequence) or int(number) > self.visible or 0 < int(number) < self.forgotten:
+        text = asked.get("after", ["0"])[0]
+        number = int(text) if text.isdecimal() else -1  # of another sequence
+        number, began = self.cursors.get(text, (number, number or self.visible))
+        if not self.forgotten <= began <= self.visible or number < 0:
             return 410, None
         told = [{"version": self.versions[stream_id]} | stream for stream_id, stream in self.streams.items()]
         told += [{"version": version, "id": stream_id, "deleted": True} for stream_id, version in self.gone.items()]
-        rows = sorted((each for each in told if each["version"] > int(number)), key=lambda each: each["version"])
+        rows = sorted((each for each in told if each["version"] > number), key=lambda each: each["version"])
         limit = int(asked.get("limit", [10**9])[0])
-        cursor = self.visible if len(rows) < limit else rows[limit - 1]["version"]
-        self.told = {"link": f'</api/v1/changes?after={self.sequence}-{cursor}>; rel="next"'}
+        number = self.visible if len(rows) < limit else rows[limit - 1]["version"]
+        self.cursor = number, max(number, began)
         return 200, rows[:limit]
 
     def put_user(self, user: str, value: Any) -> tuple[int, Any]:
@@ -5016,6 +5019,7 @@ class Fuzzer:
             self.etag = answer["etag"], before
         if "link" in answer:
             self.cursors = [answer["link"].split("after=")[1].split(">")[0], *self.cursors[:9]]
+            self.model.cursors[self.cursors[0]] = self.model.cursor
         if method != "HEAD" and status in (200, 201):
             if method == "PUT" and path[0] == "months" and wanted["status"] == "closed":  # when, the server decides
                 closed = self.model.closed[path[1]]
@@ -5082,7 +5086,6 @@ class Fuzzer:
             self.cursor = answer.headers["Link"].split("after=")[1].split(">")[0]
         kept = {number: {name: row[name] for name in ("id", *STREAM)} for number, row in self.followed.items() if "deleted" not in row}
         assert kept == self.model.streams
-        self.model.sequence = self.cursor.split("-")[0]
 
 
 def as_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
