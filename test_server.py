@@ -7379,6 +7379,16 @@ async def test_each_month_shows_what_the_report_says_and_stands_in_the_address(p
         assert "€" not in await page.inner_text("body")  # and no money there
 
 
+@pytest.mark.parametrize(("day", "shown"), [(1, "2027-01"), (7, "2027-01"), (8, "2027-02")])
+async def test_in_the_first_seven_days_of_a_month_the_one_before_is_shown(page: Any, moment: Moment, day: int, shown: str) -> None:
+    moment.now = datetime(2027, 2, day, 12, tzinfo=UTC).timestamp()
+    starts = [datetime(2027, month, 1, tzinfo=UTC) for month in (1, 2)]
+    await moment.open([event(int(start.timestamp())) for start in starts], "/?view=money")
+    await page.wait_for_selector(f'{by_testid("month-row", month=shown)}[aria-current="true"]')
+    assert await page.text_content("#month-heading") == starts[int(shown[-2:]) - 1].strftime("%B %Y")
+    assert shown_euros(await page.text_content(by_testid("money-amount"))) == "26.28"  # of the month that is shown
+
+
 async def test_labels_are_sorted_by_each_column_searched_and_downloaded(page: Any, tmp_path: Path) -> None:
     async with money_server(tmp_path) as url:
         await page.goto(f"{url}/{MONEY_VIEW}")
