@@ -92,18 +92,16 @@ from collections.abc import (
     Mapping,
     Sequence,
     Set,
-    Sized,
 )
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field, replace
 from email.utils import formatdate
-from fractions import Fraction
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from heapq import merge
 from http import HTTPStatus
-from operator import add, attrgetter, itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, unquote, urlencode
 from weakref import WeakValueDictionary
 
@@ -161,12 +159,8 @@ DAY = 86_400
 STATE: web.AppKey[State] = web.AppKey("state")
 
 T = TypeVar("T")
-K = TypeVar("K")
-R = TypeVar("R")
-B = TypeVar("B", bound=Sized)
 
-Total = tuple[int, int]  # streams and seconds
-Totals = dict[Any, Total]
+Steps = Generator[None, None, T]  # long work: it yields where others may go on, and returns a T
 Wanted = tuple[tuple[str, Container[Any]], ...]  # names of fields, and the values that are wanted of each
 
 log = logging.getLogger("server")
@@ -199,8 +193,8 @@ COMMON_SECONDS = {seconds: seconds for seconds in range(7_200)}  # one object of
 CSV_END = "\r\n"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
-to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-quote = json.encoder.encode_basestring  # what `to_json` does with a text
+JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+quote = json.encoder.encode_basestring  # what JSON does with a text
 
 
 class InvalidError(ValueError):
@@ -325,18 +319,20 @@ def parse_event(value: object, now: float) -> Event:
     )
 
 
-def parse_events(value: object, now: float) -> Generator[Event, None, None]:
-    """Yield the event, or those of the array of 1 to 1,000, that `value` is; an error names the index."""
+def parse_events(value: object, now: float) -> Steps[list[Event]]:
+    """Return the event, or those of the array of 1 to 1,000, that `value` is; an error names the index."""
     if not isinstance(value, list):
-        yield parse_event(value, now)
-        return
+        return [parse_event(value, now)]
     if not 1 <= len(value) <= POST_EVENTS:
         raise InvalidError(f"an array must hold 1 to {POST_EVENTS} events")
+    events = []
     for index, item in enumerate(value):
+        yield
         try:
-            yield parse_event(item, now)
+            events.append(parse_event(item, now))
         except InvalidError as error:
             raise InvalidError(f"[{index}]: {error}") from None
+    return events
 
 
 # ── Usage ───────────────────────────────────────────────────────────────────────────────────────
@@ -348,9 +344,9 @@ class Chunk(list[Any]):
     """Some events, or in the feed's order tombstones too, that stand next to each other."""
 
     @cached_property
-    def json(self) -> bytes:
-        """The JSON of each event, with commas between."""
-        return ",".join([f"{{{event.fields}}}" for event in self]).encode()
+    def lines(self) -> bytes:
+        """The JSON of each event after a newline, which no JSON of an event can hold."""
+        return "".join([f"\n{{{event.fields}}}" for event in self]).encode()
 
     @property
     def csv(self) -> str:
@@ -358,17 +354,15 @@ class Chunk(list[Any]):
         return "".join([event.csv for event in self])
 
     @property
-    def changes(self) -> str:
-        """The lines of the feed, in one expression: whoever begins to follow asks for all there are."""
-        return "".join([
-            f'{{"version":{(number := str(each.version))},'
-            f'"id":{number if each.id == each.version else each.id},"user_id":{quote(each.user_id)},'
-            f'"track_id":{quote(each.track_id)},"label":{quote(each.label)},"stream_started_on":{each.stream_started_on},'
-            f'"seconds_streamed":{each.seconds_streamed}}}\n'
+    def changes(self) -> bytes:
+        """The lines of the feed."""
+        lines = [
+            f'{{"version":{each.version},"id":{each.id},{each.fields}}}\n'
             if isinstance(each, Event)
             else f'{{"version":{each.version},"id":{each.id},"deleted":true}}\n'
             for each in self
-        ])
+        ]
+        return "".join(lines).encode()
 
     @cached_property
     def known(self) -> dict[object, Totals | None]:
@@ -376,7 +370,7 @@ class Chunk(list[Any]):
         return {}
 
 
-class Chunks:
+class Order:
     """Events in order of a field, equal ones in order of their ids, in a deque of chunks.
 
     An event that belongs into the middle costs the copy of one chunk instead of shifting the whole deque.
@@ -451,12 +445,12 @@ class Usage:
     By start they are queried and by id listed; by version, with the tombstones, they are the feed.
     """
 
-    def __init__(self, changed: Callable[[Sequence[Event], int], object], keep: float = math.inf) -> None:
-        """Keep the `keep` events that started last, and tell `changed` what comes (1) and goes (-1)."""
-        self.changed = changed
+    def __init__(self, on_change: Callable[[Sequence[Event], int], object], keep: float = math.inf) -> None:
+        """Keep the `keep` events that started last, and tell `on_change` what comes (1) and goes (-1)."""
+        self.on_change = on_change
         self.keep = keep
-        self.by_start, self.by_id = Chunks("stream_started_on"), Chunks("id")
-        self.by_version = Chunks("version")
+        self.by_start, self.by_id = Order("stream_started_on"), Order("id")
+        self.by_version = Order("version")
         self.tombstones: deque[Tombstone] = deque()
         self.keys: dict[str, tuple[bytes, int]] = {}  # idempotency key -> hash of the body, first id
         self.count = 0
@@ -477,6 +471,10 @@ class Usage:
         self.last_number += 1
         return self.last_number
 
+    def advance(self, number: int) -> None:
+        """Have the changes up to this number visible."""
+        self.sequence = max(self.sequence, number)
+
     def create(self, events: Iterable[Event]) -> None:
         """Give each new event its id, which is its version too."""
         for event in events:
@@ -493,8 +491,8 @@ class Usage:
         """Keep numbered events; then drop the oldest above `keep`."""
         for order in (self.by_start, self.by_id, self.by_version):
             order.add(events)
-        self._count(events, 1)
-        self.sequence = max(itertools.chain([self.sequence], map(attrgetter("version"), events)))
+        self._tell(events, 1)
+        self.advance(max(map(attrgetter("version"), events), default=0))
         if self.sequence >= self.frozen + FREEZE_EVENTS:  # none is garbage, so none is searched
             self.frozen = self.sequence
             gc.freeze()
@@ -533,11 +531,11 @@ class Usage:
     def _forget(self, events: Sequence[Event]) -> None:
         for order in (self.by_start, self.by_id, self.by_version):
             order.remove(events)
-        self._count(events, -1)
+        self._tell(events, -1)
 
-    def _count(self, events: Sequence[Event], sign: int) -> None:
+    def _tell(self, events: Sequence[Event], sign: int) -> None:
         self.count += sign * len(events)
-        self.changed(events, sign)
+        self.on_change(events, sign)
 
 
 def matching(events: Chunk, wanted: Wanted) -> Chunk:
@@ -557,24 +555,27 @@ def first_of(chunks: Iterable[Chunk], limit: float) -> Generator[Chunk, None, No
 
 
 # ── Totals ──────────────────────────────────────────────────────────────────────────────────────
-# Streams and seconds under a key each, all counted by `count`. A chunk's own never change, so they add up
+# Streams and seconds under a key each, all counted by `totals_of`. A chunk's own never change, so they add up
 # to any grouping, filter and window of /usage; those by user and month change with each event, so the
 # money and the users cost what there is of labels and tracks, however many events there are.
 
+Total = tuple[int, int]  # streams and seconds
+Totals = dict[Any, Total]
+WINDOWS = {"minute": 60, "hour": 3_600, "day": DAY}  # and month, which has no fixed length
 
-def count(events: Sequence[Event], keys: Iterable[K]) -> dict[K, Total]:
-    """Return the totals of `events` by `keys`, one for each of them."""
-    seconds: defaultdict[K, list[int]] = defaultdict(list)
-    for key, streamed in zip(keys, map(attrgetter("seconds_streamed"), events), strict=False):
+
+def totals_of(events: Sequence[Event], *keys: Iterable[Any]) -> Totals:
+    """Return the totals of `events` under tuples of `keys`, each of which has one for each event."""
+    seconds: defaultdict[Any, list[int]] = defaultdict(list)
+    each_key = zip(*keys, strict=True) if keys else itertools.repeat(())
+    for key, streamed in zip(each_key, map(attrgetter("seconds_streamed"), events), strict=False):
         seconds[key].append(streamed)
     return {key: (len(each), sum(each)) for key, each in seconds.items()}
 
 
-def keys_of(events: Sequence[Event], names: Sequence[str]) -> Iterable[tuple[Any, ...]]:
-    """Return the fields with these `names` of each event, in C: it is done for every event there is."""
-    if not names:
-        return itertools.repeat(())
-    return zip(*(map(attrgetter(name), events) for name in names), strict=True)
+def values_of(events: Iterable[Event], *names: str) -> list[Iterable[Any]]:
+    """Return the values of each of these fields, as keys for `totals_of`; in C, for every event has them."""
+    return [map(attrgetter(name), events) for name in names]
 
 
 def add_up(totals: Totals, key: Any, total: Total, sign: int = 1) -> None:
@@ -598,91 +599,71 @@ def month_start(month: str) -> int:
     return calendar.timegm(time.strptime(month, "%Y-%m"))
 
 
-WINDOWS = {"minute": 60, "hour": 3_600, "day": DAY}  # and month, which has no fixed length
+def months_of(events: Iterable[Event]) -> list[str]:
+    """Return the month of each event."""
+    return [month_of(event.stream_started_on // DAY) for event in events]
 
 
-def window_start(window: str, started: int) -> int:
-    """Return when the minute, hour, day or month in UTC began in which `started` lies."""
+def windows_of(events: Iterable[Event], window: str) -> list[int]:
+    """Return when the minute, hour, day or month in UTC of each event began."""
     if window == "month":
-        return month_start(month_of(started // DAY))
-    return started - started % WINDOWS[window]
-
-
-def by_window(events: Chunk, window: str) -> Iterator[tuple[int, Chunk]]:
-    """Yield each window that `events`, in order of start, lie in: when it began, and its events."""
-
-    def began(event: Event) -> int:
-        return window_start(window, event.stream_started_on)
-
-    at = 0
-    while at < len(events):
-        start = began(events[at])
-        end = len(events) if began(events[-1]) == start else bisect_right(events, start, at, key=began)
-        yield start, Chunk(events[at:end])
-        at = end
-
-
-def count_by_window(events: Chunk, window: str | None, names: tuple[str, ...]) -> Totals:
-    """Return the totals of each combination of `names`; with a `window` its start is the key's first."""
-    if not window:
-        return count(events, keys_of(events, names))
-    parts = ((start, count(part, keys_of(part, names))) for start, part in by_window(events, window))
-    return {(start, *key): total for start, found in parts for key, total in found.items()}
+        return [month_start(month) for month in months_of(events)]
+    return [event.stream_started_on - event.stream_started_on % WINDOWS[window] for event in events]
 
 
 def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted: Wanted) -> Totals:
-    """Return totals that hold what is wanted, and maybe more.
+    """Return totals by window start and names that hold what is wanted, and maybe more.
 
     A chunk remembers totals that are few. Where they are many, to filter before counting is quicker.
     """
-    if (window, names) not in chunk.known:
-        found = count_by_window(chunk, window, names)
+    known = chunk.known.get((window, names), {})
+    if known:
+        return known
+    events = matching(chunk, wanted) if known is None else chunk
+    windows = [windows_of(events, window)] if window else []
+    found = totals_of(events, *windows, *values_of(events, *names))
+    if known is not None:
         chunk.known[window, names] = found if len(found) <= len(chunk) // 4 else None
         if len(chunk.known) > KNOWN_TOTALS:
             del chunk.known[next(iter(chunk.known))]
-        return found
-    known = chunk.known[window, names]
-    return count_by_window(matching(chunk, wanted), window, names) if known is None else known
+    return found
 
 
 def aggregate(
     chunks: Iterable[Chunk], by: tuple[str, ...], window: str | None, wanted: Wanted, limit: int | None
-) -> Generator[None, None, list[tuple[Any, ...]]]:
+) -> Steps[list[tuple[Any, ...]]]:
     """Return rows of window start, names, streams and seconds: in order of time, then most seconds first.
 
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
     names = (*by, *(name for name, _ in wanted if name not in by))
-    size = bool(window) + len(by)
-    places = [(bool(window) + names.index(name), values) for name, values in wanted]
+    windowed = 1 if window else 0  # so many cells of a key stand before its names
+    filters = [(windowed + names.index(name), values) for name, values in wanted]
     sums: Totals = {}
     for chunk in chunks:
+        yield
         totals = count_chunk(chunk, window, names, wanted)
-        for place, values in places:
+        for place, values in filters:
             totals = {key: total for key, total in totals.items() if key[place] in values}
         for key, total in totals.items():
-            add_up(sums, key[:size], total)
+            add_up(sums, key[: windowed + len(by)], total)
         if len(sums) > MOST_ROWS and not limit:
             raise InvalidError(f"there are more than {MOST_ROWS:,} rows: narrow the query, or pass limit")
+    in_order = yield from sort_in_steps(sums.items(), lambda row: (row[0][:windowed], -row[1][1], row[0]))
+    rows: list[tuple[Any, ...]] = []
+    for some in batched(itertools.islice(in_order, limit), CHUNK_EVENTS):
         yield
-    return (yield from order(sums, bool(window), limit or MOST_ROWS))
-
-
-def order(sums: Totals, windowed: bool, limit: int) -> Generator[None, None, list[tuple[Any, ...]]]:
-    """Return the first `limit` rows: by window, then most seconds first, ties in order of the names.
-
-    They are sorted in runs, which are then merged, for to sort all of them takes longer than a time slice.
-    """
-    runs: list[list[tuple[Any, ...]]] = []
-    for some in batched(sums.items(), CHUNK_EVENTS):
-        rows = [(*key[:windowed], -seconds, *key[windowed:], streams) for key, (streams, seconds) in some]
-        runs.append(sorted(rows)[:limit])
-        yield
-    rows = []
-    for run in batched(itertools.islice(merge(*runs), limit), CHUNK_EVENTS):
-        rows += [(*row[:windowed], *row[windowed + 1 :], -row[windowed]) for row in run]
-        yield
+        rows += [(*key, *total) for key, total in some]
     return rows
+
+
+def sort_in_steps(items: Iterable[T], key: Callable[[T], Any]) -> Steps[Iterator[T]]:
+    """Return items in order, sorted in runs that are then merged: all at once would take too long."""
+    runs = []
+    for some in batched(items, CHUNK_EVENTS):
+        yield
+        runs.append(sorted(some, key=key))
+    return merge(*runs, key=key)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -692,21 +673,10 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def fold(totals: Mapping[str, Totals], changes: Totals, sign: int) -> dict[str, Totals]:
-    """Return the new totals of each user whose totals `changes`, by user and name, change.
-
-    A user's own totals are replaced and never changed, so that a copy of the outer mapping is one moment.
-    """
-    changed: dict[str, Totals] = {}
-    for (user, name), total in changes.items():
-        if user not in changed:
-            changed[user] = {**totals.get(user, {})}
-        add_up(changed[user], name, total, sign)
-    return changed
-
-
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
 # Who is owed what. Money is in ints: cents, or hundredths of a cent before the revenue is rounded.
+# A month's streams and fees make a ledger, a ledger is shared out, and what comes of it is an account:
+# it follows the streams while the month is open, and is frozen when it is closed.
 
 FACTORS = {"app_store": 70, "web": 90}  # per cent: what the store or the payment provider leaves
 FEE = re.compile(r"([0-9]{1,5})(?:\.([0-9]{1,2}))?")
@@ -717,15 +687,10 @@ ADJUSTMENTS = ("adjustment", "adjustment_user_centric")
 LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", *AMOUNTS, *ADJUSTMENTS)
 REPORT_COLUMNS = ("month", "currency", *LABEL_COLUMNS)
 PAYER_COLUMNS = ("user_id", "product_type", "fee", "origin", "net", "seconds_streamed", "of_seconds", "part")
-BITS = 128  # of a claim: what is cut off leaves a doubt only at a tie
-STEP_USERS = 50  # with a few labels each a fraction of a millisecond's work
+CLAIM_BITS = 512  # of a claim, after the point
+DOUBT_BITS = 160  # the last of them, in which a claim may be too high
 
-Steps = Generator[None, None, T]  # long work: yields where others may go on, and returns a T
-ByLabel = Mapping[str, Total]
-ByUser = Mapping[str, ByLabel]
-Claims = Mapping[str, tuple[int, int]]  # of labels, each with by how much it may be too low
-Parts = Counter[int]  # the numerators of fractions, by denominator, for many have the same
-Figures = tuple[int, int, int, int]  # of a label: streams, seconds, cents pro rata, cents user-centric
+ByUser = dict[str, Totals]  # by label
 Cents = tuple[int, int]  # pro rata, user-centric
 Adjustments = Mapping[str, Mapping[str, Cents]]  # month that they are for -> label
 
@@ -773,20 +738,39 @@ def euros(units: int, places: int = 2) -> Money:
     return Money(f"{'-' * (units < 0)}{whole}.{rest:0{places}}")
 
 
+class Line(NamedTuple):
+    """What a label has in a month: streams and seconds, and in cents what it is owed."""
+
+    streams: int = 0
+    seconds_streamed: int = 0
+    amount: int = 0
+    amount_user_centric: int = 0
+    adjustment: int = 0
+    adjustment_user_centric: int = 0
+
+    @property
+    def cents(self) -> Cents:
+        """What was or would be paid for the month itself."""
+        return self.amount, self.amount_user_centric
+
+
+def add_lines(lines: Iterable[Line]) -> Line:
+    """Return the sum of lines."""
+    return Line(*map(sum, zip(Line(), *lines, strict=True)))
+
+
 @dataclass(frozen=True)
 class Ledger:
     """What a month's streams and fees come to: `fees` and `revenue` in cents, the rest in hundredths of one.
 
     A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
-    user; the fees of the silent, who streamed nothing, go by the seconds of all. It is added up as price
-    of a second x seconds, in 2^-BITS of the unit. Each price is cut by less than that, and two are paid
-    for a second: so a claim is too low by less than twice the label's seconds.
+    user; the fees of the silent, who streamed nothing, go by the seconds of all.
     """
 
     totals: ByUser
     subscriptions: Mapping[str, Subscription]
-    labels: ByLabel  # streams and seconds
-    claims: Claims
+    labels: Totals
+    claims: Counter[str]  # with CLAIM_BITS after the point
     seconds: int
     fees: int
     net: int
@@ -795,99 +779,67 @@ class Ledger:
     silent_users: int
 
 
-def seconds_of(labels: ByLabel) -> int:
+def seconds_of(totals: Totals) -> int:
     """Add up the seconds of such totals."""
-    return sum(seconds for _, seconds in labels.values())
+    return sum(seconds for _, seconds in totals.values())
+
+
+def price_of_second(net: int, seconds: int) -> int:
+    """Return what a second is worth, rounded up in the last bit of a claim."""
+    return -((-net << CLAIM_BITS) // (seconds or 1))
 
 
 def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Ledger]:
-    """Return a month's ledger: the one place where its seconds and fees are added up."""
-    fees = net = 0
-    for some in batched(subscriptions.values(), STEP_USERS):
+    """Return a month's ledger: the one place where its seconds and fees are added up.
+
+    A claim is the sum of prices x seconds, so it is too high by less than twice the label's seconds, in its
+    last bits: two prices are paid for a second.
+    """
+    fees = net = heard = listeners = 0
+    for subscription in subscriptions.values():
         yield
-        fees += sum(each.fee for each in some)
-        net += sum(each.net for each in some)
-    labels, claims = dict[str, Total](), Counter[str]()
-    silent, silent_users = net, len(subscriptions)
-    for listeners in batched(totals.items(), STEP_USERS):
+        fees, net = fees + subscription.fee, net + subscription.net
+    labels: Totals = {}
+    claims = Counter[str]()
+    for user, own in totals.items():
         yield
-        for user, own in listeners:
-            price, heard = 0, seconds_of(own)
-            if heard and (found := subscriptions.get(user)):
-                price = (found.net << BITS) // heard
-                silent, silent_users = silent - found.net, silent_users - 1
-            for label, (streams, seconds) in own.items():
-                add_up(labels, label, (streams, seconds))
-                claims[label] += price * seconds
-    whole = seconds_of(labels)
-    price = (silent << BITS) // (whole or 1)
-    low = {label: (claims[label] + price * seconds, 2 * seconds) for label, (_, seconds) in labels.items()}
-    revenue = (net + 50) // 100
-    return Ledger(totals, subscriptions, labels, low, whole, fees, net, revenue, silent, silent_users)
+        price, seconds = 0, seconds_of(own)
+        if seconds and user in subscriptions:
+            price = price_of_second(subscriptions[user].net, seconds)
+            heard, listeners = heard + subscriptions[user].net, listeners + 1
+        for label, total in own.items():
+            add_up(labels, label, total)
+            claims[label] += price * total[1]
+    seconds, silent = seconds_of(labels), net - heard
+    price = price_of_second(silent, seconds)
+    for label, total in labels.items():
+        claims[label] += price * total[1]
+    silent_users = len(subscriptions) - listeners
+    return Ledger(
+        totals, subscriptions, labels, claims, seconds, fees, net, (net + 50) // 100, silent, silent_users
+    )
 
 
-def find_listeners(ledger: Ledger) -> Iterator[list[tuple[str | None, int, ByLabel, int]]]:
-    """Yield in steps who listened: net fee, totals by label, all seconds; then, as None, all the silent."""
-    for some in batched(ledger.totals.items(), STEP_USERS):
-        found = [(ledger.subscriptions.get(user), user, own) for user, own in some]
-        yield [(user, each.net if each else 0, own, seconds_of(own)) for each, user, own in found]
-    yield [(None, ledger.silent, ledger.labels, ledger.seconds)]
-
-
-def find_parts(ledger: Ledger, labels: Set[str]) -> Steps[dict[str, Parts]]:
-    """Return the fractions that the exact claims of some labels are the sums of."""
-    parts = {label: Counter[int]() for label in labels}
-    for some in find_listeners(ledger):
-        yield
-        for _, net, own, heard in some:
-            for label in labels & own.keys():
-                part = Fraction((net << BITS) * own[label][1], heard or 1)
-                parts[label][part.denominator] += part.numerator
-    return parts
-
-
-def add_parts(parts: Parts) -> Steps[Fraction]:
-    """Add up fractions two by two, so that long numbers only meet long ones."""
-    sums = [(numerator, denominator) for denominator, numerator in parts.items() if numerator] or [(0, 1)]
-    while len(sums) > 1:
-        yield
-        odd = sums[len(sums) & ~1 :]
-        sums = [(a * d + c * b, b * d) for (a, b), (c, d) in zip(sums[::2], sums[1::2], strict=False)] + odd
-    return Fraction(*sums[0])
-
-
-def share_out(cents: int, whole: int, claims: Claims, ledger: Ledger) -> Steps[dict[str, int]]:
-    """Share out `cents` by a ledger's claims, `whole` in sum, to the last cent: by the largest remainder.
+def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> dict[str, int]:
+    """Share out `cents` by claims on `whole`, to the last cent: by the largest remainder.
 
     Each gets its share rounded down; what is left goes, a cent each, to those who lost most by the
-    rounding, ties in order of the name. Claims may be too low. That matters only where the last who gets a
-    cent is no further from the next, who gets none: then the exact differences of those near them decide.
-    (A claim that is cut to just below a whole cent has lost so much that it gets the cent again.)
+    rounding, ties in order of the name. Claims have CLAIM_BITS, and the last DOUBT_BITS say nothing: those
+    may be too high, so shares that are equal differ there, and only there.
     """
-    shares = {name: divmod(cents * claim, whole) for name, (claim, _) in claims.items()}
-    order = sorted(shares, key=lambda name: (-shares[name][1], name))
-    rests = [shares[name][1] for name in order]
+    shares = {name: divmod(cents * claim, whole << CLAIM_BITS) for name, claim in claims.items()}
     left = cents - sum(share for share, _ in shares.values())
-    width = cents * max((off for _, off in claims.values()), default=0)
-    if width and 0 < left < len(order) and rests[left - 1] - rests[left] <= width:
-        near = [name for name in order if abs(shares[name][1] - rests[left - 1]) <= width]
-        parts, exact = (yield from find_parts(ledger, set(near))), {}
-        for name in near:
-            difference = Counter(parts[name])
-            difference.subtract(parts[near[0]])
-            exact[name] = cents * (yield from add_parts(difference)) - whole * shares[name][0]
-        at = order.index(near[0])
-        order[at : at + len(near)] = sorted(near, key=lambda name: (-exact[name], name))
-    return {name: shares[name][0] + (at < left) for at, name in enumerate(order)}
+    order = sorted(shares, key=lambda name: (-(shares[name][1] >> DOUBT_BITS), name))
+    return {name: shares[name][0] + (place < left) for place, name in enumerate(order)}
 
 
-def share_month(ledger: Ledger) -> Steps[dict[str, Figures]]:
-    """Return each label's streams and seconds, and the cents that it is owed pro rata and user-centric."""
+def share_month(ledger: Ledger) -> dict[str, Line]:
+    """Return what each label is owed, pro rata and user-centric."""
     cents = ledger.revenue if ledger.seconds else 0
-    by_seconds = {label: (seconds, 0) for label, (_, seconds) in ledger.labels.items()}
-    pro_rata = yield from share_out(cents, ledger.seconds or 1, by_seconds, ledger)
-    centric = yield from share_out(cents, (ledger.net or 1) << BITS, ledger.claims, ledger)
-    return {label: (*of, pro_rata[label], centric[label]) for label, of in ledger.labels.items()}
+    by_seconds = {label: seconds << CLAIM_BITS for label, (_, seconds) in ledger.labels.items()}
+    pro_rata = share_out(cents, ledger.seconds or 1, by_seconds)
+    centric = share_out(cents, ledger.net or 1, ledger.claims)
+    return {label: Line(*total, pro_rata[label], centric[label]) for label, total in ledger.labels.items()}
 
 
 @dataclass(frozen=True)
@@ -899,7 +851,7 @@ class Account:
     subscriptions: Mapping[str, Subscription]
     fees: int
     revenue: int
-    labels: Mapping[str, Figures]
+    labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
 
     @property
@@ -907,51 +859,12 @@ class Account:
         """Whether it was closed."""
         return "open" if self.closed_on is None else "closed"
 
-    def lines(self) -> dict[str, list[int]]:
-        """Return each label's figures and, after them, the sums of its adjustments."""
-        lines = {label: [*figures, 0, 0] for label, figures in self.labels.items()}
+    def lines(self) -> dict[str, Line]:
+        """Return each label's line with the sums of its adjustments."""
+        lines = {**self.labels}
         for label, cents in itertools.chain(*(of_month.items() for of_month in self.adjustments.values())):
-            line = lines.setdefault(label, [0] * 6)
-            line[4:] = map(add, line[4:], cents)
+            lines[label] = add_lines([lines.get(label, Line()), Line(0, 0, 0, 0, *cents)])
         return lines
-
-
-@dataclass
-class Month:
-    """A month's totals as they are now and, once it is closed, its account."""
-
-    totals: dict[str, Totals] = field(default_factory=dict)
-    closed: Account | None = None
-    _late: list[dict[str, Cents]] = field(default_factory=list)  # what `find_late` found, or nothing yet
-    _shared: bool = False
-
-    def change(self, user: str, labels: Totals) -> None:
-        """Put a user's totals by label in the place of those before; they must not change any more."""
-        if self._shared:
-            self.totals, self._shared = dict(self.totals), False
-        if labels:
-            self.totals[user] = labels
-        else:
-            self.totals.pop(user, None)
-        self._late = []  # a new list: who reads an earlier snapshot writes into the old one
-
-    def close(self, account: Account | None) -> None:
-        """Close the month with this account or, with none, open it again."""
-        same = account and account.totals is self.totals  # which its snapshot shares until they change
-        self.closed, self._late = account, [{}] if same else []
-
-    def snapshot(self) -> Month:
-        """Return the month as it is now; the next change copies the totals that the two share."""
-        self._shared = True
-        return replace(self)
-
-    def find_late(self) -> Steps[Mapping[str, Cents]]:
-        """Return how much more each label of a closed month would get now, where that is not nothing."""
-        if self.closed and not self._late:
-            now = yield from share_month((yield from tally(self.totals, self.closed.subscriptions)))
-            both = ({label: of[2:] for label, of in owed.items()} for owed in (now, self.closed.labels))
-            self._late.append(subtract(*both))
-        return self._late[0] if self.closed else {}
 
 
 @dataclass
@@ -959,50 +872,75 @@ class Books:
     """What money and users are told from. Who reads in steps needs a snapshot: others write in between."""
 
     subscriptions: dict[str, Subscription]
-    months: defaultdict[str, Month] = field(default_factory=lambda: defaultdict(Month))
+    months: defaultdict[str, ByUser] = field(default_factory=lambda: defaultdict(dict))
     tracks: dict[str, Totals] = field(default_factory=dict)  # of each user, over all time
+    closed: dict[str, Account] = field(default_factory=dict)  # in order of the month
+    shared: set[str] = field(default_factory=set)  # the months whose totals a snapshot or an account has, too
 
     def change(self, events: Sequence[Event], sign: int = 1) -> None:
         """Count events or, with a `sign` of -1, take them away."""
-        days = (event.stream_started_on // DAY for event in events)
-        keys = zip(map(month_of, days), keys_of(events, ("user_id", "label")), strict=True)
-        months: defaultdict[str, Totals] = defaultdict(dict)
-        for (name, key), total in count(events, keys).items():
-            months[name][key] = total
-        for name, changes in months.items():
-            for user, labels in fold(self.months[name].totals, changes, sign).items():
-                self.months[name].change(user, labels)
-        self.tracks |= fold(self.tracks, count(events, keys_of(events, ("user_id", "track_id"))), sign)
-        for user in {event.user_id for event in events if not self.tracks[event.user_id]}:
-            del self.tracks[user]
+        counted: defaultdict[str, Totals] = defaultdict(dict)
+        by_month = totals_of(events, months_of(events), *values_of(events, "user_id", "label"))
+        for (month, user, label), total in by_month.items():
+            counted[month][user, label] = total
+        for month, changes in counted.items():
+            if month in self.shared:
+                self.months[month] = {**self.months[month]}
+                self.shared.remove(month)
+            change_users(self.months[month], changes, sign)
+        change_users(self.tracks, totals_of(events, *values_of(events, "user_id", "track_id")), sign)
 
     def snapshot(self) -> Books:
-        """Return the books as they are now."""
-        months = {name: month.snapshot() for name, month in self.months.items()}
-        return Books({**self.subscriptions}, defaultdict(Month, months), {**self.tracks})
+        """Return the books as they are now; the next change of a month copies what the two share."""
+        self.shared |= self.months.keys()
+        return replace(
+            self, subscriptions={**self.subscriptions}, months=self.months.copy(), tracks={**self.tracks}
+        )
 
-    def closed(self) -> dict[str, Account]:
-        """Return the accounts of the closed months, in order."""
-        return {name: month.closed for name, month in sorted(self.months.items()) if month.closed}
+    def close(self, month: str, account: Account) -> None:
+        """Close the month with this account."""
+        self.closed = dict(sorted({**self.closed, month: account}.items()))
+        self.shared.add(month)
+
+    def open(self, month: str) -> None:
+        """Open the month again."""
+        self.closed = {name: account for name, account in self.closed.items() if name != month}
 
     def streamed(self) -> list[str]:
         """Return the open months with a stream, in order."""
-        return sorted(name for name, month in self.months.items() if month.totals and not month.closed)
+        return sorted(month for month, users in self.months.items() if users and month not in self.closed)
 
-    def target(self) -> str:
+    def adjusted(self) -> str:
         """Return the month that adjustments go to: the first of these or, with none, after the closed."""
-        return next(iter(self.streamed() or map(next_month, reversed(self.closed()))), "")
+        return next(iter(self.streamed() or map(month_after, reversed(self.closed))), "")
 
     def obstacle(self, month: str, status: str, now: float) -> str:
         """Return what stands in the way of making a month closed or open; "" when it is so, or can be."""
-        closed, first = self.closed(), min(self.streamed(), default=month)
-        if (month in closed) == (status == "closed"):
+        if (month in self.closed) == (status == "closed"):
             return ""
         if status == "open":
-            return f"{max(closed)} is closed: open it first" if max(closed) > month else ""
+            return f"{max(self.closed)} is closed: open it first" if max(self.closed) > month else ""
         if month >= month_of(int(now) // DAY):
             return f"{month} is not over"
+        first = min(self.streamed(), default=month)
         return f"{first} has streams and is open: close it first" if first < month else ""
+
+
+def change_users(users: dict[str, Totals], changes: Totals, sign: int) -> None:
+    """Change the totals of users, by name. A user's are replaced: who reads them reads one moment."""
+    changed = {user: {**users.get(user, {})} for user in {user for user, _ in changes}}
+    for (user, name), total in changes.items():
+        add_up(changed[user], name, total, sign)
+    for user, totals in changed.items():
+        if totals:
+            users[user] = totals
+        else:
+            users.pop(user, None)
+
+
+def month_after(month: str) -> str:
+    """Return the month after a month such as 2019-12."""
+    return month_of(month_start(month) // DAY + 31)
 
 
 def describe_user(books: Books, user: str) -> dict[str, Any]:
@@ -1010,8 +948,8 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
     tracks, found, labels = books.tracks.get(user, {}), books.subscriptions.get(user), Counter[str]()
     if not (tracks or found):
         raise MissingError(f"there is no user {user!r}")
-    for month in books.months.values():
-        for label, (_, seconds) in month.totals.get(user, {}).items():
+    for users in books.months.values():
+        for label, (_, seconds) in users.get(user, {}).items():
             labels[label] += seconds
     return {
         "user_id": user,
@@ -1023,166 +961,205 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
     }
 
 
-def next_month(month: str) -> str:
-    """Return the month after a month such as 2019-12."""
-    year, number = map(int, month.split("-"))
-    return f"{year + number // 12:04}-{number % 12 + 1:02}"
-
-
 def subtract(these: Mapping[str, Cents], those: Mapping[str, Cents]) -> dict[str, Cents]:
     """Return by how much the labels' amounts differ, where they do."""
     pairs = ((label, these.get(label, (0, 0)), those.get(label, (0, 0))) for label in {**these, **those})
     return {label: (a - c, b - d) for label, (a, b), (c, d) in pairs if (a, b) != (c, d)}
 
 
-def find_due(books: Books) -> Steps[Adjustments]:
+def late(books: Books, month: str) -> Steps[dict[str, Cents]]:
+    """Return how much more each label of a month would get now than when it was closed, if it was."""
+    account, users = books.closed.get(month), books.months.get(month, {})
+    if not account or account.totals is users:  # which it was made from, and nothing has changed since
+        return {}
+    ledger = yield from tally(users, account.subscriptions)
+    now, then = share_month(ledger), account.labels
+    return subtract(*({label: line.cents for label, line in lines.items()} for lines in (now, then)))
+
+
+def due(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid for each month: what the closed would get now less what was paid."""
-    due: dict[str, Mapping[str, Cents]] = {}
-    for name in books.closed():
-        due[name] = yield from books.months[name].find_late()
-    for account in books.closed().values():
-        for name, paid in account.adjustments.items():  # for months that are open again, too
-            due[name] = subtract(due.get(name, {}), paid)
-    return {name: of_month for name, of_month in sorted(due.items()) if of_month}
+    found: dict[str, dict[str, Cents]] = {}
+    for month in books.closed:
+        found[month] = yield from late(books, month)
+    for account in books.closed.values():
+        for month, paid in account.adjustments.items():  # for months that are open again, too
+            found[month] = subtract(found.get(month, {}), paid)
+    return {month: cents for month, cents in sorted(found.items()) if cents}
 
 
-def find_account(books: Books, name: str, closed_on: int | None = None) -> Steps[Account]:
+def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[Account]:
     """Return what was frozen of a month or, when it is open, what closing it now freezes."""
-    month = books.months.get(name, Month())
-    if month.closed:
-        return month.closed
-    ledger = yield from tally(month.totals, books.subscriptions)
-    labels = yield from share_month(ledger)
-    due = (yield from find_due(books)) if name == books.target() else {}
-    return Account(closed_on, month.totals, books.subscriptions, ledger.fees, ledger.revenue, labels, due)
+    if month in books.closed:
+        return books.closed[month]
+    users = books.months.get(month, {})
+    ledger = yield from tally(users, books.subscriptions)
+    labels = share_month(ledger)
+    adjustments = (yield from due(books)) if month == books.adjusted() else {}
+    return Account(closed_on, users, books.subscriptions, ledger.fees, ledger.revenue, labels, adjustments)
 
 
-def find_accounts(books: Books) -> Steps[dict[str, Account]]:
-    """Return all months that have a stream or an adjustment, or are closed, in order."""
+def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Account]]:
+    """Return a month's account, or those of all that have a stream or an adjustment, or are closed."""
     found = {}
-    for name in sorted({*books.months, books.target()}):
-        account = yield from find_account(books, name)
-        if account.totals or account.adjustments or account.status == "closed":
+    for name in [month] if month else sorted({*books.months, *books.closed, books.adjusted()}):
+        account = yield from account_of(books, name)
+        if month or account.totals or account.adjustments or account.status == "closed":
             found[name] = account
     return found
 
 
-def describe_month(books: Books, name: str, account: Account) -> Steps[dict[str, Any]]:
-    """Return the row of a month in the list of months."""
-    late = yield from books.months.get(name, Month()).find_late()
-    streams, seconds, amount, _, adjusted, _ = map(sum, zip([0] * 6, *account.lines().values(), strict=True))
-    row = {"month": name, "status": account.status, "closed_on": account.closed_on}
-    row |= {"subscribers": len(account.subscriptions), "streams": streams, "seconds_streamed": seconds}
-    row |= {"fees": euros(account.fees), "revenue": euros(account.revenue), "distributed": euros(amount)}
-    return row | {"adjusted": euros(adjusted), "late": len(late)}
+def month_rows(books: Books, only: str | None = None) -> Steps[list[dict[str, Any]]]:
+    """Return the rows of the list of months, the latest first."""
+    rows = []
+    accounts = yield from accounts_of(books, only)
+    for month, account in reversed(accounts.items()):
+        line = add_lines(account.lines().values())
+        rows.append({
+            "month": month,
+            "status": account.status,
+            "closed_on": account.closed_on,
+            "subscribers": len(account.subscriptions),
+            "streams": line.streams,
+            "seconds_streamed": line.seconds_streamed,
+            "fees": euros(account.fees),
+            "revenue": euros(account.revenue),
+            "distributed": euros(line.amount),
+            "adjusted": euros(line.adjustment),
+            "late": len((yield from late(books, month))),
+        })
+    return rows
 
 
-def write_line(label: str, figures: Sequence[int], whole: int) -> dict[str, Any]:
-    """Return a label's line of the report; `whole` are the seconds of all."""
-    streams, seconds, *cents = figures
-    share = round(seconds / (whole or 1), 6)  # no money, so a float will do
+def describe_line(label: str, line: Line, seconds_of_all: int) -> dict[str, Any]:
+    """Return a label's line as the report shows it."""
+    streams, seconds, *cents = line
+    share = round(seconds / (seconds_of_all or 1), 6)  # no money, so a float will do
     return dict(zip(LABEL_COLUMNS, (label, streams, seconds, share, *map(euros, cents)), strict=True))
 
 
-def write_lines(lines: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Any]]:
+def describe_lines(lines: Mapping[str, Line]) -> Iterator[dict[str, Any]]:
     """Yield the report's lines: highest amount first, then by name."""
-    whole = sum(line[1] for line in lines.values())
-    for label, figures in sorted(lines.items(), key=lambda item: (-item[1][2], item[0])):
-        yield write_line(label, figures, whole)
+    seconds_of_all = add_lines(lines.values()).seconds_streamed
+    for label, line in sorted(lines.items(), key=lambda item: (-item[1].amount, item[0])):
+        yield describe_line(label, line, seconds_of_all)
 
 
-def report(books: Books, month: str | None = None) -> Steps[tuple[dict[str, Any], Iterator[dict[str, Any]]]]:
-    """Return the report over a month, or over all with a stream or an adjustment, and its CSV's rows."""
-    if month:
-        accounts = {month: (yield from find_account(books, month))}
-    else:
-        every = yield from find_accounts(books)
-        accounts = {name: account for name, account in every.items() if account.totals or account.adjustments}
-    added = defaultdict[str, list[int]](lambda: [0] * 6)
+def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
+    """Return the report over a month, or over all with a stream or an adjustment."""
+    accounts = yield from accounts_of(books, month)
+    accounts = {name: each for name, each in accounts.items() if month or each.totals or each.adjustments}
+    by_label: defaultdict[str, list[Line]] = defaultdict(list)
     for account in accounts.values():
         yield
-        for label, figures in account.lines().items():
-            added[label] = list(map(add, figures, added[label]))
-    _, seconds, amount, _, adjusted, _ = map(sum, zip([0] * 6, *added.values(), strict=True))
-    data: dict[str, Any] = {"currency": CURRENCY, "months": list(accounts)}
-    data |= {"status": accounts[month].status} if month else {}
-    data |= {"subscribers": len(accounts[month].subscriptions if month else books.subscriptions)}
-    data |= {"revenue": euros(sum(account.revenue for account in accounts.values()))}
-    data |= {"distributed": euros(amount), "adjusted": euros(adjusted), "seconds_streamed": seconds}
-    rows = (
-        {"month": name, "currency": CURRENCY} | line
+        for label, line in account.lines().items():
+            by_label[label].append(line)
+    lines = {label: add_lines(each) for label, each in by_label.items()}
+    whole, labels = add_lines(lines.values()), list[dict[str, Any]]()
+    for described in describe_lines(lines):
+        yield
+        labels.append(described)
+    return {
+        "currency": CURRENCY,
+        "months": list(accounts),
+        **({"status": accounts[month].status} if month else {}),
+        "subscribers": len(accounts[month].subscriptions if month else books.subscriptions),
+        "revenue": euros(sum(account.revenue for account in accounts.values())),
+        "distributed": euros(whole.amount),
+        "adjusted": euros(whole.adjustment),
+        "seconds_streamed": whole.seconds_streamed,
+        "labels": labels,
+    }
+
+
+def report_by_month(books: Books, month: str | None) -> Steps[Iterator[tuple[Any, ...]]]:
+    """Return the rows of the report as CSV: one for each month and label."""
+    accounts = yield from accounts_of(books, month)
+    return (
+        (name, CURRENCY, *line.values())
         for name, account in accounts.items()
-        for line in write_lines(account.lines())
+        for line in describe_lines(account.lines())
     )
-    data["labels"] = []
-    for some in batched(write_lines(added), STEP_USERS):
-        yield
-        data["labels"] += some
-    return data, rows
 
 
-def find_payers(ledger: Ledger, label: str) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
-    """Return a statement's rows of subscribers, and the seconds of each listener who does not subscribe."""
-    runs, rows, others = list[list[Any]](), list[dict[str, Any]](), list[int]()
-    for listeners in find_listeners(ledger):
+def describe_payer(
+    user: str | None, subscription: Subscription | None, net: int, seconds: int, of_seconds: int
+) -> tuple[int, dict[str, Any]]:
+    """Return what of a net fee goes to a label for so many seconds, and the statement's row about it."""
+    part = 100 * net * seconds // (of_seconds or 1)
+    terms: tuple[str | None, ...] = (None, None, None)
+    if subscription:
+        terms = subscription.product_type, euros(subscription.fee), subscription.origin
+    cells = user, *terms, euros(100 * net, 6), seconds, of_seconds, euros(part, 6)
+    return part, dict(zip(PAYER_COLUMNS, cells, strict=True))
+
+
+def find_payers(ledger: Ledger, label: str) -> Steps[list[dict[str, Any]]]:
+    """Return a statement's rows: who subscribes and streamed the label, highest part first; the silent."""
+    found: list[tuple[int, str, dict[str, Any]]] = []
+    for user, own in ledger.totals.items():
         yield
-        runs.append([])
-        for user, net, own, heard in listeners:
-            _, seconds = own.get(label, (0, 0))
-            found = ledger.subscriptions.get(user or "")
-            if (found and seconds) or (not user and ledger.silent_users):
-                part = 100 * net * seconds // (heard or 1)
-                terms = (found.product_type, euros(found.fee), found.origin) if found else (None,) * 3
-                cells = user, *terms, euros(100 * net, 6), seconds, heard, euros(part, 6)
-                runs[-1].append((not user, -part, user, dict(zip(PAYER_COLUMNS, cells, strict=True))))
-            elif user and seconds:
-                others.append(seconds)
-        runs[-1].sort(key=itemgetter(0, 1, 2))
-    for some in batched(merge(*runs), STEP_USERS):
+        if (subscription := ledger.subscriptions.get(user)) and (seconds := own.get(label, (0, 0))[1]):
+            part, row = describe_payer(user, subscription, subscription.net, seconds, seconds_of(own))
+            found.append((-part, user, row))
+    rows = []
+    for *_, row in (yield from sort_in_steps(found, itemgetter(0, 1))):
         yield
-        rows += [row for *_, row in some]
-    return rows, others
+        rows.append(row)
+    if ledger.silent_users:
+        seconds = ledger.labels.get(label, (0, 0))[1]
+        rows.append(describe_payer(None, None, ledger.silent, seconds, ledger.seconds)[1])
+    return rows
 
 
 def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
     """Return why a label is owed its amounts, every figure cut; raises MissingError if it has nothing."""
-    account = yield from find_account(books, month)
-    lines = account.lines()
-    if label not in lines:
+    account = yield from account_of(books, month)
+    line = account.lines().get(label)
+    if line is None:
         raise MissingError(f"there is nothing for the label {label!r} in {month}")
     ledger = yield from tally(account.totals, account.subscriptions)
-    payers, others = yield from find_payers(ledger, label)
-    _, seconds, amount, centric_amount, *_ = lines[label]
-    low, off = ledger.claims.get(label, (0, 0))
-    scales = Fraction(100, 1 << BITS), Fraction(account.revenue * 10_000, (ledger.net or 1) << BITS)
-    cuts, highest = ([int(scale * claim) for scale in scales] for claim in (low, low + off))
-    if cuts != highest:
-        parts = yield from find_parts(ledger, {label})
-        claim = yield from add_parts(parts[label])
-        cuts = [int(scale * claim) for scale in scales]
+    others = [
+        own[label][1]
+        for user, own in ledger.totals.items()
+        if user not in ledger.subscriptions and own.get(label, (0, 0))[1]
+    ]
+    revenue, claim = account.revenue, ledger.claims[label]
 
-    def round_to(paid: int, exact: int) -> dict[str, Any]:
+    def rounded(exact: int, paid: int) -> dict[str, Any]:
         down = exact // 10_000
         return {"exact": euros(exact, 6), "rounded_down": euros(down), "cent_added": paid > down}
 
-    adjustments = [
-        {"month": name} | dict(zip(AMOUNTS, map(euros, cents[label]), strict=True))
-        for name, cents in account.adjustments.items()
-        if label in cents
-    ]
-    revenue = {"revenue": euros(account.revenue)}
-    pro_rata = round_to(amount, account.revenue * 10_000 * seconds // (ledger.seconds or 1))
-    sums = {"sum": euros(cuts[0], 6), "of_sum": euros(100 * ledger.net, 6)}
     return {
         "month": month,
         "status": account.status,
         "currency": CURRENCY,
-        "line": write_line(label, lines[label], ledger.seconds),
-        "pro_rata": revenue | {"seconds_streamed": seconds, "of_seconds": ledger.seconds} | pro_rata,
-        "user_centric": {"subscribers": payers} | sums | revenue | round_to(centric_amount, cuts[1]),
+        "line": describe_line(label, line, ledger.seconds),
+        "pro_rata": {
+            "revenue": euros(revenue),
+            "seconds_streamed": line.seconds_streamed,
+            "of_seconds": ledger.seconds,
+            **rounded(10_000 * revenue * line.seconds_streamed // (ledger.seconds or 1), line.amount),
+        },
+        "user_centric": {
+            "subscribers": (yield from find_payers(ledger, label)),
+            "sum": euros(100 * claim >> CLAIM_BITS, 6),
+            "of_sum": euros(100 * ledger.net, 6),
+            "revenue": euros(revenue),
+            **rounded(10_000 * revenue * claim // (ledger.net or 1) >> CLAIM_BITS, line.amount_user_centric),
+        },
         "listeners_without_subscription": {"users": len(others), "seconds_streamed": sum(others)},
-        "adjustments": adjustments,
+        "adjustments": [
+            {"month": name} | dict(zip(AMOUNTS, map(euros, cents[label]), strict=True))
+            for name, cents in account.adjustments.items()
+            if label in cents
+        ],
     }
+
+def payers(books: Books, month: str, label: str) -> Steps[Iterator[Sequence[Any]]]:
+    """Return the rows of a statement's subscribers, as CSV has them; raises MissingError."""
+    found = yield from statement(books, month, label)
+    return ([*row.values()] for row in found["user_centric"]["subscribers"])
 
 
 # ── Import ──────────────────────────────────────────────────────────────────────────────────────
@@ -1409,7 +1386,8 @@ MIGRATIONS = (
 )
 
 Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows
-Freeze = Callable[[], Awaitable[Statements]]  # gives them when all changes before are visible, none after
+Apply = Callable[[], None]  # makes visible what is stored
+Freeze = Callable[[], Awaitable[tuple[Statements, Apply]]]
 
 
 def insert_many(table: str, columns: int) -> str:
@@ -1467,7 +1445,7 @@ def freeze_account(name: str, account: Account) -> Statements:
     """Return what stores the account of a month that is closed; its rows are made as they are stored."""
     rows: tuple[Iterable[Any], ...] = (
         [(name, account.closed_on, account.fees, account.revenue)],
-        ((name, label, *of) for label, of in account.labels.items()),
+        ((name, label, *line[:4]) for label, line in account.labels.items()),
         ((name, user, label, *of) for user, own in account.totals.items() for label, of in own.items()),
         ((name, user, of.product_type, of.fee, of.origin) for user, of in account.subscriptions.items()),
         ((name, of, label, *each) for of, own in account.adjustments.items() for label, each in own.items()),
@@ -1497,12 +1475,16 @@ def read_application_id(path: Path) -> int | None:
 
 @dataclass
 class Change:
-    """What waits to be stored, up to this number of the sequence, and then made visible."""
+    """What waits to be stored, up to this number of the sequence, and then made visible.
+
+    `freeze` gives both when all changes before this one are visible, and none after it.
+    """
 
     number: int
-    statements: Statements | Freeze
-    apply: Callable[[], None]
-    done: asyncio.Future[None]
+    statements: Statements = ()
+    apply: Apply | None = None
+    freeze: Freeze | None = None
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Journal:
@@ -1635,6 +1617,7 @@ class Journal:
         """Put into `usage` and `books` what is stored; raises StorageError."""
         with self._refusing():
             execute = self.connection.execute
+            self.usage = usage
             usage.add([Event(*row) for row in telling("loading, streams", execute("SELECT * FROM streams"))])
             usage.by_version.add([Tombstone(*row) for row in execute("SELECT * FROM tombstones")])
             (usage.name,) = execute("SELECT name FROM sequence").fetchone()
@@ -1645,7 +1628,7 @@ class Journal:
             for user, *cells, _ in execute("SELECT * FROM subscriptions"):
                 books.subscriptions[user] = Subscription(*cells)
             for name, *cells in execute("SELECT * FROM closed_months").fetchall():
-                books.months[name].close(self._load_account(name, books.months[name].totals, *cells))
+                books.close(name, self._load_account(name, books.months.get(name, {}), *cells))
 
     def _load_account(self, name: str, now: ByUser, closed_on: int, fees: int, revenue: int) -> Account:
         """Return a closed month's account; what of its totals is as it is now takes no memory twice."""
@@ -1654,17 +1637,18 @@ class Journal:
             found = self.connection.execute(f"SELECT * FROM {table} WHERE month = ?", [name])  # noqa: S608
             return (cells for _, *cells in found)
 
-        totals: dict[str, Totals] = {}
+        totals: ByUser = {}
         for user, label, *of in rows("closed_totals"):
             totals.setdefault(user, {})[label] = of[0], of[1]
         same = {user: now[user] for user, own in totals.items() if now.get(user) == own}
+        totals = now if totals == now else totals | same
         kinds = lru_cache(Subscription)
         subscriptions = {user: kinds(*cells) for user, *cells in rows("closed_subscriptions")}
-        labels = {label: (of[0], of[1], of[2], of[3]) for label, *of in rows("closed_labels")}
+        labels = {label: Line(*of) for label, *of in rows("closed_labels")}
         adjustments: dict[str, dict[str, Cents]] = {}
         for month, label, *cents in rows("adjustments"):
             adjustments.setdefault(month, {})[label] = cents[0], cents[1]
-        return Account(closed_on, totals | same, subscriptions, fees, revenue, labels, adjustments)
+        return Account(closed_on, totals, subscriptions, fees, revenue, labels, adjustments)
 
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
@@ -1680,7 +1664,7 @@ class Journal:
                     rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
                     if statement.endswith("json_each(?)"):
                         thousands = batched(telling("storing, rows", rows), POST_EVENTS)
-                        rows = ((to_json(thousand),) for thousand in thousands)
+                        rows = ((JSON.encode(thousand),) for thousand in thousands)
                     self.connection.executemany(statement, rows)
                 self.unsure = True  # until the commit, which comes now, has succeeded
             self.unsure = False
@@ -1694,12 +1678,11 @@ class Journal:
         self.failed = False
         self.last_commit = time.monotonic()
 
-    async def append(self, number: int, statements: Statements | Freeze, apply: Callable[[], None]) -> None:
-        """Have the change up to `number` stored and then `apply` called; raises StorageError.
+    async def append(self, change: Change) -> None:
+        """Have a change stored and then made visible; raises StorageError, or what its `freeze` raises.
 
         First in, first out: what a follower of the sequence has seen has nothing missing before it.
         """
-        change = Change(number, statements, apply, asyncio.get_running_loop().create_future())
         self.waiting.append(change)
         self.wanted.set()
         await change.done
@@ -1709,11 +1692,13 @@ class Journal:
         while not self.closing or self.waiting:
             await self.wanted.wait()
             await asyncio.sleep(GATHER_SECONDS)
-            batch = [*itertools.takewhile(lambda change: not callable(change.statements), self.waiting)]
+            batch = [*itertools.takewhile(lambda change: not change.freeze, self.waiting)]
             batch = batch or self.waiting[:1]
             del self.waiting[: len(batch)]
             if not self.waiting:
                 self.wanted.clear()
+            if not batch:
+                continue
             try:
                 await self._store(batch)
             except (StorageError, ConflictError) as error:
@@ -1722,7 +1707,9 @@ class Journal:
                 continue
             began = time.monotonic()
             for change in batch:
-                change.apply()
+                if change.apply:
+                    change.apply()
+                self.usage.advance(change.number)
                 change.done.set_result(None)
                 if time.monotonic() > began + SLICE_SECONDS:
                     await asyncio.sleep(0)
@@ -1732,8 +1719,10 @@ class Journal:
         """Store the changes; raises StorageError, or what a Freeze raises."""
         statements: list[tuple[str, Iterable[Any]]] = []
         for change in batch:
-            statements += (await change.statements()) if callable(change.statements) else change.statements
-        statements += [(SET_SEQUENCE, [(change.number,)]) for change in batch[-1:]]
+            if change.freeze:
+                change.statements, change.apply = await change.freeze()
+            statements += change.statements
+        statements.append((SET_SEQUENCE, [(batch[-1].number,)]))
         try:
             await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, statements)
         except StorageError as error:
@@ -1961,11 +1950,10 @@ def check_access(request: web.Request, config: Config) -> None:
 
 
 # ── HTTP: answers ───────────────────────────────────────────────────────────────────────────────
-# One way out: `Answer` writes bytes that are there, or pieces that are made as fast as the client takes them.
-# What depends on the data alone goes through `send`: whole answers are made once for all who wait, and kept
-# until the data change. Every error goes through `answer_errors`.
+# One way out: an `Answer` sends bytes that are there, or pieces that are made as the client takes them.
+# What depends on the data alone is an `answer_cached`: made once for all who wait, and kept until the data
+# change. What is about this moment is an `answer_now`. What goes wrong is answered by `answer_errors`.
 
-SUCCESS = b'{"message":%b,"data":%b}'
 MEDIA_TYPES = {
     "json": "application/json; charset=utf-8",
     "ndjson": "application/x-ndjson; charset=utf-8",
@@ -1981,7 +1969,7 @@ KEPT_HEADERS = (hdrs.ALLOW, hdrs.WWW_AUTHENTICATE)  # of those that an error of 
 STATUSES = {InvalidError: 400, MissingError: 404, ConflictError: 409, StorageError: 503}
 
 Headers = tuple[tuple[str, str], ...]
-Pieces = Generator[bytes | None, None, None]  # of an answer; empty ones are steps on the way to the next
+Pieces = Generator[bytes | None, None, None]  # of an answer; None is a step on the way to the next
 
 
 @lru_cache(maxsize=64)
@@ -2017,27 +2005,21 @@ class Answer(web.StreamResponse):
         """
         body, self.body = self.body, b""
         self.keep_alive = request.keep_alive and request.content.is_eof()
-        if isinstance(body, bytes):
-            await self._send_whole(request, body)
-        else:
+        if not isinstance(body, bytes):
             with contextlib.closing(body):  # or an error would hold all that it is made from
                 await self._send_pieces(cast("web.Request", request), body)
-        return request.writer
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Send nothing more."""
-
-    async def _send_whole(self, request: web.BaseRequest, body: bytes) -> None:
+            return request.writer
         self.body_length = len(body)
         head = write_head(self.status, len(body), self.keep_alive, int(time.time()), self.further)
         if request.method == hdrs.METH_HEAD:
             body = b""
-        if len(body) <= PIECE_BYTES:
-            await self._write(request, head + body)
-            return
-        await self._write(request, head)
-        for at in range(0, len(body), PIECE_BYTES):  # or the connection would hold all of it as its own
-            await self._write(request, body[at : at + PIECE_BYTES])
+        await self._send(request, head + body[:PIECE_BYTES])
+        for at in range(PIECE_BYTES, len(body), PIECE_BYTES):  # or the connection would hold a copy of all
+            await self._send(request, body[at : at + PIECE_BYTES])
+        return request.writer
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Send nothing more."""
 
     async def _send_pieces(self, request: web.Request, pieces: Pieces) -> None:
         """Send `pieces` in chunks, compressed if the client likes, and yield to others in between."""
@@ -2048,7 +2030,7 @@ class Answer(web.StreamResponse):
         if chunked:
             headers += (("Transfer-Encoding", "chunked"),)
         self.keep_alive &= chunked  # without chunks only the end of the connection ends the answer
-        await self._write(request, write_head(self.status, None, self.keep_alive, int(time.time()), headers))
+        await self._send(request, write_head(self.status, None, self.keep_alive, int(time.time()), headers))
         if request.method == hdrs.METH_HEAD:
             return
         until = time.monotonic() + SLICE_SECONDS
@@ -2059,15 +2041,15 @@ class Answer(web.StreamResponse):
                 await request.app[STATE].yield_to_others()
                 until = time.monotonic() + SLICE_SECONDS
         await self._write_chunk(request, compressor.flush() if compressor else b"", chunked)
-        await self._write(request, b"0\r\n\r\n" if chunked else b"")
+        await self._send(request, b"0\r\n\r\n" if chunked else b"")
 
     async def _write_chunk(self, request: web.BaseRequest, data: bytes, chunked: bool) -> None:
         self.body_length += len(data)
         if data:
-            await self._write(request, b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+            await self._send(request, b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
 
     @staticmethod
-    async def _write(request: web.BaseRequest, data: bytes) -> None:
+    async def _send(request: web.BaseRequest, data: bytes) -> None:
         """Write, and wait until the client has taken enough; raises ConnectionResetError if it does not."""
         if request.transport is None or request.transport.is_closing():
             raise ConnectionResetError
@@ -2097,66 +2079,37 @@ def joined(pieces: Pieces) -> Iterator[bytes]:
     yield b"".join(ready)
 
 
-def time_slice(steps: Iterator[T]) -> tuple[list[T], bool]:
-    """Go on with `steps` for as long as the event loop may be kept; return them, and whether they are all."""
-    until = time.monotonic() + SLICE_SECONDS
-    made: list[T] = []
-    for step in steps:
-        made.append(step)
-        if time.monotonic() > until:
-            return made, False
-    return made, True
+async def finish(state: State, work: Generator[Any, None, T], first: bool = False) -> T:
+    """Return what long `work` returns, and yield to others between its time slices.
 
-
-async def collect(state: State, steps: Generator[T, None, None], first: bool = False) -> list[T]:
-    """Return all `steps`, and yield to others between time slices; what comes `first` waits for no others."""
+    What takes many of them waits until little else does, unless it comes `first`.
+    """
     async with contextlib.AsyncExitStack() as held:
-        held.enter_context(contextlib.closing(steps))
-        made, done = time_slice(steps)  # most work is done at once
-        slices = 1
-        while not done:
+        held.enter_context(contextlib.closing(work))
+        slices = 0
+        while True:
+            until = time.monotonic() + SLICE_SECONDS
+            while time.monotonic() < until:
+                try:
+                    next(work)
+                except StopIteration as end:
+                    return cast("T", end.value)
+            slices += 1
             if slices == SHORT_SLICES and not first:
                 await held.enter_async_context(state.long_work)
             await state.yield_to_others()
-            more, done = time_slice(steps)
-            made += more
-            slices += 1
-        return made
 
 
-async def result_of(state: State, work: Generator[None, None, R], first: bool = False) -> R:
-    """Return what `work` returns, as `collect` does."""
-    results: list[R] = []
-
-    def run() -> Generator[None, None, None]:
-        results.append((yield from work))
-
-    await collect(state, run(), first)
-    return results[0]
-
-
-async def make_whole(state: State, pieces: Pieces, most: float) -> bytes | None:
+def whole(pieces: Pieces, most: float) -> Steps[bytes | None]:
     """Return `pieces` as one, or None if they are longer than `most` bytes."""
-    size = 0
-
-    def capped() -> Pieces:
-        nonlocal size
-        for piece in pieces:
-            size += len(piece or b"")
-            yield piece
-            if size > most:
-                return
-
-    made = await collect(state, capped())
-    return b"".join(filter(None, made)) if size <= most else None
-
-
-@dataclass(eq=False)
-class Flight:
-    """An answer that is being made, or is there, and how many wait for it."""
-
-    task: asyncio.Task[Any]
-    waiters: int = 0
+    made, size = list[bytes](), 0
+    for piece in pieces:
+        yield
+        made.append(piece or b"")
+        size += len(made[-1])
+        if size > most:
+            return None
+    return b"".join(made)
 
 
 class SingleFlight:
@@ -2166,35 +2119,32 @@ class SingleFlight:
         """Forget all answers whenever the usage has changed."""
         self.usage = usage
         self.moment = ""
-        self.flights: dict[object, Flight] = {}
+        self.flights: dict[object, asyncio.Task[Any]] = {}  # the one that was asked for last comes last
+        self.waiters = Counter[asyncio.Task[Any]]()
 
-    async def get(self, key: object, make: Callable[[], Coroutine[Any, Any, R]]) -> R:
+    async def get(self, key: object, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Return what `make` returns, or raise what it raises; it is cancelled when nobody waits any more.
 
-        Among KEPT_ANSWERS those that were asked for last are kept: so a client that asks for ever other
-        ones does not fill the memory.
+        Only KEPT_ANSWERS are kept: a client that asks for ever other ones does not fill the memory.
         """
         if self.moment != self.usage.etag:
             self.moment, self.flights = self.usage.etag, {}
         flights = self.flights
-        flight = flights.pop(key) if key in flights else Flight(asyncio.create_task(make()))
-        flights[key] = flight
+        flight = flights[key] = flights.pop(key) if key in flights else asyncio.create_task(make())
         if len(flights) > KEPT_ANSWERS:
             del flights[next(iter(flights))]
-        flight.waiters += 1
+        self.waiters[flight] += 1
         try:
-            return cast("R", await asyncio.shield(flight.task))
+            return cast("T", await asyncio.shield(flight))
         finally:
-            flight.waiters -= 1
-            if not (flight.waiters or self._is_kept(flight.task)):
-                flight.task.cancel()
-                if flights.get(key) is flight:
-                    del flights[key]
-
-    @staticmethod
-    def _is_kept(task: asyncio.Task[Any]) -> bool:
-        failed = not task.done() or task.cancelled() or task.exception()
-        return not failed and len(task.result() or b"") <= KEPT_BYTES
+            self.waiters[flight] -= 1
+            if not self.waiters[flight]:
+                del self.waiters[flight]
+                made = flight.done() and not flight.cancelled() and not flight.exception()
+                if not (made and len(flight.result() or b"") <= KEPT_BYTES):
+                    flight.cancel()
+                    if flights.get(key) is flight:
+                        del flights[key]
 
 
 @lru_cache(maxsize=64)
@@ -2208,7 +2158,7 @@ def cache_headers(etag: str, kind: str) -> Headers:
     )
 
 
-async def send(
+async def answer_cached(
     request: web.Request,
     kind: str,
     key: object,
@@ -2217,7 +2167,7 @@ async def send(
     etag: str | None = None,
     most: float = KEPT_BYTES,
 ) -> Answer:
-    """Answer with 304 if the client has it already, else whole, or in pieces if it is longer than `most`.
+    """Return 304 if the client has it already, else all of it, or pieces if that is longer than `most`.
 
     `key` is what was asked for. `make` takes at once what it needs of this moment. `more` are headers.
     """
@@ -2226,7 +2176,7 @@ async def send(
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
         return Answer(304, headers=cache_headers(etag, kind) + more)
     key = (etag, key)
-    body = await state.answers.get(key, lambda: make_whole(state, make(), most))
+    body = await state.answers.get(key, lambda: finish(state, whole(make(), most)))
     if body is None:
         return Answer(200, make(), cache_headers(state.usage.etag, kind) + more)
     headers = cache_headers(etag, kind) + more
@@ -2236,67 +2186,71 @@ async def send(
     return Answer(200, body, headers)
 
 
-def write(
-    kind: str,
-    columns: Sequence[str],
-    batches: Iterable[B],
-    as_json: Callable[[B], bytes],
-    as_csv: Callable[[B], str],
-) -> Pieces:
-    """Yield batches of rows as json, ndjson or csv; None where a batch is empty.
+@dataclass
+class Rows:
+    """Rows of texts and ints, which are written as the events of a chunk are."""
 
-    No text in JSON can hold the brace, the quote and the column's name between two rows.
-    """
-    opening, between = b"[", f'}},{{"{columns[0]}":'.encode()
+    template: str
+    rows: list[Sequence[Any]]
+
+    @property
+    def lines(self) -> bytes:
+        """The JSON of each row after a newline."""
+        columns = zip(*self.rows, strict=True)
+        cells = [map(quote, each) if isinstance(each[0], str) else each for each in columns]
+        return "".join([self.template % row for row in zip(*cells, strict=True)]).encode()
+
+    @property
+    def csv(self) -> str:
+        """The lines of a CSV file."""
+        return "".join([encode_cells(*row) + CSV_END for row in self.rows])
+
+
+def write_list(kind: str, columns: Sequence[str], batches: Iterable[Chunk | Rows]) -> Pieces:
+    """Yield batches of rows as json, ndjson or csv."""
     if kind == "csv":
-        yield f"{encode_cells(*columns)}{CSV_END}".encode()
+        yield (encode_cells(*columns) + CSV_END).encode()
+        for batch in batches:
+            yield batch.csv.encode()
+        return
+    opening, end = (b"[", b"]") if kind == "json" else (b"", b"\n")
+    written = False
     for batch in batches:
-        if not batch:
-            yield None
-        elif kind == "csv":
-            yield as_csv(batch).encode()
-        elif kind == "ndjson":
-            yield as_json(batch).replace(between, between.replace(b",", b"\n")) + b"\n"
-        else:
-            yield opening + as_json(batch)
-            opening = b","
-    if kind == "json":
-        yield b"]" if opening == b"," else b"[]"
+        lines = batch.lines.replace(b"\n", b",") if kind == "json" else batch.lines
+        yield lines if written or not lines else opening + lines[1:]
+        written = written or bool(lines)
+    if written or kind == "json":
+        yield end if written else opening + end
 
 
-def write_rows(kind: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Pieces:
-    """Yield rows of texts and ints as json, ndjson or csv."""
-    template = "{" + ",".join(f'"{column}":%s' for column in columns) + "}"
+def write_rows(kind: str, columns: Sequence[str], work: Steps[Iterable[Sequence[Any]]]) -> Pieces:
+    """Yield the rows of texts and ints that `work` returns as json, ndjson or csv."""
+    template = "\n{" + ",".join(f'"{column}":%s' for column in columns) + "}"
+    rows = yield from work
+    yield from write_list(kind, columns, (Rows(template, some) for some in batched(rows, CHUNK_EVENTS)))
 
-    def as_json(batch: list[Sequence[Any]]) -> bytes:
-        cells = [map(quote, each) if isinstance(each[0], str) else each for each in zip(*batch, strict=True)]
-        return ",".join([template % row for row in zip(*cells, strict=True)]).encode()
 
-    def as_csv(batch: list[Sequence[Any]]) -> str:
-        return "".join([encode_cells(*row) + CSV_END for row in batch])
-
-    return write(kind, columns, batched(rows, CHUNK_EVENTS), as_json, as_csv)
+def write_success(message: str, work: Steps[Any]) -> Pieces:
+    """Yield a success of the API with what `work` returns, encoded step by step, for it may be long."""
+    value = {"message": message, "data": (yield from work)}
+    for some in batched(JSON.iterencode(value), CHUNK_EVENTS):
+        yield "".join(some).encode()
 
 
 def encode(value: Any) -> bytes:
     """Return compact JSON."""
-    return to_json(value).encode()
+    return JSON.encode(value).encode()
 
 
-def encode_rows(rows: Iterable[Any]) -> bytes:
-    """Return compact JSON of each, with commas between."""
-    return b",".join(map(encode, rows))
-
-
-def reply(status: int, body: bytes, **headers: str) -> Answer:
+def answer_now(status: int, body: bytes, **headers: str) -> Answer:
     """Answer with JSON that is about this moment, so nobody may keep it."""
     headers |= {"Content-Type": MEDIA_TYPES["json"], "Cache-Control": "no-store"}
     return Answer(status, body, tuple(headers.items()))
 
 
-def succeed(message: str, data: bytes, status: int = 200, **headers: str) -> Answer:
+def answer_success(message: str, data: bytes, status: int = 200, **headers: str) -> Answer:
     """Answer as every success of the API does; `data` is JSON."""
-    return reply(status, SUCCESS % (encode(message), data), **headers)
+    return answer_now(status, b'{"message":%b,"data":%b}' % (encode(message), data), **headers)
 
 
 @web.middleware
@@ -2309,15 +2263,15 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         else:  # a write that has begun goes on when its client disconnects, with all its locks
             answer = await asyncio.shield(asyncio.ensure_future(handler(request)))
     except tuple(STATUSES) as error:
-        answer = reply(STATUSES[type(error)], encode({"error": str(error)}))
+        answer = answer_now(STATUSES[type(error)], encode({"error": str(error)}))
     except web.HTTPException as error:
         kept = {name: text for name, text in error.headers.items() if name in KEPT_HEADERS}
-        answer = reply(error.status, encode({"error": error.reason}), **kept)
+        answer = answer_now(error.status, encode({"error": error.reason}), **kept)
     except ConnectionError:
         answer = Answer(200)  # nobody gets it: the client has disconnected
     except Exception:
         log.exception("%s %r failed", request.method, request.path)
-        answer = reply(500, encode({"error": "internal error"}))
+        answer = answer_now(500, encode({"error": "internal error"}))
     request.app[STATE].requests[answer.status // 100] += 1
     return answer
 
@@ -2363,10 +2317,10 @@ async def get_page(request: web.Request) -> Answer:
         yield page
 
     headers = ("Content-Security-Policy", policy)
-    return await send(request, "html", "page", make, headers, etag=etag, most=math.inf)
+    return await answer_cached(request, "html", "page", make, headers, etag=etag, most=math.inf)
 
 
-def take(chunks: deque[Chunk], asked: Mapping[str, Any]) -> Iterator[Chunk]:
+def select(chunks: deque[Chunk], asked: Mapping[str, Any]) -> Iterator[Chunk]:
     """Yield the chunks with what is wanted of them, and hold only those that are yet to come."""
     newest_first, wanted = asked.get("order") == "desc", wanted_in(asked)
     while chunks:
@@ -2390,17 +2344,11 @@ async def get_usage(request: web.Request) -> Answer:
         chunks = state.usage.by_start.between(asked.get("from", -math.inf), asked.get("to", math.inf))
         if grouped:
             columns = (*(["window_start"] if window else []), *by, "events", "seconds_streamed")
-            return write_totals(kind, columns, aggregate(chunks, by, window, wanted_in(asked), limit))
-        events = first_of(take(chunks, asked), limit or math.inf)
-        return write(kind, FIELDS, events, attrgetter("json"), attrgetter("csv"))
+            return write_rows(kind, columns, aggregate(chunks, by, window, wanted_in(asked), limit))
+        return write_list(kind, FIELDS, first_of(select(chunks, asked), limit or math.inf))
 
     key = "usage", frozenset(asked.items()) - DEFAULTS
-    return await send(request, kind, key, make, most=math.inf if grouped else KEPT_BYTES)
-
-
-def write_totals(kind: str, columns: Sequence[str], rows: Generator[None, None, list[Any]]) -> Pieces:
-    """Yield the rows of `aggregate` as json, ndjson or csv, once they are all there."""
-    yield from write_rows(kind, columns, (yield from rows))
+    return await answer_cached(request, kind, key, make, most=math.inf if grouped else KEPT_BYTES)
 
 
 async def get_health(request: web.Request) -> Answer:
@@ -2424,7 +2372,7 @@ async def get_health(request: web.Request) -> Answer:
             "last_commit_age": round(commit_age, 1) if commit_age < math.inf else None,
         },
     }
-    return reply(200 if healthy else 503, encode(value))
+    return answer_now(200 if healthy else 503, encode(value))
 
 
 async def get_streams(request: web.Request) -> Answer:
@@ -2443,12 +2391,20 @@ async def get_streams(request: web.Request) -> Answer:
     following = (matching(chunk, wanted) for chunk in state.usage.by_id.between(after + 1))
     total = state.usage.count
     if asked:
-        totals = await result_of(state, aggregate(in_time, (), None, wanted_in(asked), None))
+        totals = await finish(state, aggregate(in_time, (), None, wanted_in(asked), None))
         total = totals[0][0] if totals else 0
-    page: list[Event] = [*itertools.chain.from_iterable(await collect(state, first_of(following, limit + 1)))]
+
+    def find_page() -> Steps[list[Event]]:
+        found: list[Event] = []
+        for chunk in first_of(following, limit + 1):
+            yield
+            found += chunk
+        return found
+
+    page = await finish(state, find_page())
     data = b",".join(event.stream for event in page[:limit])
     following_id = page[limit - 1].id if len(page) > limit else None
-    return succeed("Found Streams", b'[%b],"total":%d,"next":%b' % (data, total, encode(following_id)))
+    return answer_success("Found Streams", b'[%b],"total":%d,"next":%b' % (data, total, encode(following_id)))
 
 
 async def post_streams(request: web.Request) -> Answer:
@@ -2461,7 +2417,7 @@ async def post_streams(request: web.Request) -> Answer:
     digest = hashlib.sha256(body).digest()
     # A retry of what is stored is not in the future, even if the clock has been set back since.
     stored = digest == state.usage.keys.get(key or "", (None, 0))[0]
-    events = await collect(state, parse_events(value, sys.maxsize if stored else state.clock()))
+    events = await finish(state, parse_events(value, sys.maxsize if stored else state.clock()))
     async with state.lock("key", key) if key else contextlib.nullcontext():
         known, first_id = state.usage.keys.get(key or "", (None, 0))
         if known is None:
@@ -2475,14 +2431,14 @@ async def post_streams(request: web.Request) -> Answer:
     headers = {"Idempotent-Replayed": "true"} if known else {}
     if isinstance(value, list):
         data = b",".join(event.stream for event in events)
-        return succeed("Streams Created", b"[%b]" % data, 201, **headers)
+        return answer_success("Streams Created", b"[%b]" % data, 201, **headers)
     headers["Location"] = f"/api/v1/streams/{events[0].id}"
-    return show_stream("Stream Created", events[0], 201, **headers)
+    return answer_stream("Stream Created", events[0], 201, **headers)
 
 
-def show_stream(message: str, stream: Event, status: int = 200, **headers: str) -> Answer:
+def answer_stream(message: str, stream: Event, status: int = 200, **headers: str) -> Answer:
     """Answer with one stream, under its strong ETag."""
-    return succeed(message, stream.stream, status, ETag=f'"{stream.version}"', **headers)
+    return answer_success(message, stream.stream, status, ETag=f'"{stream.version}"', **headers)
 
 
 def find_stream(request: web.Request) -> Event:
@@ -2505,7 +2461,7 @@ async def get_stream(request: web.Request) -> Answer:
     tag = f'"{stream.version}"'
     if is_listed(request, hdrs.IF_NONE_MATCH, tag, f"W/{tag}"):
         return Answer(304, headers=(("ETag", tag), ("Cache-Control", "no-store")))
-    return show_stream("Found Stream", stream)
+    return answer_stream("Found Stream", stream)
 
 
 async def change_stream(request: web.Request) -> Answer:
@@ -2520,8 +2476,8 @@ async def change_stream(request: web.Request) -> Answer:
         new = parse_event(fields, state.clock())
         check_version(request, old)
         new.id, new.version = old.id, state.usage.number()
-        await state.write([(SET_STREAM, [astuple(new)])], lambda: state.usage.replace(old, new))
-    return show_stream("Stream Updated", new)
+        await state.store([(SET_STREAM, [astuple(new)])], lambda: state.usage.replace(old, new))
+    return answer_stream("Stream Updated", new)
 
 
 async def delete_stream(request: web.Request) -> Answer:
@@ -2532,8 +2488,8 @@ async def delete_stream(request: web.Request) -> Answer:
         check_version(request, stream)
         number = state.usage.number()
         statements: Statements = [(DELETE_STREAM, [(stream.id,)]), (INSERT_TOMBSTONE, [(stream.id, number)])]
-        await state.write(statements, lambda: state.usage.remove([(stream, number)]))
-    return show_stream("Stream Removed", stream)
+        await state.store(statements, lambda: state.usage.remove([(stream, number)]))
+    return answer_stream("Stream Removed", stream)
 
 
 async def get_changes(request: web.Request) -> Answer:
@@ -2554,7 +2510,7 @@ async def get_changes(request: web.Request) -> Answer:
 
     def lines() -> Pieces:
         while chunks:
-            yield chunks.popleft().changes.encode()
+            yield chunks.popleft().changes
 
     headers = (
         ("Link", f'</api/v1/changes?after={cursor}>; rel="next"'),
@@ -2568,22 +2524,17 @@ async def get_changes(request: web.Request) -> Answer:
 async def get_users(request: web.Request) -> Answer:
     """List all who streamed or subscribe."""
     state = request.app[STATE]
-    return await send(request, "json", "users", lambda: write_users(state.books.snapshot()))
+    return await answer_cached(request, "json", "users", lambda: write_users(state.books.snapshot()))
 
 
 def write_users(books: Books) -> Pieces:
-    """Yield the users, in order of id, step by step."""
-    runs = []
-    for some in batched(books.tracks.keys() | books.subscriptions.keys(), CHUNK_EVENTS):
-        runs.append(sorted(some))
-        yield None
-
-    def as_json(users: list[str]) -> bytes:
-        return encode_rows([describe_user(books, user) for user in users])
-
-    yield b'{"message":"Found Users","data":'
-    yield from write("json", ("user_id",), batched(merge(*runs), STEP_USERS), as_json, str)
-    yield b"}"
+    """Yield the users, in order of id."""
+    users = yield from sort_in_steps(books.tracks.keys() | books.subscriptions.keys(), str)
+    opening = b'{"message":"Found Users","data":['
+    for user in users:
+        yield opening + encode(describe_user(books, user))
+        opening = b","
+    yield b"]}" if opening == b"," else opening + b"]}"
 
 
 def parse_path(request: web.Request, name: str, fault: str) -> str:
@@ -2594,32 +2545,27 @@ def parse_path(request: web.Request, name: str, fault: str) -> str:
         raise InvalidError(fault) from None
 
 
-def parse_user(request: web.Request) -> str:
-    """Return the user that the path names; raises InvalidError."""
-    return parse_path(request, "user_id", "User ID Invalid")
-
-
 async def get_user(request: web.Request) -> Answer:
     """Show what a user streamed and subscribes to."""
-    described = describe_user(request.app[STATE].books, parse_user(request))
-    return succeed("Found User Stream Report", encode(described))
+    described = describe_user(request.app[STATE].books, parse_path(request, "user_id", "User ID Invalid"))
+    return answer_success("Found User Stream Report", encode(described))
 
 
 async def put_user(request: web.Request) -> Answer:
     """Set a user's subscription."""
-    state, user = request.app[STATE], parse_user(request)
+    state, user = request.app[STATE], parse_path(request, "user_id", "User ID Invalid")
     value, _ = await read_json(request)
     subscription = parse_subscription(value)
     state.usage.number()
     statements: Statements = [(SET_SUBSCRIPTION, [(user, *astuple(subscription), None)])]
-    await state.write(statements, lambda: state.books.subscriptions.update({user: subscription}))
-    return succeed("Subscription Set", encode(describe_user(state.books, user)))
+    await state.store(statements, lambda: state.books.subscriptions.update({user: subscription}))
+    return answer_success("Subscription Set", encode(describe_user(state.books, user)))
 
 
-async def send_money(
-    request: web.Request, title: str, asked: Mapping[str, Any], write_it: Callable[[str, Books], Pieces]
+async def answer_money(
+    request: web.Request, title: str, asked: Mapping[str, Any], make: Callable[[str, Books], Pieces]
 ) -> Answer:
-    """Answer with what `write_it` yields; a CSV file is called by its title, in plain letters."""
+    """Answer with what `make` yields of a kind; a CSV file is called by its title, in plain letters."""
     state, kind, named = request.app[STATE], asked.get("format", "json"), list[tuple[str, str]]()
     if kind == "ndjson":
         raise InvalidError("format must be json or csv")
@@ -2627,24 +2573,22 @@ async def send_money(
         letters = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
         file = re.sub(r"[^a-z0-9]+", "-", letters).strip("-")
         named = [("Content-Disposition", f'attachment; filename="{file}.csv"')]
-    key, make = (title, kind), lambda: write_it(kind, state.books.snapshot())
-    return await send(request, kind, key, make, *named, most=math.inf)
+    return await answer_cached(
+        request, kind, (title, kind), lambda: make(kind, state.books.snapshot()), *named, most=math.inf
+    )
 
 
 async def get_report(request: web.Request) -> Answer:
     """Tell how much each label is owed, for a month or for all."""
     asked = parse_query(request.rel_url.raw_query_string, "month", "format")
     month = asked.get("month")
-    return await send_money(request, f"report {month or ''}", asked, partial(write_report, month))
 
+    def make(kind: str, books: Books) -> Pieces:
+        if kind == "csv":
+            return write_rows(kind, REPORT_COLUMNS, report_by_month(books, month))
+        return write_success("Found Label Stream Report", report(books, month))
 
-def write_report(month: str | None, kind: str, books: Books) -> Pieces:
-    """Yield the report."""
-    data, rows = yield from report(books, month)
-    if kind == "csv":
-        yield from write_rows("csv", REPORT_COLUMNS, ([*row.values()] for row in rows))
-    else:
-        yield SUCCESS % (encode("Found Label Stream Report"), encode(data))
+    return await answer_money(request, f"report {month or ''}", asked, make)
 
 
 async def get_statement(request: web.Request) -> Answer:
@@ -2653,74 +2597,53 @@ async def get_statement(request: web.Request) -> Answer:
     asked = parse_query(request.rel_url.raw_query_string, "month", "format")
     if not (month := asked.get("month")):
         raise InvalidError("month is missing")
-    write_it = partial(write_statement, month, label)
-    return await send_money(request, f"statement {month} {label}", asked, write_it)
 
+    def make(kind: str, books: Books) -> Pieces:
+        if kind == "csv":
+            return write_rows(kind, PAYER_COLUMNS, payers(books, month, label))
+        return write_success("Found Label Statement", statement(books, month, label))
 
-def write_statement(month: str, label: str, kind: str, books: Books) -> Pieces:
-    """Yield a statement, or its subscribers alone as CSV."""
-    data = yield from statement(books, month, label)
-    payers = data["user_centric"].pop("subscribers")
-    if kind == "csv":
-        yield from write_rows("csv", PAYER_COLUMNS, ([*row.values()] for row in payers))
-        return
-    centric = b'"user_centric":{'
-    before, after = (SUCCESS % (encode("Found Label Statement"), encode(data))).split(centric, 1)
-    yield before + centric + b'"subscribers":'
-    yield from write("json", PAYER_COLUMNS, batched(payers, STEP_USERS), encode_rows, str)
-    yield b"," + after
+    return await answer_money(request, f"statement {month} {label}", asked, make)
 
 
 async def get_months(request: web.Request) -> Answer:
     """List the months, the latest first."""
-    state = request.app[STATE]
     parse_query(request.rel_url.raw_query_string)
-    return await send(request, "json", "months", lambda: write_months(state.books.snapshot()), most=math.inf)
+    books = request.app[STATE].books
 
+    def make() -> Pieces:
+        return write_success("Found Months", month_rows(books.snapshot()))
 
-def write_months(books: Books) -> Pieces:
-    """Yield the row of each month."""
-    rows = []
-    for name, account in reversed((yield from find_accounts(books)).items()):
-        rows.append((yield from describe_month(books, name, account)))
-    yield SUCCESS % (encode("Found Months"), encode(rows))
+    return await answer_cached(request, "json", "months", make, most=math.inf)
 
 
 async def put_month(request: web.Request) -> Answer:
     """Close a month or open it again."""
-    state, name = request.app[STATE], request.match_info["month"]
-    parse_query(urlencode({"month": name}), "month")  # it is the same in a path
+    state, month = request.app[STATE], request.match_info["month"]
+    parse_query(urlencode({"month": month}), "month")  # it is the same in a path
     value, _ = await read_json(request)
     status = check_keys("the month", value, {"status"})["status"]
     if status not in ("open", "closed"):
         raise InvalidError("status must be open or closed")
-    account: Account | None = None
 
-    async def freeze() -> Statements:
+    async def freeze() -> tuple[Statements, Callable[[], None]]:
         """Work the month out when all changes before this one are visible, and none after it."""
-        nonlocal account
         now = state.clock()
-        if reason := state.books.obstacle(name, status, now):
+        if reason := state.books.obstacle(month, status, now):
             raise ConflictError(reason)
         if status == "open":
-            return [(statement, [(name,)]) for statement in OPEN_MONTH]
-        work = find_account(state.books.snapshot(), name, int(now))
-        account = await result_of(state, work, first=True)  # all other writes wait for it
-        return freeze_account(name, account)
+            return [(statement, [(month,)]) for statement in OPEN_MONTH], lambda: state.books.open(month)
+        work = account_of(state.books.snapshot(), month, int(now))
+        account = await finish(state, work, first=True)  # all other writes wait for it
+        return freeze_account(month, account), lambda: state.books.close(month, account)
 
     async with state.lock("months"):
-        if (name in state.books.closed()) != (status == "closed"):
+        if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            state.usage.number()
-            await state.write(freeze, lambda: state.books.months[name].close(account))
-        row = await result_of(state, describe_now(state.books.snapshot(), name))
-    return succeed(f"Month {status.capitalize()}", encode(row))
-
-
-def describe_now(books: Books, name: str) -> Steps[dict[str, Any]]:
-    """Return the row of a month."""
-    return (yield from describe_month(books, name, (yield from find_account(books, name))))
+            await state.journal.append(Change(state.usage.number(), freeze=freeze))
+        rows = await finish(state, month_rows(state.books.snapshot(), month))
+    return answer_success(f"Month {status.capitalize()}", encode(rows[0]))
 
 
 async def get_metrics(request: web.Request) -> Answer:
@@ -2820,18 +2743,14 @@ class State:
         async with self.slices:
             await asyncio.sleep(0)
 
-    async def write(self, statements: Statements | Freeze, apply: Callable[[], None]) -> None:
+    async def store(self, statements: Statements, apply: Apply) -> None:
         """Make a change: stored first, visible second; raises StorageError."""
         number = self.usage.last_number
-
-        def show() -> None:
-            apply()
-            self.usage.sequence = max(self.usage.sequence, number)
-
         if self.journal:
-            await self.journal.append(number, statements, show)
+            await self.journal.append(Change(number, statements, apply))
         else:
-            show()
+            apply()
+            self.usage.advance(number)
 
     async def add(self, events: Sequence[Event], key: tuple[str, bytes] | None = None) -> None:
         """Create and keep `events`, and the idempotency key, with the body's hash, that they came with."""
@@ -2843,7 +2762,7 @@ class State:
             self.usage.keys |= keys
 
         rows = [(INSERT_KEY, [(name, digest, first_id)]) for name, (digest, first_id) in keys.items()]
-        await self.write([(INSERT_STREAMS, map(CELLS, events)), *rows], apply)
+        await self.store([(INSERT_STREAMS, map(CELLS, events)), *rows], apply)
 
 
 def abort_if_failed(journal: asyncio.Task[None]) -> None:
