@@ -2089,11 +2089,12 @@ async def finish(state: State, work: Generator[Any, None, T], first: bool = Fals
         slices = 0
         while True:
             until = time.monotonic() + SLICE_SECONDS
-            while time.monotonic() < until:
-                try:
+            try:
+                next(work)
+                while time.monotonic() < until:
                     next(work)
-                except StopIteration as end:
-                    return cast("T", end.value)
+            except StopIteration as end:
+                return cast("T", end.value)
             slices += 1
             if slices == SHORT_SLICES and not first:
                 await held.enter_async_context(state.long_work)

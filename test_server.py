@@ -47,7 +47,7 @@ from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 from urllib.parse import quote, urlencode
 
 import aiohttp
@@ -2044,9 +2044,9 @@ async def test_one_query_is_one_answer_however_it_is_spelled(start: Start, read:
 async def test_an_answer_that_failed_is_made_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     client = await start([event()])
     with monkeypatch.context() as patch:
-        patch.setattr(server, "write", Mock(side_effect=RuntimeError))
+        patch.setattr(server, "write_list", Mock(side_effect=RuntimeError))
         assert (await client.get("/usage")).status == 500
-        patch.setattr(server, "collect", Mock(side_effect=RuntimeError))
+        patch.setattr(server, "finish", AsyncMock(side_effect=RuntimeError))
         assert (await client.get("/usage?to=9")).status == 500
     assert (await client.get("/usage")).status == 200
     assert (await client.get("/usage?to=9")).status == 200
@@ -2720,7 +2720,7 @@ async def test_reports_hold_up_no_answer_that_is_to_be_compressed(
             yield None
         raise server.MissingError
 
-    for name in ("write_report", "write_users"):
+    for name in ("report", "write_users"):
         monkeypatch.setattr(server, name, for_ever)
     client = await start([event(NOW - number) for number in range(99)])
     asked = [asyncio.create_task(client.get(f"/api/v1/{query}{'&' * number}")) for number in range(50)]
@@ -5737,7 +5737,9 @@ async def test_each_change_is_in_a_close_or_late_and_there_is_no_third_kind(tmp_
             acknowledged = [version for version, _ in changes.made]
             assert await put_month(session, url, month, "closed") == 200
             changes.closed = True
-            await asyncio.sleep(0.05)
+            async with asyncio.timeout(10):
+                while not changes.after:
+                    await asyncio.sleep(0.05)
             changes.over = True
             await asyncio.gather(*workers)
             await changes.find_removals()
