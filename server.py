@@ -1883,8 +1883,8 @@ def parse_query(query: str, *parameters: str) -> Mapping[str, Any]:
 
 def is_listed(request: web.Request, name: str, *tags: str) -> bool:
     """Tell whether If-Match or If-None-Match, in all its lines, is `*` or lists one of these tags."""
-    listed = ",".join(request.headers.getall(name, ()))
-    return listed == "*" or not {*tags}.isdisjoint(map(str.strip, listed.split(",")))
+    listed = [tag.strip() for line in request.headers.getall(name, ()) for tag in line.split(",")]
+    return listed == ["*"] or any(tag in listed for tag in tags)
 
 
 def wanted_in(asked: Mapping[str, Any]) -> Wanted:
@@ -2119,7 +2119,7 @@ class SingleFlight:
     def __init__(self, usage: Usage) -> None:
         """Forget all answers whenever the usage has changed."""
         self.usage = usage
-        self.moment = ""
+        self.moment = 0  # in the sequence of changes
         self.flights: dict[object, asyncio.Task[Any]] = {}  # the one that was asked for last comes last
         self.waiters = Counter[asyncio.Task[Any]]()
 
@@ -2128,12 +2128,14 @@ class SingleFlight:
 
         Only KEPT_ANSWERS are kept: a client that asks for ever other ones does not fill the memory.
         """
-        if self.moment != self.usage.etag:
-            self.moment, self.flights = self.usage.etag, {}
+        if self.moment != self.usage.sequence:
+            self.moment, self.flights = self.usage.sequence, {}
         flights = self.flights
         flight = flights[key] = flights.pop(key) if key in flights else asyncio.create_task(make())
         if len(flights) > KEPT_ANSWERS:
             del flights[next(iter(flights))]
+        if flight.done():  # as most are
+            return cast("T", flight.result())
         self.waiters[flight] += 1
         try:
             return cast("T", await asyncio.shield(flight))
@@ -2257,8 +2259,9 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn what the rules and aiohttp raise into answers, none of them with a traceback."""
+    state = request.app[STATE]
     try:
-        check_access(request, request.app[STATE].config)
+        check_access(request, state.config)
         if request.method in (hdrs.METH_GET, hdrs.METH_HEAD):
             answer = await handler(request)
         else:  # a write that has begun goes on when its client disconnects, with all its locks
@@ -2273,7 +2276,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except Exception:
         log.exception("%s %r failed", request.method, request.path)
         answer = answer_now(500, encode({"error": "internal error"}))
-    request.app[STATE].requests[answer.status // 100] += 1
+    state.requests[answer.status // 100] += 1
     return answer
 
 
@@ -2567,13 +2570,14 @@ async def answer_money(
     request: web.Request, title: str, asked: Mapping[str, Any], make: Callable[[str, Books], Pieces]
 ) -> Answer:
     """Answer with what `make` yields of a kind; a CSV file is called by its title, in plain letters."""
-    state, kind, named = request.app[STATE], asked.get("format", "json"), list[tuple[str, str]]()
+    state, kind = request.app[STATE], asked.get("format", "json")
+    named: Headers = ()
     if kind == "ndjson":
         raise InvalidError("format must be json or csv")
     if kind == "csv":
         letters = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
         file = re.sub(r"[^a-z0-9]+", "-", letters).strip("-")
-        named = [("Content-Disposition", f'attachment; filename="{file}.csv"')]
+        named = (("Content-Disposition", f'attachment; filename="{file}.csv"'),)
     return await answer_cached(
         request, kind, (title, kind), lambda: make(kind, state.books.snapshot()), *named, most=math.inf
     )
@@ -3060,6 +3064,7 @@ def main() -> None:
         os.open(os.devnull, os.O_RDWR)
     give_back_memory()
     gc.set_threshold(10_000, 10, 10)  # seldom, for requests leave few cycles behind
+    sys.setswitchinterval(SLICE_SECONDS)  # so long may a thread that works keep others waiting
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=line, handlers=[output(2)])
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
