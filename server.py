@@ -149,7 +149,6 @@ LATE_SECONDS = 5  # a batch that is no later than this, or than three intervals,
 IMPORT_BYTES = 256 * 1024 * 1024  # at most, of each file of an import
 IMPORT_FAULTS = 20  # an import is read up to so many
 FAULT_CHARACTERS = 300
-LINE_CHARACTERS = 65_536  # at most, in a line of a CSV file
 FETCH_TRIES = 5
 FETCH_SECONDS = 30  # how long each may take
 FETCH_WAIT = 0.5  # seconds before the second try; twice as many before each further one
@@ -1196,31 +1195,19 @@ class ImportFailedError(Exception):
     """The files cannot be imported; the message names file, line and fault, one a line, 20 at most."""
 
 
-class ImportFile(io.FileIO):
-    """A regular file of an import, which is hashed while it is read; raises InvalidError for others."""
-
-    def __init__(self, path: Path, digest: hashlib._Hash) -> None:
-        """Open it, without waiting for anybody to write to it."""
-        super().__init__(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-        self.digest = digest
-        self.size = 0
-        if not stat.S_ISREG(os.fstat(self.fileno()).st_mode):
-            self.close()
-            raise InvalidError("it is no regular file")
-
-    def readinto(self, buffer: Any) -> int:
-        """Read the next piece; raises InvalidError when the file is too large."""
-        count = super().readinto(buffer) or 0
-        self.digest.update(memoryview(buffer)[:count])
-        self.size += count
-        check_size(self.size)
-        return count
-
-
 def check_size(size: int) -> None:
     """Raise InvalidError if a file of an import has so many bytes that memory could run out."""
     if size > IMPORT_BYTES:
         raise InvalidError(f"it is larger than {IMPORT_BYTES >> 20} MiB")
+
+
+def read_file(path: Path) -> bytes:
+    """Return what a file of an import holds; raises OSError or InvalidError."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe could keep this waiting, a device could have no end
+        raise InvalidError("it is no regular file")
+    check_size(found.st_size)
+    return path.read_bytes()
 
 
 class Import:
@@ -1241,25 +1228,23 @@ class Import:
             raise ImportFailedError("\n".join(self.faults))
 
     @contextlib.contextmanager
-    def _noting(self, where: str) -> Iterator[None]:
+    def _noting_fault(self, where: str) -> Iterator[None]:
+        """Go on after what is done in it has failed, unless there are too many faults already."""
         try:
             yield
-            return
-        except OSError as error:
-            fault = str(error.strerror)
-        except (ValueError, RecursionError, csv.Error) as error:
-            fault = str(error)
-        self.faults.append(f"{where}: {fault[:FAULT_CHARACTERS]}")
-        if len(self.faults) == IMPORT_FAULTS:
-            raise ImportFailedError("\n".join(self.faults))
+        except (OSError, ValueError, RecursionError, csv.Error) as error:
+            fault = str(getattr(error, "strerror", None) or error)
+            self.faults.append(f"{where}: {fault[:FAULT_CHARACTERS]}")
+            if len(self.faults) == IMPORT_FAULTS:
+                raise ImportFailedError("\n".join(self.faults)) from None
 
     def _read_tracks(self, tracks: bytes) -> None:
-        with self._noting("tracks.json"):
+        with self._noting_fault("tracks.json"):
             items = json.loads(tracks.decode("utf-8-sig"))
             if not isinstance(items, list):
                 raise InvalidError("it must hold a list of tracks")
             for number, item in enumerate(items, 1):
-                with self._noting(f"tracks.json, track {number}"):
+                with self._noting_fault(f"tracks.json, track {number}"):
                     self._add_track(item)
 
     def _add_track(self, item: object) -> None:
@@ -1270,31 +1255,31 @@ class Import:
         if self.labels.setdefault(track, label) != label:
             raise InvalidError(f"track {track!r} is there twice, with another label")
 
-    def _read_rows(self, path: Path, columns: Sequence[str], take: Callable[[dict[str, str]], None]) -> None:
-        """Give each row's cells, by column, to `take`, and note with its line what is wrong with it."""
-        digest = hashlib.sha256(self.hash)
-        with (
-            self._noting(path.name),
-            ImportFile(path, digest) as pieces,
-            io.TextIOWrapper(io.BufferedReader(pieces), "utf-8-sig", "surrogateescape", newline="") as file,
-        ):
-            delimiter = ";" if ";" in (header := file.readline(LINE_CHARACTERS)) else ","
-            cells = next(csv.reader([header], delimiter=delimiter), [])
+    def _read_rows(self, path: Path, columns: Sequence[str], add: Callable[[dict[str, str]], None]) -> None:
+        """Give each row's cells, by column, to `add`, and note with its line what is wrong with it."""
+        with self._noting_fault(path.name):
+            content = read_file(path)
+            digest = hashlib.sha256(self.hash)
+            digest.update(content)
+            self.hash = digest.digest()
+            lines = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", "surrogateescape", newline="")
+            header = lines.readline()
+            delimiter = ";" if ";" in header else ","
+            cells = next(csv.reader([header], delimiter=delimiter))
             names = [cell.strip().casefold().replace(" ", "_") for cell in cells]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            lines = telling(f"reading {path.name}, lines", lines_of(file))
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            end: list[str] = []
-            while cells is not end:
-                with self._noting(f"{path.name}:{reader.line_num + 2}"):
-                    cells = next(reader, end)
-                    if not "".join(cells).strip():
+            told = telling(f"reading {path.name}, lines", lines)
+            rows = csv.reader(told, delimiter=delimiter, strict=True)
+            while True:
+                with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):
+                    if (row := next(rows, None)) is None:
+                        break
+                    if not "".join(row).strip():
                         continue
-                    if len(cells) != len(names):
-                        raise InvalidError(f"{len(cells)} columns instead of {len(names)}")
-                    take(dict(zip(names, map(str.strip, cells), strict=True)))
-            self.hash = digest.digest()
+                    if len(row) != len(names):
+                        raise InvalidError(f"{len(row)} columns instead of {len(names)}")
+                    add(dict(zip(names, map(str.strip, row), strict=True)))
 
     def _add_user(self, row: dict[str, str]) -> None:
         user = check_text("user_id", row.pop("user_id"))
@@ -1314,14 +1299,6 @@ class Import:
         self.events.append(parse_event(dict(zip(FIELDS, cells, strict=True)), self.now))
 
 
-def lines_of(file: io.TextIOWrapper) -> Iterator[str]:
-    """Yield the lines of a CSV file, of which none may be so long that it fills the memory."""
-    while line := file.readline(LINE_CHARACTERS + 1):
-        if len(line) > LINE_CHARACTERS:
-            raise InvalidError(f"a line is longer than {LINE_CHARACTERS:,} characters")
-        yield line
-
-
 @lru_cache(maxsize=4096)
 def midnight(date: str) -> int:
     """Return the time, in Unix seconds, at which the day dd/mm/yyyy begins in UTC; raises InvalidError."""
@@ -1332,37 +1309,36 @@ def midnight(date: str) -> int:
     raise InvalidError(f"date {date!r} is no day dd/mm/yyyy")
 
 
-def read_tracks(path: Path) -> bytes:
-    """Return what the file holds; raises OSError or InvalidError."""
-    with io.BufferedReader(ImportFile(path, hashlib.sha256())) as file:
-        return b"".join(iter(lambda: file.read(1 << 20), b""))
-
-
 async def fetch_tracks(url: str) -> bytes:
     """Return what `url` answers; raises InvalidError, with the reason, if it can't be had."""
-    timeout = aiohttp.ClientTimeout(total=FETCH_SECONDS)
-    # A compressed body could hold a thousand times of what it may, so it is not unpacked.
-    async with aiohttp.ClientSession(
-        raise_for_status=True, timeout=timeout, auto_decompress=False, headers={"Accept-Encoding": "identity"}
-    ) as session:
-        for tried in range(FETCH_TRIES):
-            if tried:
-                await asyncio.sleep(FETCH_WAIT * 2 ** (tried - 1))
-            try:
-                async with session.get(url) as answer:
-                    if coding := answer.headers.get(hdrs.CONTENT_ENCODING):
-                        raise InvalidError(f"it is compressed ({coding})")
-                    content = bytearray()
-                    async for piece in answer.content.iter_any():
-                        content += piece
-                        check_size(len(content))
-                    return bytes(content)
-            except aiohttp.InvalidURL:
-                raise InvalidError("it is no URL") from None
-            except (aiohttp.ClientError, OSError) as error:
-                reason = str(error) or f"it took longer than {FETCH_SECONDS} s"
-            log.warning("try %d of %d to get the tracks failed: %s", tried + 1, FETCH_TRIES, reason)
+    for number in range(1, FETCH_TRIES + 1):
+        try:
+            return await fetch(url)
+        except aiohttp.InvalidURL:
+            raise InvalidError("it is no URL") from None
+        except (aiohttp.ClientError, OSError) as error:
+            reason = str(error) or f"it took longer than {FETCH_SECONDS} s"
+        log.warning("try %d of %d to get the tracks failed: %s", number, FETCH_TRIES, reason)
+        if number < FETCH_TRIES:
+            await asyncio.sleep(FETCH_WAIT * 2 ** (number - 1))
     raise InvalidError(reason)
+
+
+async def fetch(url: str) -> bytes:
+    """Try once to get the tracks; raises aiohttp.ClientError, OSError or InvalidError."""
+    timeout, headers = aiohttp.ClientTimeout(total=FETCH_SECONDS), {"Accept-Encoding": "identity"}
+    # A compressed body could hold a thousand times of what it may, so it is not unpacked.
+    async with (
+        aiohttp.ClientSession(raise_for_status=True, timeout=timeout, auto_decompress=False) as session,
+        session.get(url, headers=headers) as answer,
+    ):
+        if coding := answer.headers.get(hdrs.CONTENT_ENCODING):
+            raise InvalidError(f"it is compressed ({coding})")
+        content = bytearray()
+        async for piece in answer.content.iter_any():
+            content += piece
+            check_size(len(content))
+        return bytes(content)
 
 
 # ── Storage ─────────────────────────────────────────────────────────────────────────────────────
@@ -3029,7 +3005,7 @@ def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> I
     source = tracks or str(directory / "tracks.json")
     remote = source.lower().startswith(("http://", "https://"))
     try:
-        content = asyncio.run(fetch_tracks(source)) if remote else read_tracks(Path(source))
+        content = asyncio.run(fetch_tracks(source)) if remote else read_file(Path(source))
         return Import(directory, content, time.time())
     except (OSError, ValueError) as error:
         parser.error(f"cannot read the tracks from {source}: {getattr(error, 'strerror', None) or error}")

@@ -1147,13 +1147,13 @@ def test_a_file_of_an_import_has_256_mib_at_most(tmp_path: Path, monkeypatch: py
     assert server.IMPORT_BYTES == 256 * 1024 * 1024
     monkeypatch.setattr(server, "IMPORT_BYTES", 2 * 1024 * 1024)
     row = STREAMS.splitlines()[1] + "\n"
-    for count, fault in ((2_000, None), (2 * 1024 * 1024 // len(row), "streaming.csv:[0-9]+: it is larger than 2 MiB")):
+    for count, fault in ((2_000, None), (2 * 1024 * 1024 // len(row), "streaming.csv: it is larger than 2 MiB")):
         (tmp_path / "streaming.csv").write_text(STREAMS + row * count, "utf-8")
         with pytest.raises(server.ImportFailedError, match=fault) if fault else contextlib.nullcontext():
             read_import(tmp_path)
     (tmp_path / "streaming.csv").write_text(STREAMS, "utf-8")
     os.truncate(tmp_path / "streaming.csv", 1 << 40)  # a sparse file takes no room on the disk
-    with pytest.raises(server.ImportFailedError, match=r"streaming.csv:5: a line is longer than 65,536 characters"):
+    with pytest.raises(server.ImportFailedError, match=r"streaming.csv: it is larger than 2 MiB"):
         read_import(tmp_path)
 
 
@@ -5168,7 +5168,7 @@ async def test_very_many_bad_rows_take_no_more_memory_than_twenty(tmp_path: Path
 async def test_tracks_without_an_end_or_from_no_regular_file_are_refused(tmp_path: Path) -> None:
     write_import(tmp_path)
     os.mkfifo(tmp_path / "fifo")
-    for source, reason in (("/dev/zero", "no regular file"), (str(tmp_path / "fifo"), "no regular file"), (str(tmp_path), "Is a directory")):
+    for source, reason in (("/dev/zero", "no regular file"), (str(tmp_path / "fifo"), "no regular file"), (str(tmp_path), "no regular file")):
         limited = f"ulimit -v 500000; exec {sys.executable} {HERE / 'server.py'} --port=0 --import {tmp_path} --tracks {source}"
         process = await asyncio.create_subprocess_exec("sh", "-c", limited, stderr=asyncio.subprocess.PIPE)
         try:
