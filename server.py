@@ -1384,25 +1384,19 @@ MIGRATIONS = (
     """,
 )
 
-Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows
+Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows; after VALUES come the places for them
 Freeze = Callable[[], Awaitable[Statements]]  # gives them when all changes before are visible, none after
 
-
-def insert_many(table: str, columns: int) -> str:
-    """Return what inserts a thousand rows in one step: after each the thread waits for its turn to run."""
-    cells = ", ".join(f"json_extract(value, '$[{at}]')" for at in range(columns))
-    return f"INSERT INTO {table} SELECT {cells} FROM json_each(?)"  # noqa: S608 - the names are those here
-
-
-INSERT_STREAMS = insert_many("streams", 7)
+STEP_ROWS = 100  # are inserted in one step: after each the thread waits for its turn to run
+INSERT_STREAMS = "INSERT INTO streams VALUES"
 CELLS = attrgetter(*FIELDS, "id", "version")  # of an event, as SQLite has them
-SET_STREAM = "INSERT OR REPLACE INTO streams VALUES (?, ?, ?, ?, ?, ?, ?)"
+SET_STREAM = "INSERT OR REPLACE INTO streams VALUES"
 DELETE_STREAM = "DELETE FROM streams WHERE id = ?"
-INSERT_TOMBSTONE = "INSERT INTO tombstones VALUES (?, ?)"
+INSERT_TOMBSTONE = "INSERT INTO tombstones VALUES"
 SET_SEQUENCE = "UPDATE sequence SET number = ?"
-INSERT_KEY = "INSERT INTO keys VALUES (?, ?, ?)"
-SET_SUBSCRIPTION = "INSERT OR REPLACE INTO subscriptions VALUES (?, ?, ?, ?, ?)"
-INSERT_IMPORT = "INSERT INTO imports VALUES (?, ?, ?, ?)"
+INSERT_KEY = "INSERT INTO keys VALUES"
+SET_SUBSCRIPTION = "INSERT OR REPLACE INTO subscriptions VALUES"
+INSERT_IMPORT = "INSERT INTO imports VALUES"
 KEEP_REPLACED = "INSERT INTO replaced SELECT *, ? FROM subscriptions WHERE user_id = ?"
 LATEST_IMPORT = """
     SELECT id, first_id, size,
@@ -1433,9 +1427,8 @@ LAST_NUMBER = """
         UNION ALL SELECT max(first_id + size) FROM imports UNION ALL SELECT max(first_id) FROM keys)
 """
 
-# What was paid stays to the cent, whatever a later version would work out. Each table has so many columns.
-FROZEN = {"closed_months": 4, "closed_labels": 6, "closed_totals": 5, "closed_subscriptions": 5}
-FROZEN |= {"adjustments": 5}
+# What was paid stays to the cent, whatever a later version would work out.
+FROZEN = ("closed_months", "closed_labels", "closed_totals", "closed_subscriptions", "adjustments")
 OPEN_MONTH = tuple(f"DELETE FROM {table} WHERE month = ?" for table in FROZEN)  # noqa: S608
 
 
@@ -1448,7 +1441,7 @@ def freeze_account(name: str, account: Account) -> Statements:
         ((name, user, of.product_type, of.fee, of.origin) for user, of in account.subscriptions.items()),
         ((name, of, label, *each) for of, own in account.adjustments.items() for label, each in own.items()),
     )
-    return [*zip(itertools.starmap(insert_many, FROZEN.items()), rows, strict=True)]
+    return [(f"INSERT INTO {table} VALUES", of) for table, of in zip(FROZEN, rows, strict=True)]
 
 
 class StorageError(Exception):
@@ -1471,12 +1464,29 @@ def read_application_id(path: Path) -> int | None:
     return None
 
 
+@contextlib.contextmanager
+def translate_errors() -> Iterator[None]:
+    """Raise a StorageError for whatever makes the file unusable, damaged contents included."""
+    try:
+        yield
+    except BlockingIOError:
+        raise StorageError("another process uses it") from None
+    except OSError as error:
+        raise StorageError(error.strerror or str(error)) from None
+    except (sqlite3.Error, TypeError, ValueError, LookupError) as error:
+        raise StorageError(f"it is damaged or in use: {error}") from None
+
+
 @dataclass
 class Change:
-    """What waits to be stored, up to this number of the sequence, and then made visible."""
+    """What waits to be stored, up to this number of the sequence, and then made visible.
+
+    If it has to `freeze` something, it has a commit of its own, and that gives the statements.
+    """
 
     number: int
-    statements: Statements | Freeze
+    statements: Statements
+    freeze: Freeze | None
     apply: Callable[[], None]
     done: asyncio.Future[None]
 
@@ -1484,6 +1494,7 @@ class Change:
 class Journal:
     """The SQLite file behind the usage; one process writes to it, in one transaction at a time."""
 
+    @translate_errors()
     def __init__(self, path: Path, mode: str = "a+b") -> None:
         """Open the file, new or of any earlier version; raises StorageError and leaves others untouched.
 
@@ -1494,110 +1505,97 @@ class Journal:
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.closing = False
         self.failed = False
-        self.unsure = False  # whether the log may hold what was not committed, or not hold what was
+        self.in_doubt = False  # whether the log may hold a commit that was refused
         self.last_commit = -math.inf
         self.path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
-        with self._refusing():
-            real = os.path.realpath(self.path)
-            self.log = Path(f"{real}-wal")
-            self.lock = self.path.open(mode, buffering=0)  # to the end: closing it would drop SQLite's locks
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.seen = {self.path: os.fstat(self.lock.fileno())}  # the files as they were last
-            self._check_files()
-            if is_mounted_alone(real):
-                raise StorageError("it is mounted alone: mount its directory")
-            if self.seen[self.path].st_size and read_application_id(self.path) != APPLICATION_ID:
-                raise StorageError("it is no database of this program")
-            self.connection = sqlite3.connect(self.path, check_same_thread=False, timeout=BUSY_SECONDS)
-            (version,) = self.connection.execute("PRAGMA user_version").fetchone()
-            if version > len(MIGRATIONS):
-                raise StorageError(f"it is of version {version}, this program is of {len(MIGRATIONS)}")
-            for number, migration in enumerate(MIGRATIONS[version:], version + 1):
-                of_file = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number};"
-                self.connection.executescript(f"BEGIN; {migration} {of_file} COMMIT;")
-            # What a kill has left in the log may not be on disk: it is before it is shown.
-            self.connection.executescript(
-                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
-            )
-            self.seen |= {path: path.stat() for path in (self.log, Path(f"{real}-shm"))}
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _refusing() -> Iterator[None]:
-        """Raise a StorageError for whatever makes the file unusable, damaged contents included."""
-        try:
-            yield
-        except BlockingIOError:
-            raise StorageError("another process uses it") from None
-        except OSError as error:
-            raise StorageError(error.strerror or str(error)) from None
-        except (sqlite3.Error, TypeError, ValueError, LookupError) as error:
-            raise StorageError(f"it is damaged or in use: {error}") from None
+        real = os.path.realpath(self.path)
+        self.log = Path(f"{real}-wal")
+        self.lock = self.path.open(mode, buffering=0)  # to the end: closing it would drop SQLite's locks
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.opened = {self.path: os.fstat(self.lock.fileno())}
+        self.sizes = defaultdict[Path, int](int)  # of what was opened, when it was last looked at
+        self._check_files()
+        if is_mounted_alone(real):
+            raise StorageError("it is mounted alone: mount its directory")
+        if self.sizes[self.path] and read_application_id(self.path) != APPLICATION_ID:
+            raise StorageError("it is no database of this program")
+        self.connection = sqlite3.connect(self.path, check_same_thread=False, timeout=BUSY_SECONDS)
+        (version,) = self.connection.execute("PRAGMA user_version").fetchone()
+        if version > len(MIGRATIONS):
+            raise StorageError(f"it is of version {version}, this program is of {len(MIGRATIONS)}")
+        for number, migration in enumerate(MIGRATIONS[version:], version + 1):
+            of_file = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number};"
+            self.connection.executescript(f"BEGIN; {migration} {of_file} COMMIT;")
+        # What a kill has left in the log may not be on disk: it is before it is shown.
+        self.connection.executescript(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
+        )
+        self.opened |= {path: path.stat() for path in (self.log, Path(f"{real}-shm"))}
+        self._check_files()
 
     def _check_files(self) -> None:
         """Raise a StorageError unless all files are those that were opened, and none is shorter than it was.
 
         SQLite would go on in files that nobody finds again. Its log goes by the name: under a second name
-        of the file it would not be found. Another process may have emptied the log, as it is in the file.
+        of the file it would not be found.
         """
-        for path, before in self.seen.items():
+        for path, opened in self.opened.items():
             now = path.stat() if path.exists() else None
-            if not now or not os.path.samestat(now, before):
-                self.unsure |= path == self.log
+            if not now or not os.path.samestat(now, opened):
+                if path == self.log:
+                    with contextlib.suppress(StorageError, sqlite3.Error):
+                        self._empty_log()  # SQLite has it open: what it holds can still be saved
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
-            if now.st_size < before.st_size:
-                self.unsure = path == self.log and not now.st_size
-                if not self.unsure:  # what is left of a log must not get into the file without the rest
+            if now.st_size < self.sizes[path]:
+                if path != self.log or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
+                self._empty_log()  # another process may have done it, but then this works, too
             if path == self.path and (not stat.S_ISREG(now.st_mode) or now.st_nlink > 1):
                 raise StorageError("it must be a plain file with one name (no hard links)")
-            self.seen[path] = now
+            self.sizes[path] = now.st_size
 
-    def _checkpoint(self) -> None:
-        """Empty the log into the file if what it holds is unsure; raises sqlite3.Error or StorageError.
+    def _empty_log(self) -> None:
+        """Move what the log holds into the file; raises StorageError or sqlite3.Error.
 
-        A commit whose sync has failed is whole in the log, beyond what SQLite knows of: after a kill it
-        would be recovered, although it was refused. A checkpoint takes in only what SQLite knows of.
+        SQLite moves only what it knows of. That takes away a commit whose sync has failed: it is whole in
+        the log, and would be recovered after a kill. And it fails if something of the log is missing.
         """
-        if self.unsure:
-            busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            if busy:
-                raise StorageError("another process reads the file")
-            self._check_files()  # the log is empty now
-            self.unsure = False
+        busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise StorageError("another process reads the file")
+        self.in_doubt = False
+        self.sizes[self.log] = 0
 
+    @translate_errors()
     def take_in(self, imported: Import) -> None:
         """Store what is imported, unless the same has been before; raises StorageError."""
-        with self._refusing():
-            execute = self.connection.execute
-            if execute("SELECT 1 FROM imports WHERE hash = ?", [imported.hash]).fetchone():
-                log.info("the import is stored already")
-                return
-            (number,) = execute("SELECT coalesce(max(id), 0) + 1 FROM imports").fetchone()
-            first_id = self._last_number() + 1
+        execute = self.connection.execute
+        if execute("SELECT 1 FROM imports WHERE hash = ?", [imported.hash]).fetchone():
+            log.info("the import is stored already")
+            return
+        (number,) = execute("SELECT coalesce(max(id), 0) + 1 FROM imports").fetchone()
         if number > 1:
             log.warning("this is import %d, beside those stored before: are there streams in both?", number)
+        first_id = self._last_number() + 1
         for stream_id, event in enumerate(imported.events, first_id):
             event.id = event.version = stream_id
         users = ((user, *astuple(found), number) for user, found in imported.subscriptions.items())
         self.commit([
-            (INSERT_STREAMS, map(CELLS, imported.events)),
+            (INSERT_STREAMS, telling("storing, streams", map(CELLS, imported.events))),
             (KEEP_REPLACED, ((number, user) for user in imported.subscriptions)),
             (SET_SUBSCRIPTION, users),
             (INSERT_IMPORT, [(number, imported.hash, first_id, len(imported.events))]),
             (SET_SEQUENCE, [(first_id + len(imported.events),)]),
         ])
 
+    @translate_errors()
     def undo_import(self) -> str:
         """Take the latest import back, and return what that took; raises StorageError."""
-        with self._refusing():
-            found = self.connection.execute(LATEST_IMPORT).fetchone()
-        if not found:
+        execute = self.connection.execute
+        if not (found := execute(LATEST_IMPORT).fetchone()):
             raise StorageError("it holds none")
         number, first_id, size, streams, subscriptions = found
-        with self._refusing():
-            closed = self.connection.execute(CLOSED_BY_IMPORT, [first_id, first_id + size]).fetchone()
-        if closed:
+        if closed := execute(CLOSED_BY_IMPORT, [first_id, first_id + size]).fetchone():
             raise StorageError(f"{closed[0]} is closed: open it first")
         names = {"number": number, "first_id": first_id, "size": size, "last": self._last_number()}
         self.commit([(statement, [names]) for statement in UNDO_IMPORT])
@@ -1607,21 +1605,21 @@ class Journal:
         (found,) = self.connection.execute(LAST_NUMBER).fetchone()
         return int(found)
 
+    @translate_errors()
     def load(self, usage: Usage, books: Books) -> None:
         """Put into `usage` and `books` what is stored; raises StorageError."""
-        with self._refusing():
-            execute = self.connection.execute
-            usage.add([Event(*row) for row in telling("loading, streams", execute("SELECT * FROM streams"))])
-            usage.by_version.add([Tombstone(*row) for row in execute("SELECT * FROM tombstones")])
-            (usage.name,) = execute("SELECT name FROM sequence").fetchone()
-            usage.last_number = usage.sequence = self._last_number()
-            usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
-            if execute("SELECT 1 FROM imports").fetchone():
-                books.subscriptions.clear()
-            for user, *cells, _ in execute("SELECT * FROM subscriptions"):
-                books.subscriptions[user] = Subscription(*cells)
-            for name, *cells in execute("SELECT * FROM closed_months").fetchall():
-                books.months[name].close(self._load_account(name, books.months[name].totals, *cells))
+        execute = self.connection.execute
+        usage.add([Event(*row) for row in telling("loading, streams", execute("SELECT * FROM streams"))])
+        usage.by_version.add([Tombstone(*row) for row in execute("SELECT * FROM tombstones")])
+        (usage.name,) = execute("SELECT name FROM sequence").fetchone()
+        usage.last_number = usage.sequence = self._last_number()
+        usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
+        if execute("SELECT 1 FROM imports").fetchone():
+            books.subscriptions.clear()
+        for user, *cells, _ in execute("SELECT * FROM subscriptions"):
+            books.subscriptions[user] = Subscription(*cells)
+        for name, *cells in execute("SELECT * FROM closed_months").fetchall():
+            books.months[name].close(self._load_account(name, books.months[name].totals, *cells))
 
     def _load_account(self, name: str, now: ByUser, closed_on: int, fees: int, revenue: int) -> Account:
         """Return a closed month's account; what of its totals is as it is now takes no memory twice."""
@@ -1646,49 +1644,57 @@ class Journal:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
         try:
             self._check_files()
-            self._checkpoint()
+            if self.in_doubt:
+                self._empty_log()
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")
                 self._check_files()  # from here on no other process may empty the log
-                if self.unsure:
-                    raise StorageError(f"{self.log.name} has just been emptied")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
-                    rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
-                    if statement.endswith("json_each(?)"):
-                        thousands = batched(telling("storing, rows", rows), POST_EVENTS)
-                        rows = ((to_json(thousand),) for thousand in thousands)
-                    self.connection.executemany(statement, rows)
-                self.unsure = True  # until the commit, which comes now, has succeeded
-            self.unsure = False
+                    self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
+                self.in_doubt = True  # until the commit, which comes now, has succeeded
+            self.in_doubt = False
         except Exception as error:
             self.failed = True
-            with contextlib.suppress(StorageError, sqlite3.Error):
-                self._checkpoint()
+            if self.in_doubt:
+                with contextlib.suppress(StorageError, sqlite3.Error):
+                    self._empty_log()
             raise StorageError(f"nothing can be stored: {error}") from None
-        with contextlib.suppress(StorageError, OSError):  # the next commit says so
+        with contextlib.suppress(StorageError, sqlite3.Error, OSError):  # the next commit says so
             self._check_files()
         self.failed = False
         self.last_commit = time.monotonic()
+
+    def _execute(self, statement: str, rows: Iterable[Any]) -> None:
+        if not statement.endswith("VALUES"):
+            self.connection.executemany(statement, rows)
+            return
+        for some in batched(rows, STEP_ROWS):
+            place = f"({', '.join('?' * len(some[0]))})"
+            places = ", ".join([place] * len(some))
+            self.connection.execute(f"{statement} {places}", [*itertools.chain.from_iterable(some)])
 
     async def append(self, number: int, statements: Statements | Freeze, apply: Callable[[], None]) -> None:
         """Have the change up to `number` stored and then `apply` called; raises StorageError.
 
         First in, first out: what a follower of the sequence has seen has nothing missing before it.
         """
-        change = Change(number, statements, apply, asyncio.get_running_loop().create_future())
+        ready, freeze = ([], statements) if callable(statements) else (statements, None)
+        change = Change(number, ready, freeze, apply, asyncio.get_running_loop().create_future())
         self.waiting.append(change)
         self.wanted.set()
         await change.done
 
     async def run(self) -> None:
-        """Store what waits in one commit, and what has to be frozen first in one of its own, until closed."""
-        while not self.closing or self.waiting:
+        """Store what waits, in one commit, and make it visible, until closed."""
+        while True:
             await self.wanted.wait()
             await asyncio.sleep(GATHER_SECONDS)
-            batch = [*itertools.takewhile(lambda change: not callable(change.statements), self.waiting)]
+            if not self.waiting:  # `close` has wanted it
+                return
+            batch = [*itertools.takewhile(lambda change: not change.freeze, self.waiting)]
             batch = batch or self.waiting[:1]
             del self.waiting[: len(batch)]
-            if not self.waiting:
+            if not self.waiting and not self.closing:
                 self.wanted.clear()
             try:
                 await self._store(batch)
@@ -1708,8 +1714,8 @@ class Journal:
         """Store the changes; raises StorageError, or what a Freeze raises."""
         statements: list[tuple[str, Iterable[Any]]] = []
         for change in batch:
-            statements += (await change.statements()) if callable(change.statements) else change.statements
-        statements += [(SET_SEQUENCE, [(change.number,)]) for change in batch[-1:]]
+            statements += await change.freeze() if change.freeze else change.statements
+        statements.append((SET_SEQUENCE, [(batch[-1].number,)]))
         try:
             await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, statements)
         except StorageError as error:

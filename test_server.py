@@ -1442,7 +1442,7 @@ def test_a_long_import_and_a_long_start_say_how_far_they_are(
     journal.load(usage_of(math.inf), server.Books({}))
     said = Counter(re.sub(r"[0-9][0-9,.]*", "N", record.getMessage()) for record in caplog.records)
     assert said["reading streaming.csv, lines so far: N after N s"] > 3_000
-    assert said["storing, rows so far: N after N s"] == said["loading, streams so far: N after N s"] == 3_003
+    assert said["storing, streams so far: N after N s"] == said["loading, streams so far: N after N s"] == 3_003
     journal.connection.close()
     journal.lock.close()
 
