@@ -101,6 +101,7 @@ from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from heapq import merge
 from http import HTTPStatus
+from logging.handlers import QueueHandler, QueueListener
 from operator import add, attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -1512,12 +1513,12 @@ class Journal:
         self.log = Path(f"{real}-wal")
         self.lock = self.path.open(mode, buffering=0)  # to the end: closing it would drop SQLite's locks
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.opened = {self.path: os.fstat(self.lock.fileno())}
-        self.sizes = defaultdict[Path, int](int)  # of what was opened, when it was last looked at
-        self._check_files()
+        opened = os.fstat(self.lock.fileno())
+        if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:  # the log goes by the name of the file
+            raise StorageError("it must be a plain file with one name (no hard links)")
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
-        if self.sizes[self.path] and read_application_id(self.path) != APPLICATION_ID:
+        if opened.st_size and read_application_id(self.path) != APPLICATION_ID:
             raise StorageError("it is no database of this program")
         self.connection = sqlite3.connect(self.path, check_same_thread=False, timeout=BUSY_SECONDS)
         (version,) = self.connection.execute("PRAGMA user_version").fetchone()
@@ -1530,28 +1531,24 @@ class Journal:
         self.connection.executescript(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
         )
-        self.opened |= {path: path.stat() for path in (self.log, Path(f"{real}-shm"))}
-        self._check_files()
+        self.opened = {self.path: opened, **{path: path.stat() for path in (self.log, Path(f"{real}-shm"))}}
+        self.sizes = {path: found.st_size for path, found in self.opened.items()}  # as they were last
 
     def _check_files(self) -> None:
         """Raise a StorageError unless all files are those that were opened, and none is shorter than it was.
 
-        SQLite would go on in files that nobody finds again. Its log goes by the name: under a second name
-        of the file it would not be found.
+        SQLite would go on in files that nobody finds again.
         """
         for path, opened in self.opened.items():
             now = path.stat() if path.exists() else None
             if not now or not os.path.samestat(now, opened):
                 if path == self.log:
-                    with contextlib.suppress(StorageError, sqlite3.Error):
-                        self._empty_log()  # SQLite has it open: what it holds can still be saved
+                    self._empty_log()  # SQLite has it open: what it holds can still be saved
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes[path]:
                 if path != self.log or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
                 self._empty_log()  # another process may have done it, but then this works, too
-            if path == self.path and (not stat.S_ISREG(now.st_mode) or now.st_nlink > 1):
-                raise StorageError("it must be a plain file with one name (no hard links)")
             self.sizes[path] = now.st_size
 
     def _empty_log(self) -> None:
@@ -1565,6 +1562,39 @@ class Journal:
             raise StorageError("another process reads the file")
         self.in_doubt = False
         self.sizes[self.log] = 0
+
+    def commit(self, statements: Statements) -> None:
+        """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
+        try:
+            self._check_files()
+            if self.in_doubt:
+                self._empty_log()
+            with self.connection:
+                self.connection.execute("BEGIN IMMEDIATE")
+                self._check_files()  # from here on no other process may empty the log
+                for statement, group in itertools.groupby(statements, key=itemgetter(0)):
+                    self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
+                self.in_doubt = True  # until the commit, which comes now, has succeeded
+            self.in_doubt = False
+        except Exception as error:
+            self.failed = True
+            if self.in_doubt:
+                with contextlib.suppress(StorageError, sqlite3.Error):
+                    self._empty_log()
+            raise StorageError(f"nothing can be stored: {error}") from None
+        with contextlib.suppress(StorageError, sqlite3.Error, OSError):  # the next commit says so
+            self._check_files()
+        self.failed = False
+        self.last_commit = time.monotonic()
+
+    def _execute(self, statement: str, rows: Iterable[Any]) -> None:
+        if not statement.endswith("VALUES"):
+            self.connection.executemany(statement, rows)
+            return
+        for some in batched(rows, STEP_ROWS):
+            place = f"({', '.join('?' * len(some[0]))})"
+            places = ", ".join([place] * len(some))
+            self.connection.execute(f"{statement} {places}", [*itertools.chain.from_iterable(some)])
 
     @translate_errors()
     def take_in(self, imported: Import) -> None:
@@ -1639,39 +1669,6 @@ class Journal:
         for month, label, *cents in rows("adjustments"):
             adjustments.setdefault(month, {})[label] = cents[0], cents[1]
         return Account(closed_on, totals | same, subscriptions, fees, revenue, labels, adjustments)
-
-    def commit(self, statements: Statements) -> None:
-        """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
-        try:
-            self._check_files()
-            if self.in_doubt:
-                self._empty_log()
-            with self.connection:
-                self.connection.execute("BEGIN IMMEDIATE")
-                self._check_files()  # from here on no other process may empty the log
-                for statement, group in itertools.groupby(statements, key=itemgetter(0)):
-                    self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-                self.in_doubt = True  # until the commit, which comes now, has succeeded
-            self.in_doubt = False
-        except Exception as error:
-            self.failed = True
-            if self.in_doubt:
-                with contextlib.suppress(StorageError, sqlite3.Error):
-                    self._empty_log()
-            raise StorageError(f"nothing can be stored: {error}") from None
-        with contextlib.suppress(StorageError, sqlite3.Error, OSError):  # the next commit says so
-            self._check_files()
-        self.failed = False
-        self.last_commit = time.monotonic()
-
-    def _execute(self, statement: str, rows: Iterable[Any]) -> None:
-        if not statement.endswith("VALUES"):
-            self.connection.executemany(statement, rows)
-            return
-        for some in batched(rows, STEP_ROWS):
-            place = f"({', '.join('?' * len(some[0]))})"
-            places = ", ".join([place] * len(some))
-            self.connection.execute(f"{statement} {places}", [*itertools.chain.from_iterable(some)])
 
     async def append(self, number: int, statements: Statements | Freeze, apply: Callable[[], None]) -> None:
         """Have the change up to `number` stored and then `apply` called; raises StorageError.
@@ -1781,12 +1778,9 @@ async def simulate_history(state: State) -> None:
             log.warning("--keep ends the history after %.1f days", number * config.interval / DAY)
             break
         events += simulate_batch(int(now - number * config.interval), state.simulation.rng)
-        if number % 1_000 == 0:
-            await asyncio.sleep(0)  # a signal can end a long start
-    size = len(events) if state.journal else 100_000  # a file gets all of it or nothing
-    for part in telling(f"adding the history, parts of {size:,} events", batched(reversed(events), size)):
-        await state.add(part)
-        await asyncio.sleep(0)
+    if events:
+        events.reverse()
+        await state.add(events)
 
 
 def next_due(due: float, now: float, interval: float) -> float:
@@ -2892,7 +2886,7 @@ def create_app(
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 
 
-class Output(logging.Handler):
+class Output(QueueHandler):
     """Standard output or error, which a thread writes to: the server never waits for who reads it.
 
     What finds the queue full is dropped, and what cannot be written stops nothing.
@@ -2900,33 +2894,20 @@ class Output(logging.Handler):
 
     def __init__(self, descriptor: int) -> None:
         """Begin to write to this file descriptor."""
-        super().__init__()
-        self.lines: queue.Queue[str] = queue.Queue(OUTPUT_LINES)
-        threading.Thread(target=self._write, args=(descriptor,), daemon=True).start()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a line of the log."""
-        self.say(f"{self.format(record)}\n")
+        self.lines: queue.Queue[logging.LogRecord] = queue.Queue(OUTPUT_LINES)
+        super().__init__(self.lines)
+        stream = os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+        QueueListener(self.lines, logging.StreamHandler(stream)).start()
 
     def say(self, text: str) -> None:
-        """Write `text` as soon as that is possible."""
+        """Write `text`, which is no line of the log."""
         with contextlib.suppress(queue.Full):
-            self.lines.put_nowait(text)
+            self.enqueue(logging.makeLogRecord({"msg": text}))
 
     def flush(self) -> None:
         """Wait until all is written, half a second at most; `logging.shutdown` calls this at the end."""
         with self.lines.all_tasks_done:
             self.lines.all_tasks_done.wait_for(lambda: not self.lines.unfinished_tasks, 0.5)
-
-    def _write(self, descriptor: int) -> None:
-        while True:
-            lines = [self.lines.get()]
-            while not self.lines.empty():  # all at once: to write each, it would wait for the event loop
-                lines.append(self.lines.get())
-            with contextlib.suppress(OSError):
-                os.write(descriptor, "".join(lines).encode("utf-8", "backslashreplace"))
-            for _ in lines:
-                self.lines.task_done()
 
 
 output = lru_cache(Output)  # by file descriptor: 1 or 2
@@ -2940,10 +2921,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        output(1 if file is sys.stdout else 2).say(message)
+        output(1 if file is sys.stdout else 2).say(message.removesuffix("\n"))
 
 
-def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+def number_from(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
     """Return the type of an option that is a number from `low` to `high`."""
 
     def parse(text: str) -> float:
@@ -2955,6 +2936,9 @@ def between(kind: type[int] | type[float], low: float, high: float) -> Callable[
     return parse
 
 
+parse_port = number_from(int, 0, 65_535)
+
+
 def parse_name(text: str) -> str:
     """Return a name that a Host can have; as the type of an option, it raises ArgumentTypeError."""
     if not HOST_NAME.fullmatch(name := text.lower()):
@@ -2962,8 +2946,8 @@ def parse_name(text: str) -> str:
     return name
 
 
-def build_parser(environment: Mapping[str, str]) -> Parser:
-    """Return the parser of the command line; HOST and PORT in the environment are defaults."""
+def build_parser() -> Parser:
+    """Return the parser of the command line; HOST and PORT in the environment are the defaults of two."""
     parser = Parser(
         description="Collect usage events and share out royalties.",
         epilog="In the environment HOST and PORT are defaults, and USAGE_TOKEN is what a write then needs:\n"
@@ -2972,25 +2956,15 @@ def build_parser(environment: Mapping[str, str]) -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    host, default_port = environment.get("HOST") or "127.0.0.1", environment.get("PORT") or "8080"
-
-    def parse_port(text: str) -> float:
-        try:
-            return between(int, 0, 65_535)(text)
-        except argparse.ArgumentTypeError as error:
-            if text is default_port:
-                parser.error(f"PORT in the environment: {error}")
-            raise
-
-    add("--host", default=host, help="address to listen on (%(default)s)")
-    add("--port", default=default_port, type=parse_port, help="port; 0 picks a free one (%(default)s)")
-    add("--interval", default=Config.interval, type=between(float, 0.001, DAY), metavar="SECONDS",
+    add("--host", help="address to listen on (HOST or 127.0.0.1)")
+    add("--port", type=parse_port, help="port; 0 picks a free one (PORT or 8080)")
+    add("--interval", default=Config.interval, type=number_from(float, 0.001, DAY), metavar="SECONDS",
         help="time between two simulated batches (%(default)s)")
     add("--no-simulation", dest="simulate", action="store_false", help="simulate nothing from now on")
-    add("--history", default=Config.history, type=between(float, 0, 3_650), metavar="DAYS",
+    add("--history", default=Config.history, type=number_from(float, 0, 3_650), metavar="DAYS",
         help="simulate the DAYS before now, too")
     add("--random-seed", type=int, metavar="N", help="make the simulation repeatable")
-    add("--keep", default=Config.keep, type=between(int, 1, 10**9), metavar="N",
+    add("--keep", default=Config.keep, type=number_from(int, 1, 10**9), metavar="N",
         help="keep N events at most (%(default)s)")
     add("--db", type=Path, metavar="FILE", help="keep everything in an SQLite file")
     add("--import", dest="directory", type=Path, metavar="DIR",
@@ -3004,10 +2978,30 @@ def build_parser(environment: Mapping[str, str]) -> Parser:
     return parser
 
 
-def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> Import | None:
+def parse_options(
+    parser: Parser, environment: Mapping[str, str], arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Return what the command line and the environment say, or exit with status 2 and what is wrong."""
+    options = parser.parse_args(arguments)
+    if options.host is None:
+        options.host = environment.get("HOST") or "127.0.0.1"
+    if options.port is None:
+        try:
+            options.port = parse_port(environment.get("PORT") or "8080")
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"PORT in the environment: {error}")
+    options.token = environment.get("USAGE_TOKEN", "").strip()  # a file with a secret ends with a newline
+    if "USAGE_TOKEN" in environment and not (options.token and options.token.isprintable()):
+        parser.error("USAGE_TOKEN is empty or no printable text; unset it if a write is to need no token")
+    if options.tracks and not options.directory:
+        parser.error("--tracks goes with --import")
+    if options.undo_import and (options.directory or not options.db):
+        parser.error("--undo-import goes " + ("without --import" if options.db else "with --db"))
+    return options
+
+
+def read_import(parser: Parser, directory: Path, tracks: str | None) -> Import:
     """Return what is to be imported, or exit with status 2 and what is wrong with it."""
-    if directory is None:
-        return None
     source = tracks or str(directory / "tracks.json")
     remote = source.lower().startswith(("http://", "https://"))
     try:
@@ -3019,20 +3013,22 @@ def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> I
         parser.exit(2, f"{error}\n")
 
 
-def undo_import(parser: Parser, path: Path | None, directory: Path | None) -> None:
+def undo_import(parser: Parser, path: Path) -> None:
     """Take the latest import back and say what that took, or exit with status 2 and what is wrong."""
-    if not path or directory:
-        parser.error("--undo-import goes " + ("without --import" if path else "with --db"))
     try:
-        output(1).say(f"Took back {Journal(path, 'r+b').undo_import()}\n")
+        output(1).say(f"Took back {Journal(path, 'r+b').undo_import()}")
     except StorageError as error:
         parser.error(f"cannot take back an import of {path}: {error}")
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Open the port, before any work begins, so that one that is taken is known at once; raises OSError."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    return socket.create_server(address, family=family, backlog=BACKLOG)
+def listen(parser: Parser, host: str, port: int) -> socket.socket:
+    """Open the port, before any work begins, so that one that is taken is known at once, or exit."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        parser.error(f"cannot listen on {host}, port {port}: {reason}; --host or --port names another")
 
 
 def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -3060,22 +3056,30 @@ def give_back_memory() -> None:
             mallopt(limit, LARGE_BYTES)
 
 
-def end_at_signal(ending: Sequence[Callable[[], object]]) -> None:
-    """End the process at the first signal: at once or, if it is in `ending` how, so and within END_SECONDS.
+class FirstSignal:
+    """The first SIGINT or SIGTERM ends the process: at once or, once it serves, within END_SECONDS.
 
-    A thread does this, so neither a disk nor an event loop that is busy can keep the process alive.
+    A thread waits for it, so neither a disk nor an event loop that is busy can keep the process alive.
     """
-    signal.sigwait(SIGNALS)
-    for end in ending:
-        end()
-        time.sleep(END_SECONDS)
-    os._exit(0)  # all that was acknowledged is stored
+
+    def __init__(self) -> None:
+        """Begin to wait."""
+        self.end_serving: Callable[[], object] | None = None
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def _wait(self) -> None:
+        signal.sigwait(SIGNALS)
+        if self.end_serving:
+            self.end_serving()
+            time.sleep(END_SECONDS)
+        os._exit(0)  # all that was acknowledged is stored
 
 
 async def serve(
-    app: web.Application, listener: socket.socket, url: str, verbose: bool, ending: list[Callable[[], object]]
-) -> None:
-    """Answer until the first signal; whatever signals follow, requests under way are answered first."""
+    app: web.Application, listener: socket.socket, url: str, verbose: bool, first_signal: FirstSignal
+) -> NoReturn:
+    """Answer until the first signal; then answer what is under way, and end the process."""
     loop, signalled = asyncio.get_running_loop(), asyncio.Event()
     loop.set_default_executor(ThreadPoolExecutor(THREADS))  # each keeps some memory of its own
     loop.set_exception_handler(log_loop_error)
@@ -3091,74 +3095,70 @@ async def serve(
         handler_cancellation=True,
         lingering_time=LINGER_SECONDS,
     )
-    connections: list[asyncio.Transport | None] = []
-
-    async def leave(_app: web.Application) -> None:
-        for _ in range(50):  # half a second, for what has been answered to be sent, too
-            if not any(each and each.get_write_buffer_size() for each in connections):
-                break
-            await asyncio.sleep(0.01)
-        logging.shutdown()
-        os._exit(0)  # to free so many events, or to end a report that nobody gets, takes seconds
-
-    app.on_cleanup.insert(0, leave)  # before the database is closed: that syncs, and nothing needs it
     await runner.setup()
-    ending.append(lambda: loop.call_soon_threadsafe(signalled.set))
+    first_signal.end_serving = lambda: loop.call_soon_threadsafe(signalled.set)
     # One connection at a time: asyncio takes as many as may wait, and logs as often that it cannot.
-    await web.SockSite(runner, listener, backlog=1).start()
+    site = web.SockSite(runner, listener, backlog=1)
+    await site.start()
     listener.listen(BACKLOG)
-    output(1).say(f"Listening on {url}\n")
+    output(1).say(f"Listening on {url}")
     await signalled.wait()
-    connections += [each.transport for each in runner.server.connections] if runner.server else []
-    await runner.cleanup()
+    await site.stop()
+    await finish_requests(cast("web.Server", runner.server))
+    logging.shutdown()
+    os._exit(0)  # to free all events, to close the database or to end a report would take seconds
 
 
-def main() -> None:
-    """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
-    ending: list[Callable[[], object]] = []
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    threading.Thread(target=end_at_signal, args=(ending,), daemon=True).start()
+async def finish_requests(server: web.Server) -> None:
+    """Wait for the requests under way to be answered, and for the answers to be sent, but not for long."""
+    transports = [connection.transport for connection in server.connections]
+    await asyncio.sleep(0)  # what has come is under way
+    server.pre_shutdown()
+    await server.shutdown(SHUTDOWN_SECONDS)
+    for _ in range(50):  # half a second
+        if not any(each and each.get_write_buffer_size() for each in transports):
+            break
+        await asyncio.sleep(0.01)
+
+
+def set_up_process() -> None:
+    """Set what holds for the whole process: its outputs, memory, log and limits."""
     for _ in range(3):  # else the database could get the number of an output that is closed
         os.open(os.devnull, os.O_RDWR)
     give_back_memory()
     gc.set_threshold(10_000, 10, 10)  # seldom, for requests leave few cycles behind
+    logging.raiseExceptions = False  # by lines that cannot be written
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=line, handlers=[output(2)])
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # many shells allow 256 or 1,024 until they are asked
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    parser = build_parser(os.environ)
-    options = vars(parser.parse_args())
-    host, port, verbose = options.pop("host"), options.pop("port"), options.pop("verbose")
-    directory, tracks = options.pop("directory"), options.pop("tracks")
-    options["allow_host"] = tuple(options["allow_host"])
-    token = os.environ.get("USAGE_TOKEN", "").strip()  # a file that holds a secret ends with a newline
-    if "USAGE_TOKEN" in os.environ and not (token and token.isprintable()):
-        parser.error("USAGE_TOKEN is empty or no printable text; unset it if a write is to need no token")
-    if tracks and not directory:
-        parser.error("--tracks goes with --import")
-    if options.pop("undo_import"):
-        undo_import(parser, options["db"], directory)
+
+
+def main() -> None:
+    """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
+    first_signal = FirstSignal()
+    set_up_process()
+    parser = build_parser()
+    options = parse_options(parser, os.environ)
+    if options.undo_import:
+        undo_import(parser, options.db)
         return
-    try:
-        listener = listen(host, port)
-    except (OSError, UnicodeError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-        parser.error(f"cannot listen on {host}, port {port}: {reason}; --host or --port names another")
-    imported = read_import(parser, directory, tracks)
-    try:
-        app = create_app(Config(**options, token=token), imported)
-    except OSError as error:
-        parser.error(f"cannot read the page: {error}")
-    except StorageError as error:
-        parser.error(f"cannot use the database {options['db']}: {error}")
-    if not token and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+    listener = listen(parser, options.host, options.port)
+    imported = read_import(parser, options.directory, options.tracks) if options.directory else None
+    names = ("interval", "simulate", "history", "random_seed", "keep", "db", "token")
+    config = Config(allow_host=tuple(options.allow_host), **{name: getattr(options, name) for name in names})
+    address, port, *_ = listener.getsockname()
+    if not options.token and not ipaddress.ip_address(address).is_loopback:
         log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
-    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
     try:
-        asyncio.run(serve(app, listener, url, verbose, ending))
+        app = create_app(config, imported)
+        asyncio.run(serve(app, listener, url, options.verbose, first_signal))
     except StorageError as error:
-        parser.error(f"cannot fill the database {options['db']}: {error}")
+        parser.error(f"cannot use the database {options.db}: {error}")
+    except OSError as error:  # of the page
+        parser.error(f"cannot serve: {error}")
 
 
 if __name__ == "__main__":

@@ -4218,9 +4218,9 @@ async def test_a_token_is_what_stands_between_the_white_space(token: str) -> Non
 
 
 async def test_host_and_port_come_from_the_environment_and_options_win() -> None:
-    options = vars(server.build_parser({"HOST": "127.0.0.9", "PORT": "5500"}).parse_args(["--port", "0"]))
-    assert (options["host"], options["port"]) == ("127.0.0.9", 0)
-    assert vars(server.build_parser({"PORT": "5500", "HOST": ""}).parse_args([]))["port"] == 5500
+    options = server.parse_options(server.build_parser(), {"HOST": "127.0.0.9", "PORT": "5500"}, ["--port", "0"])
+    assert (options.host, options.port) == ("127.0.0.9", 0)
+    assert server.parse_options(server.build_parser(), {"PORT": "5500", "HOST": ""}, []).port == 5500
     async with started("--no-simulation", HOST="127.0.0.2") as program:
         url = await program.url()
         assert re.fullmatch(r"http://127\.0\.0\.2:\d+", url)
@@ -5856,7 +5856,7 @@ async def test_history_that_a_full_disk_does_not_take_is_said_in_one_line(tmp_pa
         resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         _, errors = await program.process.communicate()
         assert program.process.returncode == 2
-        assert errors.decode().splitlines()[-1].startswith("server.py: cannot fill the database")
+        assert errors.decode().splitlines()[-1].startswith("server.py: cannot use the database")
         assert b"Traceback" not in errors
 
 
