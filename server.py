@@ -1329,10 +1329,9 @@ async def fetch(url: str) -> bytes:
     """Try once to get the tracks; raises aiohttp.ClientError, OSError or InvalidError."""
     timeout, headers = aiohttp.ClientTimeout(total=FETCH_SECONDS), {"Accept-Encoding": "identity"}
     # A compressed body could hold a thousand times of what it may, so it is not unpacked.
-    async with (
-        aiohttp.ClientSession(raise_for_status=True, timeout=timeout, auto_decompress=False) as session,
-        session.get(url, headers=headers) as answer,
-    ):
+    async with aiohttp.request(
+        "GET", url, headers=headers, timeout=timeout, raise_for_status=True, auto_decompress=False
+    ) as answer:
         if coding := answer.headers.get(hdrs.CONTENT_ENCODING):
             raise InvalidError(f"it is compressed ({coding})")
         content = bytearray()
@@ -1345,7 +1344,7 @@ async def fetch(url: str) -> bytes:
 # ── Storage ─────────────────────────────────────────────────────────────────────────────────────
 # With --db, what is written is on disk first and visible second: the usage answers, SQLite remembers.
 
-APPLICATION_ID = int.from_bytes(b"secs")  # in the file's header, beside the version of the schema
+APPLICATION_ID = int.from_bytes(b"secs")  # at byte 68 of the file, as SQLite's format has it
 MIGRATIONS = (
     """
     CREATE TABLE streams (
@@ -1457,14 +1456,6 @@ def is_mounted_alone(path: str) -> bool:
     return os.path.ismount(path)
 
 
-def read_application_id(path: Path) -> int | None:
-    """Return what stands in the file's header, or None if it is no database, and touch nothing beside it."""
-    header = sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)
-    with contextlib.closing(header), contextlib.suppress(sqlite3.DatabaseError):
-        return int(header.execute("PRAGMA application_id").fetchone()[0])
-    return None
-
-
 @contextlib.contextmanager
 def translate_errors() -> Iterator[None]:
     """Raise a StorageError for whatever makes the file unusable, damaged contents included."""
@@ -1518,7 +1509,7 @@ class Journal:
             raise StorageError("it must be a plain file with one name (no hard links)")
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
-        if opened.st_size and read_application_id(self.path) != APPLICATION_ID:
+        if opened.st_size and int.from_bytes(os.pread(self.lock.fileno(), 4, 68)) != APPLICATION_ID:
             raise StorageError("it is no database of this program")
         self.connection = sqlite3.connect(self.path, check_same_thread=False, timeout=BUSY_SECONDS)
         (version,) = self.connection.execute("PRAGMA user_version").fetchone()
@@ -1659,15 +1650,15 @@ class Journal:
             return (cells for _, *cells in found)
 
         totals: dict[str, Totals] = {}
-        for user, label, *of in rows("closed_totals"):
-            totals.setdefault(user, {})[label] = of[0], of[1]
+        for user, label, streams, seconds in rows("closed_totals"):
+            totals.setdefault(user, {})[label] = streams, seconds
         same = {user: now[user] for user, own in totals.items() if now.get(user) == own}
-        kinds = lru_cache(Subscription)
-        subscriptions = {user: kinds(*cells) for user, *cells in rows("closed_subscriptions")}
+        one_of_each = lru_cache(Subscription)
+        subscriptions = {user: one_of_each(*cells) for user, *cells in rows("closed_subscriptions")}
         labels = {label: (of[0], of[1], of[2], of[3]) for label, *of in rows("closed_labels")}
         adjustments: dict[str, dict[str, Cents]] = {}
-        for month, label, *cents in rows("adjustments"):
-            adjustments.setdefault(month, {})[label] = cents[0], cents[1]
+        for month, label, amount, user_centric in rows("adjustments"):
+            adjustments.setdefault(month, {})[label] = amount, user_centric
         return Account(closed_on, totals | same, subscriptions, fees, revenue, labels, adjustments)
 
     async def append(self, number: int, statements: Statements | Freeze, apply: Callable[[], None]) -> None:
@@ -1768,7 +1759,7 @@ async def tick(state: State, now: float, rng: random.Random) -> None:
 async def simulate_history(state: State) -> None:
     """Add the batches of the `history` days before now, at the rate of the simulation."""
     config, now = state.config, state.clock()
-    if not config.history or (state.journal and state.usage.count):
+    if state.journal and state.usage.count:
         return
     events = list[Event]()
     seconds = min(config.history * DAY, now - 1_800)  # there was nothing before 1970
@@ -3045,17 +3036,6 @@ def is_no_fault_of_a_client(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], faults))
 
 
-def give_back_memory() -> None:
-    """Have the C library give back large pieces of memory as soon as they are free.
-
-    By itself glibc keeps the more, the larger they are that it has seen. Other libraries have no mallopt.
-    """
-    with contextlib.suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for limit in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(limit, LARGE_BYTES)
-
-
 class FirstSignal:
     """The first SIGINT or SIGTERM ends the process: at once or, once it serves, within END_SECONDS.
 
@@ -3090,7 +3070,6 @@ async def serve(
         app,
         access_log=access_log,
         access_log_format='%a "%r" %s %b',  # no header: it may hold any control character above 127
-        shutdown_timeout=SHUTDOWN_SECONDS,
         auto_decompress=False,
         handler_cancellation=True,
         lingering_time=LINGER_SECONDS,
@@ -3125,7 +3104,9 @@ def set_up_process() -> None:
     """Set what holds for the whole process: its outputs, memory, log and limits."""
     for _ in range(3):  # else the database could get the number of an output that is closed
         os.open(os.devnull, os.O_RDWR)
-    give_back_memory()
+    with contextlib.suppress(AttributeError):  # not every C library has mallopt
+        for limit in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(limit, LARGE_BYTES)
     gc.set_threshold(10_000, 10, 10)  # seldom, for requests leave few cycles behind
     logging.raiseExceptions = False  # by lines that cannot be written
     line = "%(asctime)s %(levelname)s %(message)s"
