@@ -1436,12 +1436,12 @@ def freeze_account(name: str, account: Account) -> Statements:
     """Return what stores the account of a month that is closed; its rows are made as they are stored."""
     rows: tuple[Iterable[Any], ...] = (
         [(name, account.closed_on, account.fees, account.revenue)],
-        ((name, label, *of) for label, of in account.labels.items()),
-        ((name, user, label, *of) for user, own in account.totals.items() for label, of in own.items()),
+        ((name, label, *figures) for label, figures in account.labels.items()),
+        ((name, user, label, *total) for user, own in account.totals.items() for label, total in own.items()),
         ((name, user, of.product_type, of.fee, of.origin) for user, of in account.subscriptions.items()),
         ((name, of, label, *each) for of, own in account.adjustments.items() for label, each in own.items()),
     )
-    return [(f"INSERT INTO {table} VALUES", of) for table, of in zip(FROZEN, rows, strict=True)]
+    return [*zip((f"INSERT INTO {table} VALUES" for table in FROZEN), rows, strict=True)]
 
 
 class StorageError(Exception):
@@ -1680,7 +1680,7 @@ class Journal:
             if not self.waiting:  # `close` has wanted it
                 return
             batch = [*itertools.takewhile(lambda change: not change.freeze, self.waiting)]
-            batch = batch or self.waiting[:1]
+            batch = batch or self.waiting[:1]  # that one has something to freeze
             del self.waiting[: len(batch)]
             if not self.waiting and not self.closing:
                 self.wanted.clear()
@@ -3063,12 +3063,11 @@ async def serve(
     loop, signalled = asyncio.get_running_loop(), asyncio.Event()
     loop.set_default_executor(ThreadPoolExecutor(THREADS))  # each keeps some memory of its own
     loop.set_exception_handler(log_loop_error)
-    access_log = logging.getLogger("aiohttp.access") if verbose else None
     logging.getLogger("aiohttp.server").addFilter(is_no_fault_of_a_client)
     # A compressed body could hold a thousand times of what it may; none was promised, so none is unpacked.
     runner = web.AppRunner(
         app,
-        access_log=access_log,
+        access_log=logging.getLogger("aiohttp.access") if verbose else None,
         access_log_format='%a "%r" %s %b',  # no header: it may hold any control character above 127
         auto_decompress=False,
         handler_cancellation=True,
