@@ -101,7 +101,6 @@ from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from heapq import merge
 from http import HTTPStatus
-from logging.handlers import QueueHandler, QueueListener
 from operator import add, attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -2877,7 +2876,7 @@ def create_app(
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 
 
-class Output(QueueHandler):
+class Output(logging.Handler):
     """Standard output or error, which a thread writes to: the server never waits for who reads it.
 
     What finds the queue full is dropped, and what cannot be written stops nothing.
@@ -2885,20 +2884,30 @@ class Output(QueueHandler):
 
     def __init__(self, descriptor: int) -> None:
         """Begin to write to this file descriptor."""
-        self.lines: queue.Queue[logging.LogRecord] = queue.Queue(OUTPUT_LINES)
-        super().__init__(self.lines)
-        stream = os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-        QueueListener(self.lines, logging.StreamHandler(stream)).start()
+        super().__init__()
+        self.texts: queue.Queue[str] = queue.Queue(OUTPUT_LINES)
+        threading.Thread(target=self._write, args=(descriptor,), daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line of the log."""
+        self.say(f"{self.format(record)}\n")
 
     def say(self, text: str) -> None:
-        """Write `text`, which is no line of the log."""
+        """Write `text` as soon as that is possible."""
         with contextlib.suppress(queue.Full):
-            self.enqueue(logging.makeLogRecord({"msg": text}))
+            self.texts.put_nowait(text)
 
     def flush(self) -> None:
         """Wait until all is written, half a second at most; `logging.shutdown` calls this at the end."""
-        with self.lines.all_tasks_done:
-            self.lines.all_tasks_done.wait_for(lambda: not self.lines.unfinished_tasks, 0.5)
+        with self.texts.all_tasks_done:
+            self.texts.all_tasks_done.wait_for(lambda: not self.texts.unfinished_tasks, 0.5)
+
+    def _write(self, descriptor: int) -> None:
+        while True:
+            text = self.texts.get()
+            with contextlib.suppress(OSError):
+                os.write(descriptor, text.encode("utf-8", "backslashreplace"))
+            self.texts.task_done()
 
 
 output = lru_cache(Output)  # by file descriptor: 1 or 2
@@ -2912,7 +2921,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        output(1 if file is sys.stdout else 2).say(message.removesuffix("\n"))
+        output(1 if file is sys.stdout else 2).say(message)
 
 
 def number_from(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
@@ -3007,7 +3016,7 @@ def read_import(parser: Parser, directory: Path, tracks: str | None) -> Import:
 def undo_import(parser: Parser, path: Path) -> None:
     """Take the latest import back and say what that took, or exit with status 2 and what is wrong."""
     try:
-        output(1).say(f"Took back {Journal(path, 'r+b').undo_import()}")
+        output(1).say(f"Took back {Journal(path, 'r+b').undo_import()}\n")
     except StorageError as error:
         parser.error(f"cannot take back an import of {path}: {error}")
 
@@ -3079,7 +3088,7 @@ async def serve(
     site = web.SockSite(runner, listener, backlog=1)
     await site.start()
     listener.listen(BACKLOG)
-    output(1).say(f"Listening on {url}")
+    output(1).say(f"Listening on {url}\n")
     await signalled.wait()
     await site.stop()
     await finish_requests(cast("web.Server", runner.server))
@@ -3107,7 +3116,6 @@ def set_up_process() -> None:
         for limit in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             ctypes.CDLL(None).mallopt(limit, LARGE_BYTES)
     gc.set_threshold(10_000, 10, 10)  # seldom, for requests leave few cycles behind
-    logging.raiseExceptions = False  # by lines that cannot be written
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=line, handlers=[output(2)])
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

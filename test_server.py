@@ -4095,11 +4095,16 @@ async def test_help_and_version_are_printed_whoever_reads_them() -> None:
             out, errors = await asyncio.wait_for(program.process.communicate(), 20)
             assert (program.process.returncode, errors) == (0, b"")
             assert set(said.split()) <= set(re.split(r"[\s=]+", out.decode()))
-        pipe = closed_pipe(contextlib.ExitStack())
-        process = await asyncio.create_subprocess_exec(sys.executable, HERE / "server.py", option, stdout=pipe, stderr=asyncio.subprocess.PIPE)
-        os.close(pipe)
-        assert (await process.communicate())[1] == b""
-        assert process.returncode == 0
+        for make in (closed_pipe, full_pipe):
+            with contextlib.ExitStack() as stack:
+                stack.callback(os.close, pipe := make(stack))
+                process = await asyncio.create_subprocess_exec(sys.executable, HERE / "server.py", option, stdout=pipe, stderr=asyncio.subprocess.PIPE)
+                try:
+                    assert (await asyncio.wait_for(process.communicate(), 20))[1] == b""
+                finally:
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+                assert process.returncode == 0
 
 
 RUN = f"runpy.run_path({str(HERE / 'server.py')!r}, run_name='__main__')"
