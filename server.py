@@ -147,7 +147,6 @@ LATE_SECONDS = 5  # a batch that is no later than this, or than three intervals,
 IMPORT_BYTES = 256 * 1024 * 1024  # at most, of each file of an import
 IMPORT_FAULTS = 20  # an import is read up to so many
 FAULT_CHARACTERS = 300
-LINE_CHARACTERS = 65_536  # at most, in a line of a CSV file
 FETCH_TRIES = 5
 FETCH_SECONDS = 30  # how long each may take
 FETCH_WAIT = 0.5  # seconds before the second try; twice as many before each further one
@@ -1173,31 +1172,19 @@ class ImportFailedError(Exception):
     """The files cannot be imported; the message names file, line and fault, one a line, 20 at most."""
 
 
-class ImportFile(io.FileIO):
-    """A regular file of an import, which is hashed while it is read; raises InvalidError for others."""
-
-    def __init__(self, path: Path, digest: hashlib._Hash) -> None:
-        """Open it, without waiting for anybody to write to it."""
-        super().__init__(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-        self.digest = digest
-        self.size = 0
-        if not stat.S_ISREG(os.fstat(self.fileno()).st_mode):
-            self.close()
-            raise InvalidError("it is no regular file")
-
-    def readinto(self, buffer: Any) -> int:
-        """Read the next piece; raises InvalidError when the file is too large."""
-        count = super().readinto(buffer) or 0
-        self.digest.update(memoryview(buffer)[:count])
-        self.size += count
-        check_size(self.size)
-        return count
-
-
 def check_size(size: int) -> None:
     """Raise InvalidError if a file of an import has so many bytes that memory could run out."""
     if size > IMPORT_BYTES:
         raise InvalidError(f"it is larger than {IMPORT_BYTES >> 20} MiB")
+
+
+def read_file(path: Path) -> bytes:
+    """Return what a file of an import holds; raises OSError or InvalidError."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe could keep this waiting, a device could have no end
+        raise InvalidError("it is no regular file")
+    check_size(found.st_size)
+    return path.read_bytes()
 
 
 class Import:
@@ -1218,25 +1205,23 @@ class Import:
             raise ImportFailedError("\n".join(self.faults))
 
     @contextlib.contextmanager
-    def _noting(self, where: str) -> Iterator[None]:
+    def _noting_fault(self, where: str) -> Iterator[None]:
+        """Go on after what is done in it has failed, unless there are too many faults already."""
         try:
             yield
-            return
-        except OSError as error:
-            fault = str(error.strerror)
-        except (ValueError, RecursionError, csv.Error) as error:
-            fault = str(error)
-        self.faults.append(f"{where}: {fault[:FAULT_CHARACTERS]}")
-        if len(self.faults) == IMPORT_FAULTS:
-            raise ImportFailedError("\n".join(self.faults))
+        except (OSError, ValueError, RecursionError, csv.Error) as error:
+            fault = str(getattr(error, "strerror", None) or error)
+            self.faults.append(f"{where}: {fault[:FAULT_CHARACTERS]}")
+            if len(self.faults) == IMPORT_FAULTS:
+                raise ImportFailedError("\n".join(self.faults)) from None
 
     def _read_tracks(self, tracks: bytes) -> None:
-        with self._noting("tracks.json"):
+        with self._noting_fault("tracks.json"):
             items = json.loads(tracks.decode("utf-8-sig"))
             if not isinstance(items, list):
                 raise InvalidError("it must hold a list of tracks")
             for number, item in enumerate(items, 1):
-                with self._noting(f"tracks.json, track {number}"):
+                with self._noting_fault(f"tracks.json, track {number}"):
                     self._add_track(item)
 
     def _add_track(self, item: object) -> None:
@@ -1247,31 +1232,31 @@ class Import:
         if self.labels.setdefault(track, label) != label:
             raise InvalidError(f"track {track!r} is there twice, with another label")
 
-    def _read_rows(self, path: Path, columns: Sequence[str], take: Callable[[dict[str, str]], None]) -> None:
-        """Give each row's cells, by column, to `take`, and note with its line what is wrong with it."""
-        digest = hashlib.sha256(self.hash)
-        with (
-            self._noting(path.name),
-            ImportFile(path, digest) as pieces,
-            io.TextIOWrapper(io.BufferedReader(pieces), "utf-8-sig", "surrogateescape", newline="") as file,
-        ):
-            delimiter = ";" if ";" in (header := file.readline(LINE_CHARACTERS)) else ","
-            cells = next(csv.reader([header], delimiter=delimiter), [])
+    def _read_rows(self, path: Path, columns: Sequence[str], add: Callable[[dict[str, str]], None]) -> None:
+        """Give each row's cells, by column, to `add`, and note with its line what is wrong with it."""
+        with self._noting_fault(path.name):
+            content = read_file(path)
+            digest = hashlib.sha256(self.hash)
+            digest.update(content)
+            self.hash = digest.digest()
+            lines = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", "surrogateescape", newline="")
+            header = lines.readline()
+            delimiter = ";" if ";" in header else ","
+            cells = next(csv.reader([header], delimiter=delimiter))
             names = [cell.strip().casefold().replace(" ", "_") for cell in cells]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            lines = telling(f"reading {path.name}, lines", lines_of(file))
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            end: list[str] = []
-            while cells is not end:
-                with self._noting(f"{path.name}:{reader.line_num + 2}"):
-                    cells = next(reader, end)
-                    if not "".join(cells).strip():
+            told = telling(f"reading {path.name}, lines", lines)
+            rows = csv.reader(told, delimiter=delimiter, strict=True)
+            while True:
+                with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):
+                    if (row := next(rows, None)) is None:
+                        break
+                    if not "".join(row).strip():
                         continue
-                    if len(cells) != len(names):
-                        raise InvalidError(f"{len(cells)} columns instead of {len(names)}")
-                    take(dict(zip(names, map(str.strip, cells), strict=True)))
-            self.hash = digest.digest()
+                    if len(row) != len(names):
+                        raise InvalidError(f"{len(row)} columns instead of {len(names)}")
+                    add(dict(zip(names, map(str.strip, row), strict=True)))
 
     def _add_user(self, row: dict[str, str]) -> None:
         user = check_text("user_id", row.pop("user_id"))
@@ -1291,14 +1276,6 @@ class Import:
         self.events.append(parse_event(dict(zip(FIELDS, cells, strict=True)), self.now))
 
 
-def lines_of(file: io.TextIOWrapper) -> Iterator[str]:
-    """Yield the lines of a CSV file, of which none may be so long that it fills the memory."""
-    while line := file.readline(LINE_CHARACTERS + 1):
-        if len(line) > LINE_CHARACTERS:
-            raise InvalidError(f"a line is longer than {LINE_CHARACTERS:,} characters")
-        yield line
-
-
 @lru_cache(maxsize=4096)
 def midnight(date: str) -> int:
     """Return the time, in Unix seconds, at which the day dd/mm/yyyy begins in UTC; raises InvalidError."""
@@ -1309,43 +1286,41 @@ def midnight(date: str) -> int:
     raise InvalidError(f"date {date!r} is no day dd/mm/yyyy")
 
 
-def read_tracks(path: Path) -> bytes:
-    """Return what the file holds; raises OSError or InvalidError."""
-    with io.BufferedReader(ImportFile(path, hashlib.sha256())) as file:
-        return b"".join(iter(lambda: file.read(1 << 20), b""))
-
-
 async def fetch_tracks(url: str) -> bytes:
     """Return what `url` answers; raises InvalidError, with the reason, if it can't be had."""
-    timeout = aiohttp.ClientTimeout(total=FETCH_SECONDS)
-    # A compressed body could hold a thousand times of what it may, so it is not unpacked.
-    async with aiohttp.ClientSession(
-        raise_for_status=True, timeout=timeout, auto_decompress=False, headers={"Accept-Encoding": "identity"}
-    ) as session:
-        for tried in range(FETCH_TRIES):
-            if tried:
-                await asyncio.sleep(FETCH_WAIT * 2 ** (tried - 1))
-            try:
-                async with session.get(url) as answer:
-                    if coding := answer.headers.get(hdrs.CONTENT_ENCODING):
-                        raise InvalidError(f"it is compressed ({coding})")
-                    content = bytearray()
-                    async for piece in answer.content.iter_any():
-                        content += piece
-                        check_size(len(content))
-                    return bytes(content)
-            except aiohttp.InvalidURL:
-                raise InvalidError("it is no URL") from None
-            except (aiohttp.ClientError, OSError) as error:
-                reason = str(error) or f"it took longer than {FETCH_SECONDS} s"
-            log.warning("try %d of %d to get the tracks failed: %s", tried + 1, FETCH_TRIES, reason)
+    for number in range(1, FETCH_TRIES + 1):
+        try:
+            return await fetch(url)
+        except aiohttp.InvalidURL:
+            raise InvalidError("it is no URL") from None
+        except (aiohttp.ClientError, OSError) as error:
+            reason = str(error) or f"it took longer than {FETCH_SECONDS} s"
+        log.warning("try %d of %d to get the tracks failed: %s", number, FETCH_TRIES, reason)
+        if number < FETCH_TRIES:
+            await asyncio.sleep(FETCH_WAIT * 2 ** (number - 1))
     raise InvalidError(reason)
+
+
+async def fetch(url: str) -> bytes:
+    """Try once to get the tracks; raises aiohttp.ClientError, OSError or InvalidError."""
+    timeout, headers = aiohttp.ClientTimeout(total=FETCH_SECONDS), {"Accept-Encoding": "identity"}
+    # A compressed body could hold a thousand times of what it may, so it is not unpacked.
+    async with aiohttp.request(
+        "GET", url, headers=headers, timeout=timeout, raise_for_status=True, auto_decompress=False
+    ) as answer:
+        if coding := answer.headers.get(hdrs.CONTENT_ENCODING):
+            raise InvalidError(f"it is compressed ({coding})")
+        content = bytearray()
+        async for piece in answer.content.iter_any():
+            content += piece
+            check_size(len(content))
+        return bytes(content)
 
 
 # ── Storage ─────────────────────────────────────────────────────────────────────────────────────
 # With --db, what is written is on disk first and visible second: the usage answers, SQLite remembers.
 
-APPLICATION_ID = int.from_bytes(b"secs")  # in the file's header, beside the version of the schema
+APPLICATION_ID = int.from_bytes(b"secs")  # at byte 68 of the file, as SQLite's format has it
 MIGRATIONS = (
     """
     CREATE TABLE streams (
@@ -1385,26 +1360,20 @@ MIGRATIONS = (
     """,
 )
 
-Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows
+Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows; after VALUES come the places for them
 Apply = Callable[[], None]  # makes visible what is stored
 Freeze = Callable[[], Awaitable[tuple[Statements, Apply]]]
 
-
-def insert_many(table: str, columns: int) -> str:
-    """Return what inserts a thousand rows in one step: after each the thread waits for its turn to run."""
-    cells = ", ".join(f"json_extract(value, '$[{at}]')" for at in range(columns))
-    return f"INSERT INTO {table} SELECT {cells} FROM json_each(?)"  # noqa: S608 - the names are those here
-
-
-INSERT_STREAMS = insert_many("streams", 7)
+STEP_ROWS = 100  # are inserted in one step: after each the thread waits for its turn to run
+INSERT_STREAMS = "INSERT INTO streams VALUES"
 CELLS = attrgetter(*FIELDS, "id", "version")  # of an event, as SQLite has them
-SET_STREAM = "INSERT OR REPLACE INTO streams VALUES (?, ?, ?, ?, ?, ?, ?)"
+SET_STREAM = "INSERT OR REPLACE INTO streams VALUES"
 DELETE_STREAM = "DELETE FROM streams WHERE id = ?"
-INSERT_TOMBSTONE = "INSERT INTO tombstones VALUES (?, ?)"
+INSERT_TOMBSTONE = "INSERT INTO tombstones VALUES"
 SET_SEQUENCE = "UPDATE sequence SET number = ?"
-INSERT_KEY = "INSERT INTO keys VALUES (?, ?, ?)"
-SET_SUBSCRIPTION = "INSERT OR REPLACE INTO subscriptions VALUES (?, ?, ?, ?, ?)"
-INSERT_IMPORT = "INSERT INTO imports VALUES (?, ?, ?, ?)"
+INSERT_KEY = "INSERT INTO keys VALUES"
+SET_SUBSCRIPTION = "INSERT OR REPLACE INTO subscriptions VALUES"
+INSERT_IMPORT = "INSERT INTO imports VALUES"
 KEEP_REPLACED = "INSERT INTO replaced SELECT *, ? FROM subscriptions WHERE user_id = ?"
 LATEST_IMPORT = """
     SELECT id, first_id, size,
@@ -1435,9 +1404,8 @@ LAST_NUMBER = """
         UNION ALL SELECT max(first_id + size) FROM imports UNION ALL SELECT max(first_id) FROM keys)
 """
 
-# What was paid stays to the cent, whatever a later version would work out. Each table has so many columns.
-FROZEN = {"closed_months": 4, "closed_labels": 6, "closed_totals": 5, "closed_subscriptions": 5}
-FROZEN |= {"adjustments": 5}
+# What was paid stays to the cent, whatever a later version would work out.
+FROZEN = ("closed_months", "closed_labels", "closed_totals", "closed_subscriptions", "adjustments")
 OPEN_MONTH = tuple(f"DELETE FROM {table} WHERE month = ?" for table in FROZEN)  # noqa: S608
 
 
@@ -1446,11 +1414,11 @@ def freeze_account(name: str, account: Account) -> Statements:
     rows: tuple[Iterable[Any], ...] = (
         [(name, account.closed_on, account.fees, account.revenue)],
         ((name, label, *line[:4]) for label, line in account.labels.items()),
-        ((name, user, label, *of) for user, own in account.totals.items() for label, of in own.items()),
+        ((name, user, label, *total) for user, own in account.totals.items() for label, total in own.items()),
         ((name, user, of.product_type, of.fee, of.origin) for user, of in account.subscriptions.items()),
         ((name, of, label, *each) for of, own in account.adjustments.items() for label, each in own.items()),
     )
-    return [*zip(itertools.starmap(insert_many, FROZEN.items()), rows, strict=True)]
+    return [*zip((f"INSERT INTO {table} VALUES" for table in FROZEN), rows, strict=True)]
 
 
 class StorageError(Exception):
@@ -1465,12 +1433,17 @@ def is_mounted_alone(path: str) -> bool:
     return os.path.ismount(path)
 
 
-def read_application_id(path: Path) -> int | None:
-    """Return what stands in the file's header, or None if it is no database, and touch nothing beside it."""
-    header = sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)
-    with contextlib.closing(header), contextlib.suppress(sqlite3.DatabaseError):
-        return int(header.execute("PRAGMA application_id").fetchone()[0])
-    return None
+@contextlib.contextmanager
+def translate_errors() -> Iterator[None]:
+    """Raise a StorageError for whatever makes the file unusable, damaged contents included."""
+    try:
+        yield
+    except BlockingIOError:
+        raise StorageError("another process uses it") from None
+    except OSError as error:
+        raise StorageError(error.strerror or str(error)) from None
+    except (sqlite3.Error, TypeError, ValueError, LookupError) as error:
+        raise StorageError(f"it is damaged or in use: {error}") from None
 
 
 @dataclass
@@ -1490,6 +1463,7 @@ class Change:
 class Journal:
     """The SQLite file behind the usage; one process writes to it, in one transaction at a time."""
 
+    @translate_errors()
     def __init__(self, path: Path, mode: str = "a+b") -> None:
         """Open the file, new or of any earlier version; raises StorageError and leaves others untouched.
 
@@ -1500,110 +1474,126 @@ class Journal:
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.closing = False
         self.failed = False
-        self.unsure = False  # whether the log may hold what was not committed, or not hold what was
+        self.in_doubt = False  # whether the log may hold a commit that was refused
         self.last_commit = -math.inf
         self.path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
-        with self._refusing():
-            real = os.path.realpath(self.path)
-            self.log = Path(f"{real}-wal")
-            self.lock = self.path.open(mode, buffering=0)  # to the end: closing it would drop SQLite's locks
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.seen = {self.path: os.fstat(self.lock.fileno())}  # the files as they were last
-            self._check_files()
-            if is_mounted_alone(real):
-                raise StorageError("it is mounted alone: mount its directory")
-            if self.seen[self.path].st_size and read_application_id(self.path) != APPLICATION_ID:
-                raise StorageError("it is no database of this program")
-            self.connection = sqlite3.connect(self.path, check_same_thread=False, timeout=BUSY_SECONDS)
-            (version,) = self.connection.execute("PRAGMA user_version").fetchone()
-            if version > len(MIGRATIONS):
-                raise StorageError(f"it is of version {version}, this program is of {len(MIGRATIONS)}")
-            for number, migration in enumerate(MIGRATIONS[version:], version + 1):
-                of_file = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number};"
-                self.connection.executescript(f"BEGIN; {migration} {of_file} COMMIT;")
-            # What a kill has left in the log may not be on disk: it is before it is shown.
-            self.connection.executescript(
-                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
-            )
-            self.seen |= {path: path.stat() for path in (self.log, Path(f"{real}-shm"))}
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _refusing() -> Iterator[None]:
-        """Raise a StorageError for whatever makes the file unusable, damaged contents included."""
-        try:
-            yield
-        except BlockingIOError:
-            raise StorageError("another process uses it") from None
-        except OSError as error:
-            raise StorageError(error.strerror or str(error)) from None
-        except (sqlite3.Error, TypeError, ValueError, LookupError) as error:
-            raise StorageError(f"it is damaged or in use: {error}") from None
+        real = os.path.realpath(self.path)
+        self.log = Path(f"{real}-wal")
+        self.lock = self.path.open(mode, buffering=0)  # to the end: closing it would drop SQLite's locks
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        opened = os.fstat(self.lock.fileno())
+        if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:  # the log goes by the name of the file
+            raise StorageError("it must be a plain file with one name (no hard links)")
+        if is_mounted_alone(real):
+            raise StorageError("it is mounted alone: mount its directory")
+        if opened.st_size and int.from_bytes(os.pread(self.lock.fileno(), 4, 68)) != APPLICATION_ID:
+            raise StorageError("it is no database of this program")
+        self.connection = sqlite3.connect(self.path, check_same_thread=False, timeout=BUSY_SECONDS)
+        (version,) = self.connection.execute("PRAGMA user_version").fetchone()
+        if version > len(MIGRATIONS):
+            raise StorageError(f"it is of version {version}, this program is of {len(MIGRATIONS)}")
+        for number, migration in enumerate(MIGRATIONS[version:], version + 1):
+            of_file = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number};"
+            self.connection.executescript(f"BEGIN; {migration} {of_file} COMMIT;")
+        # What a kill has left in the log may not be on disk: it is before it is shown.
+        self.connection.executescript(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
+        )
+        self.opened = {self.path: opened, **{path: path.stat() for path in (self.log, Path(f"{real}-shm"))}}
+        self.sizes = {path: found.st_size for path, found in self.opened.items()}  # as they were last
 
     def _check_files(self) -> None:
         """Raise a StorageError unless all files are those that were opened, and none is shorter than it was.
 
-        SQLite would go on in files that nobody finds again. Its log goes by the name: under a second name
-        of the file it would not be found. Another process may have emptied the log, as it is in the file.
+        SQLite would go on in files that nobody finds again.
         """
-        for path, before in self.seen.items():
+        for path, opened in self.opened.items():
             now = path.stat() if path.exists() else None
-            if not now or not os.path.samestat(now, before):
-                self.unsure |= path == self.log
+            if not now or not os.path.samestat(now, opened):
+                if path == self.log:
+                    self._empty_log()  # SQLite has it open: what it holds can still be saved
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
-            if now.st_size < before.st_size:
-                self.unsure = path == self.log and not now.st_size
-                if not self.unsure:  # what is left of a log must not get into the file without the rest
+            if now.st_size < self.sizes[path]:
+                if path != self.log or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-            if path == self.path and (not stat.S_ISREG(now.st_mode) or now.st_nlink > 1):
-                raise StorageError("it must be a plain file with one name (no hard links)")
-            self.seen[path] = now
+                self._empty_log()  # another process may have done it, but then this works, too
+            self.sizes[path] = now.st_size
 
-    def _checkpoint(self) -> None:
-        """Empty the log into the file if what it holds is unsure; raises sqlite3.Error or StorageError.
+    def _empty_log(self) -> None:
+        """Move what the log holds into the file; raises StorageError or sqlite3.Error.
 
-        A commit whose sync has failed is whole in the log, beyond what SQLite knows of: after a kill it
-        would be recovered, although it was refused. A checkpoint takes in only what SQLite knows of.
+        SQLite moves only what it knows of. That takes away a commit whose sync has failed: it is whole in
+        the log, and would be recovered after a kill. And it fails if something of the log is missing.
         """
-        if self.unsure:
-            busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            if busy:
-                raise StorageError("another process reads the file")
-            self._check_files()  # the log is empty now
-            self.unsure = False
+        busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise StorageError("another process reads the file")
+        self.in_doubt = False
+        self.sizes[self.log] = 0
 
+    def commit(self, statements: Statements) -> None:
+        """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
+        try:
+            self._check_files()
+            if self.in_doubt:
+                self._empty_log()
+            with self.connection:
+                self.connection.execute("BEGIN IMMEDIATE")
+                self._check_files()  # from here on no other process may empty the log
+                for statement, group in itertools.groupby(statements, key=itemgetter(0)):
+                    self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
+                self.in_doubt = True  # until the commit, which comes now, has succeeded
+            self.in_doubt = False
+        except Exception as error:
+            self.failed = True
+            if self.in_doubt:
+                with contextlib.suppress(StorageError, sqlite3.Error):
+                    self._empty_log()
+            raise StorageError(f"nothing can be stored: {error}") from None
+        with contextlib.suppress(StorageError, sqlite3.Error, OSError):  # the next commit says so
+            self._check_files()
+        self.failed = False
+        self.last_commit = time.monotonic()
+
+    def _execute(self, statement: str, rows: Iterable[Any]) -> None:
+        if not statement.endswith("VALUES"):
+            self.connection.executemany(statement, rows)
+            return
+        for some in batched(rows, STEP_ROWS):
+            place = f"({', '.join('?' * len(some[0]))})"
+            places = ", ".join([place] * len(some))
+            self.connection.execute(f"{statement} {places}", [*itertools.chain.from_iterable(some)])
+
+    @translate_errors()
     def take_in(self, imported: Import) -> None:
         """Store what is imported, unless the same has been before; raises StorageError."""
-        with self._refusing():
-            execute = self.connection.execute
-            if execute("SELECT 1 FROM imports WHERE hash = ?", [imported.hash]).fetchone():
-                log.info("the import is stored already")
-                return
-            (number,) = execute("SELECT coalesce(max(id), 0) + 1 FROM imports").fetchone()
-            first_id = self._last_number() + 1
+        execute = self.connection.execute
+        if execute("SELECT 1 FROM imports WHERE hash = ?", [imported.hash]).fetchone():
+            log.info("the import is stored already")
+            return
+        (number,) = execute("SELECT coalesce(max(id), 0) + 1 FROM imports").fetchone()
         if number > 1:
             log.warning("this is import %d, beside those stored before: are there streams in both?", number)
+        first_id = self._last_number() + 1
         for stream_id, event in enumerate(imported.events, first_id):
             event.id = event.version = stream_id
         users = ((user, *astuple(found), number) for user, found in imported.subscriptions.items())
         self.commit([
-            (INSERT_STREAMS, map(CELLS, imported.events)),
+            (INSERT_STREAMS, telling("storing, streams", map(CELLS, imported.events))),
             (KEEP_REPLACED, ((number, user) for user in imported.subscriptions)),
             (SET_SUBSCRIPTION, users),
             (INSERT_IMPORT, [(number, imported.hash, first_id, len(imported.events))]),
             (SET_SEQUENCE, [(first_id + len(imported.events),)]),
         ])
 
+    @translate_errors()
     def undo_import(self) -> str:
         """Take the latest import back, and return what that took; raises StorageError."""
-        with self._refusing():
-            found = self.connection.execute(LATEST_IMPORT).fetchone()
-        if not found:
+        execute = self.connection.execute
+        if not (found := execute(LATEST_IMPORT).fetchone()):
             raise StorageError("it holds none")
         number, first_id, size, streams, subscriptions = found
-        with self._refusing():
-            closed = self.connection.execute(CLOSED_BY_IMPORT, [first_id, first_id + size]).fetchone()
-        if closed:
+        if closed := execute(CLOSED_BY_IMPORT, [first_id, first_id + size]).fetchone():
             raise StorageError(f"{closed[0]} is closed: open it first")
         names = {"number": number, "first_id": first_id, "size": size, "last": self._last_number()}
         self.commit([(statement, [names]) for statement in UNDO_IMPORT])
@@ -1613,22 +1603,22 @@ class Journal:
         (found,) = self.connection.execute(LAST_NUMBER).fetchone()
         return int(found)
 
+    @translate_errors()
     def load(self, usage: Usage, books: Books) -> None:
         """Put into `usage` and `books` what is stored; raises StorageError."""
-        with self._refusing():
-            execute = self.connection.execute
-            self.usage = usage
-            usage.add([Event(*row) for row in telling("loading, streams", execute("SELECT * FROM streams"))])
-            usage.by_version.add([Tombstone(*row) for row in execute("SELECT * FROM tombstones")])
-            (usage.name,) = execute("SELECT name FROM sequence").fetchone()
-            usage.last_number = usage.sequence = self._last_number()
-            usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
-            if execute("SELECT 1 FROM imports").fetchone():
-                books.subscriptions.clear()
-            for user, *cells, _ in execute("SELECT * FROM subscriptions"):
-                books.subscriptions[user] = Subscription(*cells)
-            for name, *cells in execute("SELECT * FROM closed_months").fetchall():
-                books.close(name, self._load_account(name, books.months.get(name, {}), *cells))
+        execute = self.connection.execute
+        self.usage = usage
+        usage.add([Event(*row) for row in telling("loading, streams", execute("SELECT * FROM streams"))])
+        usage.by_version.add([Tombstone(*row) for row in execute("SELECT * FROM tombstones")])
+        (usage.name,) = execute("SELECT name FROM sequence").fetchone()
+        usage.last_number = usage.sequence = self._last_number()
+        usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
+        if execute("SELECT 1 FROM imports").fetchone():
+            books.subscriptions.clear()
+        for user, *cells, _ in execute("SELECT * FROM subscriptions"):
+            books.subscriptions[user] = Subscription(*cells)
+        for name, *cells in execute("SELECT * FROM closed_months").fetchall():
+            books.close(name, self._load_account(name, books.months.get(name, {}), *cells))
 
     def _load_account(self, name: str, now: ByUser, closed_on: int, fees: int, revenue: int) -> Account:
         """Return a closed month's account; what of its totals is as it is now takes no memory twice."""
@@ -1638,45 +1628,17 @@ class Journal:
             return (cells for _, *cells in found)
 
         totals: ByUser = {}
-        for user, label, *of in rows("closed_totals"):
-            totals.setdefault(user, {})[label] = of[0], of[1]
+        for user, label, streams, seconds in rows("closed_totals"):
+            totals.setdefault(user, {})[label] = streams, seconds
         same = {user: now[user] for user, own in totals.items() if now.get(user) == own}
         totals = now if totals == now else totals | same
-        kinds = lru_cache(Subscription)
-        subscriptions = {user: kinds(*cells) for user, *cells in rows("closed_subscriptions")}
-        labels = {label: Line(*of) for label, *of in rows("closed_labels")}
+        one_of_each = lru_cache(Subscription)
+        subscriptions = {user: one_of_each(*cells) for user, *cells in rows("closed_subscriptions")}
+        labels = {label: Line(*figures) for label, *figures in rows("closed_labels")}
         adjustments: dict[str, dict[str, Cents]] = {}
-        for month, label, *cents in rows("adjustments"):
-            adjustments.setdefault(month, {})[label] = cents[0], cents[1]
+        for month, label, amount, user_centric in rows("adjustments"):
+            adjustments.setdefault(month, {})[label] = amount, user_centric
         return Account(closed_on, totals, subscriptions, fees, revenue, labels, adjustments)
-
-    def commit(self, statements: Statements) -> None:
-        """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
-        try:
-            self._check_files()
-            self._checkpoint()
-            with self.connection:
-                self.connection.execute("BEGIN IMMEDIATE")
-                self._check_files()  # from here on no other process may empty the log
-                if self.unsure:
-                    raise StorageError(f"{self.log.name} has just been emptied")
-                for statement, group in itertools.groupby(statements, key=itemgetter(0)):
-                    rows: Iterable[Any] = itertools.chain.from_iterable(rows for _, rows in group)
-                    if statement.endswith("json_each(?)"):
-                        thousands = batched(telling("storing, rows", rows), POST_EVENTS)
-                        rows = ((JSON.encode(thousand),) for thousand in thousands)
-                    self.connection.executemany(statement, rows)
-                self.unsure = True  # until the commit, which comes now, has succeeded
-            self.unsure = False
-        except Exception as error:
-            self.failed = True
-            with contextlib.suppress(StorageError, sqlite3.Error):
-                self._checkpoint()
-            raise StorageError(f"nothing can be stored: {error}") from None
-        with contextlib.suppress(StorageError, OSError):  # the next commit says so
-            self._check_files()
-        self.failed = False
-        self.last_commit = time.monotonic()
 
     async def append(self, change: Change) -> None:
         """Have a change stored and then made visible; raises StorageError, or what its `freeze` raises.
@@ -1688,17 +1650,17 @@ class Journal:
         await change.done
 
     async def run(self) -> None:
-        """Store what waits in one commit, and what has to be frozen first in one of its own, until closed."""
-        while not self.closing or self.waiting:
+        """Store what waits, in one commit, and make it visible, until closed."""
+        while True:
             await self.wanted.wait()
             await asyncio.sleep(GATHER_SECONDS)
+            if not self.waiting:  # `close` has wanted it
+                return
             batch = [*itertools.takewhile(lambda change: not change.freeze, self.waiting)]
-            batch = batch or self.waiting[:1]
+            batch = batch or self.waiting[:1]  # that one has something to freeze
             del self.waiting[: len(batch)]
-            if not self.waiting:
+            if not self.waiting and not self.closing:
                 self.wanted.clear()
-            if not batch:
-                continue
             try:
                 await self._store(batch)
             except (StorageError, ConflictError) as error:
@@ -1778,7 +1740,7 @@ async def tick(state: State, now: float, rng: random.Random) -> None:
 async def simulate_history(state: State) -> None:
     """Add the batches of the `history` days before now, at the rate of the simulation."""
     config, now = state.config, state.clock()
-    if not config.history or (state.journal and state.usage.count):
+    if state.journal and state.usage.count:
         return
     events = list[Event]()
     seconds = min(config.history * DAY, now - 1_800)  # there was nothing before 1970
@@ -1788,12 +1750,9 @@ async def simulate_history(state: State) -> None:
             log.warning("--keep ends the history after %.1f days", number * config.interval / DAY)
             break
         events += simulate_batch(int(now - number * config.interval), state.simulation.rng)
-        if number % 1_000 == 0:
-            await asyncio.sleep(0)  # a signal can end a long start
-    size = len(events) if state.journal else 100_000  # a file gets all of it or nothing
-    for part in telling(f"adding the history, parts of {size:,} events", batched(reversed(events), size)):
-        await state.add(part)
-        await asyncio.sleep(0)
+    if events:
+        events.reverse()
+        await state.add(events)
 
 
 def next_due(due: float, now: float, interval: float) -> float:
@@ -2843,7 +2802,7 @@ class Output(logging.Handler):
     def __init__(self, descriptor: int) -> None:
         """Begin to write to this file descriptor."""
         super().__init__()
-        self.lines: queue.Queue[str] = queue.Queue(OUTPUT_LINES)
+        self.texts: queue.Queue[str] = queue.Queue(OUTPUT_LINES)
         threading.Thread(target=self._write, args=(descriptor,), daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -2853,22 +2812,19 @@ class Output(logging.Handler):
     def say(self, text: str) -> None:
         """Write `text` as soon as that is possible."""
         with contextlib.suppress(queue.Full):
-            self.lines.put_nowait(text)
+            self.texts.put_nowait(text)
 
     def flush(self) -> None:
         """Wait until all is written, half a second at most; `logging.shutdown` calls this at the end."""
-        with self.lines.all_tasks_done:
-            self.lines.all_tasks_done.wait_for(lambda: not self.lines.unfinished_tasks, 0.5)
+        with self.texts.all_tasks_done:
+            self.texts.all_tasks_done.wait_for(lambda: not self.texts.unfinished_tasks, 0.5)
 
     def _write(self, descriptor: int) -> None:
         while True:
-            lines = [self.lines.get()]
-            while not self.lines.empty():  # all at once: to write each, it would wait for the event loop
-                lines.append(self.lines.get())
+            text = self.texts.get()
             with contextlib.suppress(OSError):
-                os.write(descriptor, "".join(lines).encode("utf-8", "backslashreplace"))
-            for _ in lines:
-                self.lines.task_done()
+                os.write(descriptor, text.encode("utf-8", "backslashreplace"))
+            self.texts.task_done()
 
 
 output = lru_cache(Output)  # by file descriptor: 1 or 2
@@ -2885,7 +2841,7 @@ class Parser(argparse.ArgumentParser):
         output(1 if file is sys.stdout else 2).say(message)
 
 
-def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+def number_from(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
     """Return the type of an option that is a number from `low` to `high`."""
 
     def parse(text: str) -> float:
@@ -2897,6 +2853,9 @@ def between(kind: type[int] | type[float], low: float, high: float) -> Callable[
     return parse
 
 
+parse_port = number_from(int, 0, 65_535)
+
+
 def parse_name(text: str) -> str:
     """Return a name that a Host can have; as the type of an option, it raises ArgumentTypeError."""
     if not HOST_NAME.fullmatch(name := text.lower()):
@@ -2904,8 +2863,8 @@ def parse_name(text: str) -> str:
     return name
 
 
-def build_parser(environment: Mapping[str, str]) -> Parser:
-    """Return the parser of the command line; HOST and PORT in the environment are defaults."""
+def build_parser() -> Parser:
+    """Return the parser of the command line; HOST and PORT in the environment are the defaults of two."""
     parser = Parser(
         description="Collect usage events and share out royalties.",
         epilog="In the environment HOST and PORT are defaults, and USAGE_TOKEN is what a write then needs:\n"
@@ -2914,25 +2873,15 @@ def build_parser(environment: Mapping[str, str]) -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    host, default_port = environment.get("HOST") or "127.0.0.1", environment.get("PORT") or "8080"
-
-    def parse_port(text: str) -> float:
-        try:
-            return between(int, 0, 65_535)(text)
-        except argparse.ArgumentTypeError as error:
-            if text is default_port:
-                parser.error(f"PORT in the environment: {error}")
-            raise
-
-    add("--host", default=host, help="address to listen on (%(default)s)")
-    add("--port", default=default_port, type=parse_port, help="port; 0 picks a free one (%(default)s)")
-    add("--interval", default=Config.interval, type=between(float, 0.001, DAY), metavar="SECONDS",
+    add("--host", help="address to listen on (HOST or 127.0.0.1)")
+    add("--port", type=parse_port, help="port; 0 picks a free one (PORT or 8080)")
+    add("--interval", default=Config.interval, type=number_from(float, 0.001, DAY), metavar="SECONDS",
         help="time between two simulated batches (%(default)s)")
     add("--no-simulation", dest="simulate", action="store_false", help="simulate nothing from now on")
-    add("--history", default=Config.history, type=between(float, 0, 3_650), metavar="DAYS",
+    add("--history", default=Config.history, type=number_from(float, 0, 3_650), metavar="DAYS",
         help="simulate the DAYS before now, too")
     add("--random-seed", type=int, metavar="N", help="make the simulation repeatable")
-    add("--keep", default=Config.keep, type=between(int, 1, 10**9), metavar="N",
+    add("--keep", default=Config.keep, type=number_from(int, 1, 10**9), metavar="N",
         help="keep N events at most (%(default)s)")
     add("--db", type=Path, metavar="FILE", help="keep everything in an SQLite file")
     add("--import", dest="directory", type=Path, metavar="DIR",
@@ -2946,14 +2895,34 @@ def build_parser(environment: Mapping[str, str]) -> Parser:
     return parser
 
 
-def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> Import | None:
+def parse_options(
+    parser: Parser, environment: Mapping[str, str], arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Return what the command line and the environment say, or exit with status 2 and what is wrong."""
+    options = parser.parse_args(arguments)
+    if options.host is None:
+        options.host = environment.get("HOST") or "127.0.0.1"
+    if options.port is None:
+        try:
+            options.port = parse_port(environment.get("PORT") or "8080")
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"PORT in the environment: {error}")
+    options.token = environment.get("USAGE_TOKEN", "").strip()  # a file with a secret ends with a newline
+    if "USAGE_TOKEN" in environment and not (options.token and options.token.isprintable()):
+        parser.error("USAGE_TOKEN is empty or no printable text; unset it if a write is to need no token")
+    if options.tracks and not options.directory:
+        parser.error("--tracks goes with --import")
+    if options.undo_import and (options.directory or not options.db):
+        parser.error("--undo-import goes " + ("without --import" if options.db else "with --db"))
+    return options
+
+
+def read_import(parser: Parser, directory: Path, tracks: str | None) -> Import:
     """Return what is to be imported, or exit with status 2 and what is wrong with it."""
-    if directory is None:
-        return None
     source = tracks or str(directory / "tracks.json")
     remote = source.lower().startswith(("http://", "https://"))
     try:
-        content = asyncio.run(fetch_tracks(source)) if remote else read_tracks(Path(source))
+        content = asyncio.run(fetch_tracks(source)) if remote else read_file(Path(source))
         return Import(directory, content, time.time())
     except (OSError, ValueError) as error:
         parser.error(f"cannot read the tracks from {source}: {getattr(error, 'strerror', None) or error}")
@@ -2961,20 +2930,22 @@ def read_import(parser: Parser, directory: Path | None, tracks: str | None) -> I
         parser.exit(2, f"{error}\n")
 
 
-def undo_import(parser: Parser, path: Path | None, directory: Path | None) -> None:
+def undo_import(parser: Parser, path: Path) -> None:
     """Take the latest import back and say what that took, or exit with status 2 and what is wrong."""
-    if not path or directory:
-        parser.error("--undo-import goes " + ("without --import" if path else "with --db"))
     try:
         output(1).say(f"Took back {Journal(path, 'r+b').undo_import()}\n")
     except StorageError as error:
         parser.error(f"cannot take back an import of {path}: {error}")
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Open the port, before any work begins, so that one that is taken is known at once; raises OSError."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    return socket.create_server(address, family=family, backlog=BACKLOG)
+def listen(parser: Parser, host: str, port: int) -> socket.socket:
+    """Open the port, before any work begins, so that one that is taken is known at once, or exit."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        parser.error(f"cannot listen on {host}, port {port}: {reason}; --host or --port names another")
 
 
 def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -2991,78 +2962,76 @@ def is_no_fault_of_a_client(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], faults))
 
 
-def give_back_memory() -> None:
-    """Have the C library give back large pieces of memory as soon as they are free.
+class FirstSignal:
+    """The first SIGINT or SIGTERM ends the process: at once or, once it serves, within END_SECONDS.
 
-    By itself glibc keeps the more, the larger they are that it has seen. Other libraries have no mallopt.
+    A thread waits for it, so neither a disk nor an event loop that is busy can keep the process alive.
     """
-    with contextlib.suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for limit in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(limit, LARGE_BYTES)
 
+    def __init__(self) -> None:
+        """Begin to wait."""
+        self.end_serving: Callable[[], object] | None = None
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=self._wait, daemon=True).start()
 
-def end_at_signal(ending: Sequence[Callable[[], object]]) -> None:
-    """End the process at the first signal: at once or, if it is in `ending` how, so and within END_SECONDS.
-
-    A thread does this, so neither a disk nor an event loop that is busy can keep the process alive.
-    """
-    signal.sigwait(SIGNALS)
-    for end in ending:
-        end()
-        time.sleep(END_SECONDS)
-    os._exit(0)  # all that was acknowledged is stored
+    def _wait(self) -> None:
+        signal.sigwait(SIGNALS)
+        if self.end_serving:
+            self.end_serving()
+            time.sleep(END_SECONDS)
+        os._exit(0)  # all that was acknowledged is stored
 
 
 async def serve(
-    app: web.Application, listener: socket.socket, url: str, verbose: bool, ending: list[Callable[[], object]]
-) -> None:
-    """Answer until the first signal; whatever signals follow, requests under way are answered first."""
+    app: web.Application, listener: socket.socket, url: str, verbose: bool, first_signal: FirstSignal
+) -> NoReturn:
+    """Answer until the first signal; then answer what is under way, and end the process."""
     loop, signalled = asyncio.get_running_loop(), asyncio.Event()
     loop.set_default_executor(ThreadPoolExecutor(THREADS))  # each keeps some memory of its own
     loop.set_exception_handler(log_loop_error)
-    access_log = logging.getLogger("aiohttp.access") if verbose else None
     logging.getLogger("aiohttp.server").addFilter(is_no_fault_of_a_client)
     # A compressed body could hold a thousand times of what it may; none was promised, so none is unpacked.
     runner = web.AppRunner(
         app,
-        access_log=access_log,
+        access_log=logging.getLogger("aiohttp.access") if verbose else None,
         access_log_format='%a "%r" %s %b',  # no header: it may hold any control character above 127
-        shutdown_timeout=SHUTDOWN_SECONDS,
         auto_decompress=False,
         handler_cancellation=True,
         lingering_time=LINGER_SECONDS,
     )
-    connections: list[asyncio.Transport | None] = []
-
-    async def leave(_app: web.Application) -> None:
-        for _ in range(50):  # half a second, for what has been answered to be sent, too
-            if not any(each and each.get_write_buffer_size() for each in connections):
-                break
-            await asyncio.sleep(0.01)
-        logging.shutdown()
-        os._exit(0)  # to free so many events, or to end a report that nobody gets, takes seconds
-
-    app.on_cleanup.insert(0, leave)  # before the database is closed: that syncs, and nothing needs it
     await runner.setup()
-    ending.append(lambda: loop.call_soon_threadsafe(signalled.set))
+    first_signal.end_serving = lambda: loop.call_soon_threadsafe(signalled.set)
     # One connection at a time: asyncio takes as many as may wait, and logs as often that it cannot.
-    await web.SockSite(runner, listener, backlog=1).start()
+    site = web.SockSite(runner, listener, backlog=1)
+    await site.start()
     listener.listen(BACKLOG)
     output(1).say(f"Listening on {url}\n")
     await signalled.wait()
-    connections += [each.transport for each in runner.server.connections] if runner.server else []
-    await runner.cleanup()
+    await site.stop()
+    await finish_requests(cast("web.Server", runner.server))
+    logging.shutdown()
+    os._exit(0)  # to free all events, to close the database or to end a report would take seconds
 
 
-def main() -> None:
-    """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
-    ending: list[Callable[[], object]] = []
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    threading.Thread(target=end_at_signal, args=(ending,), daemon=True).start()
+async def finish_requests(server: web.Server) -> None:
+    """Wait for the requests under way to be answered, and for the answers to be sent, but not for long."""
+    transports = [connection.transport for connection in server.connections]
+    await asyncio.sleep(0)  # what has come is under way
+    server.pre_shutdown()
+    await server.shutdown(SHUTDOWN_SECONDS)
+    for _ in range(50):  # half a second
+        if not any(each and each.get_write_buffer_size() for each in transports):
+            break
+        await asyncio.sleep(0.01)
+
+
+def set_up_process() -> None:
+    """Set what holds for the whole process: its outputs, memory, log and limits."""
     for _ in range(3):  # else the database could get the number of an output that is closed
         os.open(os.devnull, os.O_RDWR)
-    give_back_memory()
+    with contextlib.suppress(AttributeError):  # not every C library has mallopt
+        for limit in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(limit, LARGE_BYTES)
     gc.set_threshold(10_000, 10, 10)  # seldom, for requests leave few cycles behind
     sys.setswitchinterval(SLICE_SECONDS)  # so long may a thread that works keep others waiting
     line = "%(asctime)s %(levelname)s %(message)s"
@@ -3070,38 +3039,32 @@ def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # many shells allow 256 or 1,024 until they are asked
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    parser = build_parser(os.environ)
-    options = vars(parser.parse_args())
-    host, port, verbose = options.pop("host"), options.pop("port"), options.pop("verbose")
-    directory, tracks = options.pop("directory"), options.pop("tracks")
-    options["allow_host"] = tuple(options["allow_host"])
-    token = os.environ.get("USAGE_TOKEN", "").strip()  # a file that holds a secret ends with a newline
-    if "USAGE_TOKEN" in os.environ and not (token and token.isprintable()):
-        parser.error("USAGE_TOKEN is empty or no printable text; unset it if a write is to need no token")
-    if tracks and not directory:
-        parser.error("--tracks goes with --import")
-    if options.pop("undo_import"):
-        undo_import(parser, options["db"], directory)
+
+
+def main() -> None:
+    """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
+    first_signal = FirstSignal()
+    set_up_process()
+    parser = build_parser()
+    options = parse_options(parser, os.environ)
+    if options.undo_import:
+        undo_import(parser, options.db)
         return
-    try:
-        listener = listen(host, port)
-    except (OSError, UnicodeError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-        parser.error(f"cannot listen on {host}, port {port}: {reason}; --host or --port names another")
-    imported = read_import(parser, directory, tracks)
-    try:
-        app = create_app(Config(**options, token=token), imported)
-    except OSError as error:
-        parser.error(f"cannot read the page: {error}")
-    except StorageError as error:
-        parser.error(f"cannot use the database {options['db']}: {error}")
-    if not token and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+    listener = listen(parser, options.host, options.port)
+    imported = read_import(parser, options.directory, options.tracks) if options.directory else None
+    names = ("interval", "simulate", "history", "random_seed", "keep", "db", "token")
+    config = Config(allow_host=tuple(options.allow_host), **{name: getattr(options, name) for name in names})
+    address, port, *_ = listener.getsockname()
+    if not options.token and not ipaddress.ip_address(address).is_loopback:
         log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
-    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
     try:
-        asyncio.run(serve(app, listener, url, verbose, ending))
+        app = create_app(config, imported)
+        asyncio.run(serve(app, listener, url, options.verbose, first_signal))
     except StorageError as error:
-        parser.error(f"cannot fill the database {options['db']}: {error}")
+        parser.error(f"cannot use the database {options.db}: {error}")
+    except OSError as error:  # of the page
+        parser.error(f"cannot serve: {error}")
 
 
 if __name__ == "__main__":

@@ -1147,13 +1147,13 @@ def test_a_file_of_an_import_has_256_mib_at_most(tmp_path: Path, monkeypatch: py
     assert server.IMPORT_BYTES == 256 * 1024 * 1024
     monkeypatch.setattr(server, "IMPORT_BYTES", 2 * 1024 * 1024)
     row = STREAMS.splitlines()[1] + "\n"
-    for count, fault in ((2_000, None), (2 * 1024 * 1024 // len(row), "streaming.csv:[0-9]+: it is larger than 2 MiB")):
+    for count, fault in ((2_000, None), (2 * 1024 * 1024 // len(row), "streaming.csv: it is larger than 2 MiB")):
         (tmp_path / "streaming.csv").write_text(STREAMS + row * count, "utf-8")
         with pytest.raises(server.ImportFailedError, match=fault) if fault else contextlib.nullcontext():
             read_import(tmp_path)
     (tmp_path / "streaming.csv").write_text(STREAMS, "utf-8")
     os.truncate(tmp_path / "streaming.csv", 1 << 40)  # a sparse file takes no room on the disk
-    with pytest.raises(server.ImportFailedError, match=r"streaming.csv:5: a line is longer than 65,536 characters"):
+    with pytest.raises(server.ImportFailedError, match=r"streaming.csv: it is larger than 2 MiB"):
         read_import(tmp_path)
 
 
@@ -1442,7 +1442,7 @@ def test_a_long_import_and_a_long_start_say_how_far_they_are(
     journal.load(usage_of(math.inf), server.Books({}))
     said = Counter(re.sub(r"[0-9][0-9,.]*", "N", record.getMessage()) for record in caplog.records)
     assert said["reading streaming.csv, lines so far: N after N s"] > 3_000
-    assert said["storing, rows so far: N after N s"] == said["loading, streams so far: N after N s"] == 3_003
+    assert said["storing, streams so far: N after N s"] == said["loading, streams so far: N after N s"] == 3_003
     journal.connection.close()
     journal.lock.close()
 
@@ -4095,11 +4095,16 @@ async def test_help_and_version_are_printed_whoever_reads_them() -> None:
             out, errors = await asyncio.wait_for(program.process.communicate(), 20)
             assert (program.process.returncode, errors) == (0, b"")
             assert set(said.split()) <= set(re.split(r"[\s=]+", out.decode()))
-        pipe = closed_pipe(contextlib.ExitStack())
-        process = await asyncio.create_subprocess_exec(sys.executable, HERE / "server.py", option, stdout=pipe, stderr=asyncio.subprocess.PIPE)
-        os.close(pipe)
-        assert (await process.communicate())[1] == b""
-        assert process.returncode == 0
+        for make in (closed_pipe, full_pipe):
+            with contextlib.ExitStack() as stack:
+                stack.callback(os.close, pipe := make(stack))
+                process = await asyncio.create_subprocess_exec(sys.executable, HERE / "server.py", option, stdout=pipe, stderr=asyncio.subprocess.PIPE)
+                try:
+                    assert (await asyncio.wait_for(process.communicate(), 20))[1] == b""
+                finally:
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+                assert process.returncode == 0
 
 
 RUN = f"runpy.run_path({str(HERE / 'server.py')!r}, run_name='__main__')"
@@ -4218,9 +4223,9 @@ async def test_a_token_is_what_stands_between_the_white_space(token: str) -> Non
 
 
 async def test_host_and_port_come_from_the_environment_and_options_win() -> None:
-    options = vars(server.build_parser({"HOST": "127.0.0.9", "PORT": "5500"}).parse_args(["--port", "0"]))
-    assert (options["host"], options["port"]) == ("127.0.0.9", 0)
-    assert vars(server.build_parser({"PORT": "5500", "HOST": ""}).parse_args([]))["port"] == 5500
+    options = server.parse_options(server.build_parser(), {"HOST": "127.0.0.9", "PORT": "5500"}, ["--port", "0"])
+    assert (options.host, options.port) == ("127.0.0.9", 0)
+    assert server.parse_options(server.build_parser(), {"PORT": "5500", "HOST": ""}, []).port == 5500
     async with started("--no-simulation", HOST="127.0.0.2") as program:
         url = await program.url()
         assert re.fullmatch(r"http://127\.0\.0\.2:\d+", url)
@@ -5168,7 +5173,7 @@ async def test_very_many_bad_rows_take_no_more_memory_than_twenty(tmp_path: Path
 async def test_tracks_without_an_end_or_from_no_regular_file_are_refused(tmp_path: Path) -> None:
     write_import(tmp_path)
     os.mkfifo(tmp_path / "fifo")
-    for source, reason in (("/dev/zero", "no regular file"), (str(tmp_path / "fifo"), "no regular file"), (str(tmp_path), "Is a directory")):
+    for source, reason in (("/dev/zero", "no regular file"), (str(tmp_path / "fifo"), "no regular file"), (str(tmp_path), "no regular file")):
         limited = f"ulimit -v 500000; exec {sys.executable} {HERE / 'server.py'} --port=0 --import {tmp_path} --tracks {source}"
         process = await asyncio.create_subprocess_exec("sh", "-c", limited, stderr=asyncio.subprocess.PIPE)
         try:
@@ -5734,6 +5739,8 @@ async def test_each_change_is_in_a_close_or_late_and_there_is_no_third_kind(tmp_
             changes = Changes(session, url, int(datetime(2019, turn, 5, tzinfo=UTC).timestamp()))
             workers = [asyncio.create_task(changes.work(f"{turn}.{number}")) for number in range(16)]
             await asyncio.sleep(0.05 + turn / 200)
+            while not changes.made:  # on a busy machine
+                await asyncio.sleep(0.01)
             acknowledged = [version for version, _ in changes.made]
             assert await put_month(session, url, month, "closed") == 200
             changes.closed = True
@@ -5858,7 +5865,7 @@ async def test_history_that_a_full_disk_does_not_take_is_said_in_one_line(tmp_pa
         resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         _, errors = await program.process.communicate()
         assert program.process.returncode == 2
-        assert errors.decode().splitlines()[-1].startswith("server.py: cannot fill the database")
+        assert errors.decode().splitlines()[-1].startswith("server.py: cannot use the database")
         assert b"Traceback" not in errors
 
 
