@@ -145,6 +145,7 @@ SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way
 END_SECONDS = 4.7  # from the signal on, whatever the disk and the clients do; 5 are promised
 LATE_SECONDS = 5  # a batch that is no later than this, or than three intervals, is not missed
 IMPORT_BYTES = 256 * 1024 * 1024  # at most, of each file of an import
+LINE_CHARACTERS = 65_536
 IMPORT_FAULTS = 20  # an import is read up to so many
 FAULT_CHARACTERS = 300
 FETCH_TRIES = 5
@@ -1180,11 +1181,19 @@ def check_size(size: int) -> None:
 
 def read_file(path: Path) -> bytes:
     """Return what a file of an import holds; raises OSError or InvalidError."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # a pipe could keep this waiting, a device could have no end
-        raise InvalidError("it is no regular file")
-    check_size(found.st_size)
-    return path.read_bytes()
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):  # a pipe could wait, a device go on for ever
+            raise InvalidError("it is no regular file")
+        check_size(found.st_size)
+        return file.read(found.st_size)
+
+
+def check_line(line: str) -> str:
+    """Return a line of a CSV file; raises InvalidError if its cells could fill the memory."""
+    if len(line) > LINE_CHARACTERS:
+        raise InvalidError(f"a line is longer than {LINE_CHARACTERS:,} characters")
+    return line
 
 
 class Import:
@@ -1240,13 +1249,13 @@ class Import:
             digest.update(content)
             self.hash = digest.digest()
             lines = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", "surrogateescape", newline="")
-            header = lines.readline()
+            header = check_line(lines.readline())
             delimiter = ";" if ";" in header else ","
             cells = next(csv.reader([header], delimiter=delimiter))
             names = [cell.strip().casefold().replace(" ", "_") for cell in cells]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            told = telling(f"reading {path.name}, lines", lines)
+            told = telling(f"reading {path.name}, lines", map(check_line, lines))
             rows = csv.reader(told, delimiter=delimiter, strict=True)
             while True:
                 with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):
@@ -1433,6 +1442,14 @@ def is_mounted_alone(path: str) -> bool:
     return os.path.ismount(path)
 
 
+def read_application_id(path: Path) -> int | None:
+    """Return what stands in the file's header, or None if it is no database, and touch nothing beside it."""
+    header = sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)
+    with contextlib.closing(header), contextlib.suppress(sqlite3.DatabaseError):
+        return int(header.execute("PRAGMA application_id").fetchone()[0])
+    return None
+
+
 @contextlib.contextmanager
 def translate_errors() -> Iterator[None]:
     """Raise a StorageError for whatever makes the file unusable, damaged contents included."""
@@ -1486,7 +1503,7 @@ class Journal:
             raise StorageError("it must be a plain file with one name (no hard links)")
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
-        if opened.st_size and int.from_bytes(os.pread(self.lock.fileno(), 4, 68)) != APPLICATION_ID:
+        if opened.st_size and read_application_id(self.path) != APPLICATION_ID:
             raise StorageError("it is no database of this program")
         self.connection = sqlite3.connect(self.path, check_same_thread=False, timeout=BUSY_SECONDS)
         (version,) = self.connection.execute("PRAGMA user_version").fetchone()

@@ -5170,10 +5170,19 @@ async def test_very_many_bad_rows_take_no_more_memory_than_twenty(tmp_path: Path
     assert process.returncode == 2
 
 
+async def test_a_line_whose_cells_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    write_import(tmp_path, streams=STREAMS + ";" * 100_000_000)
+    limited = f"ulimit -v 900000; exec {sys.executable} {HERE / 'server.py'} --port=0 --import {tmp_path}"
+    process = await asyncio.create_subprocess_exec("sh", "-c", limited, stderr=asyncio.subprocess.PIPE)
+    _, errors = await process.communicate()
+    assert errors.decode() == "streaming.csv:5: a line is longer than 65,536 characters\n"
+    assert process.returncode == 2
+
+
 async def test_tracks_without_an_end_or_from_no_regular_file_are_refused(tmp_path: Path) -> None:
     write_import(tmp_path)
     os.mkfifo(tmp_path / "fifo")
-    for source, reason in (("/dev/zero", "no regular file"), (str(tmp_path / "fifo"), "no regular file"), (str(tmp_path), "no regular file")):
+    for source, reason in (("/dev/zero", "no regular file"), (str(tmp_path / "fifo"), "no regular file"), (str(tmp_path), "Is a directory")):
         limited = f"ulimit -v 500000; exec {sys.executable} {HERE / 'server.py'} --port=0 --import {tmp_path} --tracks {source}"
         process = await asyncio.create_subprocess_exec("sh", "-c", limited, stderr=asyncio.subprocess.PIPE)
         try:
