@@ -639,22 +639,31 @@ def aggregate(
     names = (*by, *(name for name, _ in wanted if name not in by))
     windowed = 1 if window else 0  # so many cells of a key stand before its names
     filters = [(windowed + names.index(name), values) for name, values in wanted]
+    rows: list[tuple[Any, ...]] = []
     sums: Totals = {}
+
+    def place(item: tuple[tuple[Any, ...], Total]) -> tuple[Any, ...]:
+        key, (_, seconds) = item
+        return key[:windowed], -seconds, key
+
     for chunk in chunks:
         yield
+        if window and chunk:  # chunks are in order of time, so those before its first window are complete
+            start = windows_of(chunk[:1], window)[0]
+            complete = {key: sums.pop(key) for key in [*sums] if key[0] < start}
+            rows += [(*key, *total) for key, total in sorted(complete.items(), key=place)]
         totals = count_chunk(chunk, window, names, wanted)
-        for place, values in filters:
-            totals = {key: total for key, total in totals.items() if key[place] in values}
+        for at, values in filters:
+            totals = {key: total for key, total in totals.items() if key[at] in values}
         for key, total in totals.items():
             add_up(sums, key[: windowed + len(by)], total)
-        if len(sums) > MOST_ROWS and not limit:
+        if len(rows) + len(sums) > MOST_ROWS and not limit:
             raise InvalidError(f"there are more than {MOST_ROWS:,} rows: narrow the query, or pass limit")
-    in_order = yield from sort_in_steps(sums.items(), lambda row: (row[0][:windowed], -row[1][1], row[0]))
-    rows: list[tuple[Any, ...]] = []
+    in_order = yield from sort_in_steps(sums.items(), place)
     for some in batched(itertools.islice(in_order, limit), CHUNK_EVENTS):
         yield
         rows += [(*key, *total) for key, total in some]
-    return rows
+    return rows[:limit]
 
 
 def sort_in_steps(items: Iterable[T], key: Callable[[T], Any]) -> Steps[Iterator[T]]:
