@@ -96,7 +96,7 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field, replace
 from email.utils import formatdate
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from heapq import merge
 from http import HTTPStatus
 from operator import attrgetter, itemgetter
@@ -131,8 +131,8 @@ MOST_ROWS = 100_000  # of totals, in one answer
 KNOWN_TOTALS = 8  # so many groupings a chunk remembers
 PAGE_STREAMS = 1_000
 THREADS = 4
-SHORT_SLICES = 64  # what takes no more time slices does not wait for what does
-LONG_WORK = 4  # so much of what takes more of them is under way at a time: each holds memory
+SHORT_SLICES = 64  # work that takes more time slices is LONG_WORK
+LONG_WORK = 4  # so much of it is under way at a time, for it holds memory
 SLICE_SECONDS = 0.0005  # how long something may keep the event loop at a stretch
 WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
 LINGER_SECONDS = 1  # how long a body that nobody wants may go on before its connection is closed
@@ -233,7 +233,7 @@ class Event:
         if self.seconds_streamed < len(COMMON_SECONDS):
             self.seconds_streamed = COMMON_SECONDS[self.seconds_streamed]
         if self.version == self.id:
-            self.version = self.id
+            self.version = self.id  # equal before, one object from now on
 
     @property
     def fields(self) -> str:
@@ -263,12 +263,12 @@ class Tombstone:
     version: int
 
 
-@lru_cache(maxsize=1024, typed=True)
+@lru_cache(maxsize=1024, typed=True)  # typed, or Money and a text that looks like it were one
 def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no cell that a spreadsheet runs."""
     text = io.StringIO()
     csv.writer(text).writerow(
-        f"'{cell}" if type(cell) is str and cell.startswith(FORMULA) else cell for cell in cells
+        f"'{cell}" if type(cell) is str and cell.startswith(FORMULA) else cell for cell in cells  # no Money
     )
     return text.getvalue()[: -len(CSV_END)]
 
@@ -422,12 +422,13 @@ class Order:
             at, last = len(self.chunks) - 1, self.key(pending[-1])
             if last < self.key(self.chunks[at][0]):
                 at = max(0, bisect_right(self.chunks, last, key=lambda chunk: self.key(chunk[0])) - 1)
+            # The first chunk takes what is lower than all, too.
             first = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
             yield at, pending[first:]
             del pending[first:]
 
     def _replace(self, at: int, events: list[Any]) -> None:
-        """Put `events` in the place of the chunk there, cut into chunks of about equal length."""
+        """Put `events`, if any, in the place of the chunk there, cut into chunks of about equal length."""
         parts = math.ceil(len(events) / CHUNK_EVENTS)
         if self.chunks and parts == 1:
             self.chunks[at] = Chunk(events)
@@ -458,7 +459,7 @@ class Usage:
         self.last_number = 0  # the highest that was given
         self.sequence = 0  # the highest that is visible
         self.forgotten = 0  # the version of the latest tombstone that is no longer kept
-        self.frozen = 0  # the sequence when the events were last set apart for the garbage collector
+        self.gc_frozen_at = 0  # the sequence when the events were last set apart for the garbage collector
         self.warned = False
 
     @property
@@ -466,7 +467,7 @@ class Usage:
         """What names the moment that is visible."""
         return f"{self.name}-{self.sequence}"
 
-    def number(self) -> int:
+    def next_number(self) -> int:
         """Give the next change its number, which no other has ever had."""
         self.last_number += 1
         return self.last_number
@@ -475,17 +476,18 @@ class Usage:
         """Have the changes up to this number visible."""
         self.sequence = max(self.sequence, number)
 
-    def create(self, events: Iterable[Event]) -> None:
+    def give_ids(self, events: Sequence[Event]) -> None:
         """Give each new event its id, which is its version too."""
         for event in events:
-            event.id = event.version = self.number()
+            event.id = event.version = self.next_number()
 
     def is_too_old(self, events: Sequence[Event]) -> bool:
         """Tell whether one of these new events would be among those that `keep` drops at once."""
         over = self.count + len(events) - self.keep
         starts = (event.stream_started_on for event in itertools.chain.from_iterable(self.by_start.chunks))
         oldest = min(event.stream_started_on for event in events)
-        return over > 0 and next(itertools.islice(starts, int(over) - 1, None), math.inf) > oldest
+        last_to_go = next(itertools.islice(starts, int(over) - 1, None), math.inf) if over > 0 else oldest
+        return last_to_go > oldest
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`."""
@@ -493,8 +495,8 @@ class Usage:
             order.add(events)
         self._tell(events, 1)
         self.advance(max(map(attrgetter("version"), events), default=0))
-        if self.sequence >= self.frozen + FREEZE_EVENTS:  # none is garbage, so none is searched
-            self.frozen = self.sequence
+        if self.sequence >= self.gc_frozen_at + FREEZE_EVENTS:  # none is garbage, so none is searched
+            self.gc_frozen_at = self.sequence
             gc.freeze()
         if self.count <= self.keep:
             return
@@ -503,7 +505,7 @@ class Usage:
             log.warning("there are more than %d events: from now on the oldest go (--keep, --db)", self.keep)
         oldest = itertools.chain.from_iterable(self.by_start.chunks)
         dropped = [*itertools.islice(oldest, int(self.count - self.keep))]
-        self.remove([(event, self.number()) for event in dropped])
+        self.remove([(event, self.next_number()) for event in dropped])
 
     def find(self, stream_id: int) -> Event:
         """Return the event with this id; raises MissingError."""
@@ -522,7 +524,7 @@ class Usage:
         tombstones = [Tombstone(event.id, number) for event, number in events]
         self.by_version.add(tombstones)
         self.tombstones += tombstones
-        self.sequence = tombstones[-1].version
+        self.advance(tombstones[-1].version)
         if (over := len(self.tombstones) - self.keep) > 0:  # who follows from before has to begin anew
             oldest = [self.tombstones.popleft() for _ in range(int(over))]
             self.by_version.remove(oldest)
@@ -539,7 +541,7 @@ class Usage:
 
 
 def matching(events: Chunk, wanted: Wanted) -> Chunk:
-    """Return the events whose user, track and label are among those that are wanted: the one filter."""
+    """Return the events whose fields are all among the values that are wanted: the one filter."""
     for name, values in wanted:
         events = Chunk(itertools.compress(events, map(values.__contains__, map(attrgetter(name), events))))
     return events
@@ -616,16 +618,17 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
 
     A chunk remembers totals that are few. Where they are many, to filter before counting is quicker.
     """
-    known = chunk.known.get((window, names), {})
-    if known:
-        return known
-    events = matching(chunk, wanted) if known is None else chunk
-    windows = [windows_of(events, window)] if window else []
-    found = totals_of(events, *windows, *values_of(events, *names))
-    if known is not None:
-        chunk.known[window, names] = found if len(found) <= len(chunk) // 4 else None
-        if len(chunk.known) > KNOWN_TOTALS:
-            del chunk.known[next(iter(chunk.known))]
+
+    def totals(events: Chunk) -> Totals:
+        windows = [windows_of(events, window)] if window else []
+        return totals_of(events, *windows, *values_of(events, *names))
+
+    if (window, names) in chunk.known:
+        return chunk.known[window, names] or totals(matching(chunk, wanted))
+    found = totals(chunk)
+    chunk.known[window, names] = found if len(found) <= len(chunk) // 4 else None
+    if len(chunk.known) > KNOWN_TOTALS:
+        del chunk.known[next(iter(chunk.known))]
     return found
 
 
@@ -696,12 +699,12 @@ ADJUSTMENTS = ("adjustment", "adjustment_user_centric")
 LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", *AMOUNTS, *ADJUSTMENTS)
 REPORT_COLUMNS = ("month", "currency", *LABEL_COLUMNS)
 PAYER_COLUMNS = ("user_id", "product_type", "fee", "origin", "net", "seconds_streamed", "of_seconds", "part")
-CLAIM_BITS = 512  # of a claim, after the point
-DOUBT_BITS = 160  # the last of them, in which a claim may be too high
+CLAIM_BITS = 512  # of a claim, after the point: far more than two labels' differ by, unless they are equal
+DOUBT_BITS = 160  # the last of them, in which cents x claim may be too high: all cents x seconds have fewer
 
-ByUser = dict[str, Totals]  # by label
-Cents = tuple[int, int]  # pro rata, user-centric
-Adjustments = Mapping[str, Mapping[str, Cents]]  # month that they are for -> label
+ByUser = dict[str, Totals]  # user -> label
+Amounts = tuple[int, int]  # in cents: pro rata, user-centric
+Adjustments = Mapping[str, Mapping[str, Amounts]]  # month that they are for -> label
 
 
 @dataclass(frozen=True, slots=True)
@@ -758,8 +761,8 @@ class Line(NamedTuple):
     adjustment_user_centric: int = 0
 
     @property
-    def cents(self) -> Cents:
-        """What was or would be paid for the month itself."""
+    def amounts(self) -> Amounts:
+        """What is owed for the month itself."""
         return self.amount, self.amount_user_centric
 
 
@@ -770,8 +773,9 @@ def add_lines(lines: Iterable[Line]) -> Line:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a month's streams and fees come to: `fees` and `revenue` in cents, the rest in hundredths of one.
+    """What a month's streams and fees come to.
 
+    Fees and revenue are in cents, net fees and claims in hundredths of one, claims with CLAIM_BITS more.
     A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
     user; the fees of the silent, who streamed nothing, go by the seconds of all.
     """
@@ -779,12 +783,12 @@ class Ledger:
     totals: ByUser
     subscriptions: Mapping[str, Subscription]
     labels: Totals
-    claims: Counter[str]  # with CLAIM_BITS after the point
+    claims: Counter[str]
     seconds: int
     fees: int
     net: int
     revenue: int  # rounded once, half up
-    silent: int
+    silent_net: int
     silent_users: int
 
 
@@ -801,8 +805,8 @@ def price_of_second(net: int, seconds: int) -> int:
 def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Ledger]:
     """Return a month's ledger: the one place where its seconds and fees are added up.
 
-    A claim is the sum of prices x seconds, so it is too high by less than twice the label's seconds, in its
-    last bits: two prices are paid for a second.
+    A claim is the sum of prices x seconds. A price is rounded up in the last bit, and a second carries two,
+    its user's and that of the silent: so a claim is too high by less than twice the label's seconds.
     """
     fees = net = heard = listeners = 0
     for subscription in subscriptions.values():
@@ -833,8 +837,8 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> dict[str, in
     """Share out `cents` by claims on `whole`, to the last cent: by the largest remainder.
 
     Each gets its share rounded down; what is left goes, a cent each, to those who lost most by the
-    rounding, ties in order of the name. Claims have CLAIM_BITS, and the last DOUBT_BITS say nothing: those
-    may be too high, so shares that are equal differ there, and only there.
+    rounding, ties in order of the name. Claims are rounded up in their last bits, so remainders that are
+    equal may differ there: they are compared without the last DOUBT_BITS.
     """
     shares = {name: divmod(cents * claim, whole << CLAIM_BITS) for name, claim in claims.items()}
     left = cents - sum(share for share, _ in shares.values())
@@ -884,7 +888,7 @@ class Books:
     months: defaultdict[str, ByUser] = field(default_factory=lambda: defaultdict(dict))
     tracks: dict[str, Totals] = field(default_factory=dict)  # of each user, over all time
     closed: dict[str, Account] = field(default_factory=dict)  # in order of the month
-    shared: set[str] = field(default_factory=set)  # the months whose totals a snapshot or an account has, too
+    copy_on_change: set[str] = field(default_factory=set)  # months whose totals a snapshot or an account has
 
     def change(self, events: Sequence[Event], sign: int = 1) -> None:
         """Count events or, with a `sign` of -1, take them away."""
@@ -893,15 +897,15 @@ class Books:
         for (month, user, label), total in by_month.items():
             counted[month][user, label] = total
         for month, changes in counted.items():
-            if month in self.shared:
+            if month in self.copy_on_change:
                 self.months[month] = {**self.months[month]}
-                self.shared.remove(month)
+                self.copy_on_change.remove(month)
             change_users(self.months[month], changes, sign)
         change_users(self.tracks, totals_of(events, *values_of(events, "user_id", "track_id")), sign)
 
     def snapshot(self) -> Books:
-        """Return the books as they are now; the next change of a month copies what the two share."""
-        self.shared |= self.months.keys()
+        """Return the books as they are now; the next change of a month copies its totals first."""
+        self.copy_on_change |= self.months.keys()
         return replace(
             self, subscriptions={**self.subscriptions}, months=self.months.copy(), tracks={**self.tracks}
         )
@@ -909,19 +913,19 @@ class Books:
     def close(self, month: str, account: Account) -> None:
         """Close the month with this account."""
         self.closed = dict(sorted({**self.closed, month: account}.items()))
-        self.shared.add(month)
+        self.copy_on_change.add(month)
 
     def open(self, month: str) -> None:
         """Open the month again."""
         self.closed = {name: account for name, account in self.closed.items() if name != month}
 
-    def streamed(self) -> list[str]:
+    def open_months(self) -> list[str]:
         """Return the open months with a stream, in order."""
         return sorted(month for month, users in self.months.items() if users and month not in self.closed)
 
-    def adjusted(self) -> str:
+    def adjusted_month(self) -> str:
         """Return the month that adjustments go to: the first of these or, with none, after the closed."""
-        return next(iter(self.streamed() or map(month_after, reversed(self.closed))), "")
+        return next(iter(self.open_months() or map(month_after, reversed(self.closed))), "")
 
     def obstacle(self, month: str, status: str, now: float) -> str:
         """Return what stands in the way of making a month closed or open; "" when it is so, or can be."""
@@ -931,7 +935,7 @@ class Books:
             return f"{max(self.closed)} is closed: open it first" if max(self.closed) > month else ""
         if month >= month_of(int(now) // DAY):
             return f"{month} is not over"
-        first = min(self.streamed(), default=month)
+        first = min(self.open_months(), default=month)
         return f"{first} has streams and is open: close it first" if first < month else ""
 
 
@@ -970,31 +974,31 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
     }
 
 
-def subtract(these: Mapping[str, Cents], those: Mapping[str, Cents]) -> dict[str, Cents]:
+def subtract(these: Mapping[str, Amounts], those: Mapping[str, Amounts]) -> dict[str, Amounts]:
     """Return by how much the labels' amounts differ, where they do."""
     pairs = ((label, these.get(label, (0, 0)), those.get(label, (0, 0))) for label in {**these, **those})
     return {label: (a - c, b - d) for label, (a, b), (c, d) in pairs if (a, b) != (c, d)}
 
 
-def late(books: Books, month: str) -> Steps[dict[str, Cents]]:
+def changed_since_close(books: Books, month: str) -> Steps[dict[str, Amounts]]:
     """Return how much more each label of a month would get now than when it was closed, if it was."""
     account, users = books.closed.get(month), books.months.get(month, {})
-    if not account or account.totals is users:  # which it was made from, and nothing has changed since
+    if not account or account.totals is users:  # a change would have copied them
         return {}
     ledger = yield from tally(users, account.subscriptions)
     now, then = share_month(ledger), account.labels
-    return subtract(*({label: line.cents for label, line in lines.items()} for lines in (now, then)))
+    return subtract(*({label: line.amounts for label, line in lines.items()} for lines in (now, then)))
 
 
-def due(books: Books) -> Steps[Adjustments]:
+def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid for each month: what the closed would get now less what was paid."""
-    found: dict[str, dict[str, Cents]] = {}
+    found: dict[str, dict[str, Amounts]] = {}
     for month in books.closed:
-        found[month] = yield from late(books, month)
+        found[month] = yield from changed_since_close(books, month)
     for account in books.closed.values():
         for month, paid in account.adjustments.items():  # for months that are open again, too
             found[month] = subtract(found.get(month, {}), paid)
-    return {month: cents for month, cents in sorted(found.items()) if cents}
+    return {month: amounts for month, amounts in sorted(found.items()) if amounts}
 
 
 def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[Account]:
@@ -1004,14 +1008,14 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
     users = books.months.get(month, {})
     ledger = yield from tally(users, books.subscriptions)
     labels = share_month(ledger)
-    adjustments = (yield from due(books)) if month == books.adjusted() else {}
+    adjustments = (yield from unpaid(books)) if month == books.adjusted_month() else {}
     return Account(closed_on, users, books.subscriptions, ledger.fees, ledger.revenue, labels, adjustments)
 
 
 def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Account]]:
     """Return a month's account, or those of all that have a stream or an adjustment, or are closed."""
     found = {}
-    for name in [month] if month else sorted({*books.months, *books.closed, books.adjusted()}):
+    for name in [month] if month else sorted({*books.months, *books.closed, books.adjusted_month()}):
         account = yield from account_of(books, name)
         if month or account.totals or account.adjustments or account.status == "closed":
             found[name] = account
@@ -1035,7 +1039,7 @@ def month_rows(books: Books, only: str | None = None) -> Steps[list[dict[str, An
             "revenue": euros(account.revenue),
             "distributed": euros(line.amount),
             "adjusted": euros(line.adjustment),
-            "late": len((yield from late(books, month))),
+            "late": len((yield from changed_since_close(books, month))),
         })
     return rows
 
@@ -1064,7 +1068,7 @@ def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
         for label, line in account.lines().items():
             by_label[label].append(line)
     lines = {label: add_lines(each) for label, each in by_label.items()}
-    whole, labels = add_lines(lines.values()), list[dict[str, Any]]()
+    total, labels = add_lines(lines.values()), list[dict[str, Any]]()
     for described in describe_lines(lines):
         yield
         labels.append(described)
@@ -1074,9 +1078,9 @@ def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
         **({"status": accounts[month].status} if month else {}),
         "subscribers": len(accounts[month].subscriptions if month else books.subscriptions),
         "revenue": euros(sum(account.revenue for account in accounts.values())),
-        "distributed": euros(whole.amount),
-        "adjusted": euros(whole.adjustment),
-        "seconds_streamed": whole.seconds_streamed,
+        "distributed": euros(total.amount),
+        "adjusted": euros(total.adjustment),
+        "seconds_streamed": total.seconds_streamed,
         "labels": labels,
     }
 
@@ -1117,7 +1121,7 @@ def find_payers(ledger: Ledger, label: str) -> Steps[list[dict[str, Any]]]:
         rows.append(row)
     if ledger.silent_users:
         seconds = ledger.labels.get(label, (0, 0))[1]
-        rows.append(describe_payer(None, None, ledger.silent, seconds, ledger.seconds)[1])
+        rows.append(describe_payer(None, None, ledger.silent_net, seconds, ledger.seconds)[1])
     return rows
 
 
@@ -1135,7 +1139,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
     ]
     revenue, claim = account.revenue, ledger.claims[label]
 
-    def rounded(exact: int, paid: int) -> dict[str, Any]:
+    def rounded(exact: int, paid: int) -> dict[str, Any]:  # from millionths of a euro, to cents
         down = exact // 10_000
         return {"exact": euros(exact, 6), "rounded_down": euros(down), "cent_added": paid > down}
 
@@ -1165,7 +1169,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
         ],
     }
 
-def payers(books: Books, month: str, label: str) -> Steps[Iterator[Sequence[Any]]]:
+def payer_rows(books: Books, month: str, label: str) -> Steps[Iterator[Sequence[Any]]]:
     """Return the rows of a statement's subscribers, as CSV has them; raises MissingError."""
     found = yield from statement(books, month, label)
     return ([*row.values()] for row in found["user_centric"]["subscribers"])
@@ -1245,7 +1249,7 @@ class Import:
     def _add_track(self, item: object) -> None:
         if not isinstance(item, dict) or "track_id" not in item:
             raise InvalidError("track_id is missing")
-        key = min((key for key in item if key.startswith("label")), default="label")  # "label" if it is there
+        key = min((key for key in item if key.startswith("label")), default="label")
         track, label = check_text("track_id", item["track_id"]), check_text(key, item.get(key))
         if self.labels.setdefault(track, label) != label:
             raise InvalidError(f"track {track!r} is there twice, with another label")
@@ -1378,9 +1382,10 @@ MIGRATIONS = (
     """,
 )
 
-Statements = Sequence[tuple[str, Iterable[Any]]]  # each with its rows; after VALUES come the places for them
+# Each with its rows. One that ends in VALUES takes many rows at a time, any other is run for each.
+Statements = Sequence[tuple[str, Iterable[Any]]]
 Apply = Callable[[], None]  # makes visible what is stored
-Freeze = Callable[[], Awaitable[tuple[Statements, Apply]]]
+Prepare = Callable[[], Awaitable[tuple[Statements, Apply]]]
 
 STEP_ROWS = 100  # are inserted in one step: after each the thread waits for its turn to run
 INSERT_STREAMS = "INSERT INTO streams VALUES"
@@ -1423,20 +1428,20 @@ LAST_NUMBER = """
 """
 
 # What was paid stays to the cent, whatever a later version would work out.
-FROZEN = ("closed_months", "closed_labels", "closed_totals", "closed_subscriptions", "adjustments")
-OPEN_MONTH = tuple(f"DELETE FROM {table} WHERE month = ?" for table in FROZEN)  # noqa: S608
+CLOSED_TABLES = ("closed_months", "closed_labels", "closed_totals", "closed_subscriptions", "adjustments")
+OPEN_MONTH = tuple(f"DELETE FROM {table} WHERE month = ?" for table in CLOSED_TABLES)  # noqa: S608
 
 
-def freeze_account(name: str, account: Account) -> Statements:
+def store_account(month: str, account: Account) -> Statements:
     """Return what stores the account of a month that is closed; its rows are made as they are stored."""
     rows: tuple[Iterable[Any], ...] = (
-        [(name, account.closed_on, account.fees, account.revenue)],
-        ((name, label, *line[:4]) for label, line in account.labels.items()),
-        ((name, user, label, *total) for user, own in account.totals.items() for label, total in own.items()),
-        ((name, user, of.product_type, of.fee, of.origin) for user, of in account.subscriptions.items()),
-        ((name, of, label, *each) for of, own in account.adjustments.items() for label, each in own.items()),
+        [(month, account.closed_on, account.fees, account.revenue)],
+        ((month, label, *line[:4]) for label, line in account.labels.items()),
+        ((month, user, label, *of) for user, own in account.totals.items() for label, of in own.items()),
+        ((month, user, *astuple(subscription)) for user, subscription in account.subscriptions.items()),
+        ((month, old, label, *of) for old, due in account.adjustments.items() for label, of in due.items()),
     )
-    return [*zip((f"INSERT INTO {table} VALUES" for table in FROZEN), rows, strict=True)]
+    return [*zip((f"INSERT INTO {table} VALUES" for table in CLOSED_TABLES), rows, strict=True)]
 
 
 class StorageError(Exception):
@@ -1476,13 +1481,13 @@ def translate_errors() -> Iterator[None]:
 class Change:
     """What waits to be stored, up to this number of the sequence, and then made visible.
 
-    `freeze` gives both when all changes before this one are visible, and none after it.
+    `prepare` gives the statements and what applies them when all changes before are visible, and none after.
     """
 
     number: int
     statements: Statements = ()
     apply: Apply | None = None
-    freeze: Freeze | None = None
+    prepare: Prepare | None = None
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -1568,7 +1573,7 @@ class Journal:
                 self._check_files()  # from here on no other process may empty the log
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-                self.in_doubt = True  # until the commit, which comes now, has succeeded
+                self.in_doubt = True  # until the commit has succeeded, with which this block ends
             self.in_doubt = False
         except Exception as error:
             self.failed = True
@@ -1609,7 +1614,7 @@ class Journal:
             (KEEP_REPLACED, ((number, user) for user in imported.subscriptions)),
             (SET_SUBSCRIPTION, users),
             (INSERT_IMPORT, [(number, imported.hash, first_id, len(imported.events))]),
-            (SET_SEQUENCE, [(first_id + len(imported.events),)]),
+            (SET_SEQUENCE, [(first_id + len(imported.events),)]),  # one more: the import is a change, too
         ])
 
     @translate_errors()
@@ -1635,6 +1640,7 @@ class Journal:
         execute = self.connection.execute
         self.usage = usage
         usage.add([Event(*row) for row in telling("loading, streams", execute("SELECT * FROM streams"))])
+        # With a file nothing is dropped, so `usage.tombstones`, which --keep bounds, stays empty.
         usage.by_version.add([Tombstone(*row) for row in execute("SELECT * FROM tombstones")])
         (usage.name,) = execute("SELECT name FROM sequence").fetchone()
         usage.last_number = usage.sequence = self._last_number()
@@ -1643,37 +1649,37 @@ class Journal:
             books.subscriptions.clear()
         for user, *cells, _ in execute("SELECT * FROM subscriptions"):
             books.subscriptions[user] = Subscription(*cells)
-        for name, *cells in execute("SELECT * FROM closed_months").fetchall():
-            books.close(name, self._load_account(name, books.months.get(name, {}), *cells))
+        for month, *cells in execute("SELECT * FROM closed_months").fetchall():
+            books.close(month, self._load_account(month, books.months.get(month, {}), *cells))
 
-    def _load_account(self, name: str, now: ByUser, closed_on: int, fees: int, revenue: int) -> Account:
+    def _load_account(self, month: str, current: ByUser, closed_on: int, fees: int, revenue: int) -> Account:
         """Return a closed month's account; what of its totals is as it is now takes no memory twice."""
 
         def rows(table: str) -> Iterator[Any]:
-            found = self.connection.execute(f"SELECT * FROM {table} WHERE month = ?", [name])  # noqa: S608
+            found = self.connection.execute(f"SELECT * FROM {table} WHERE month = ?", [month])  # noqa: S608
             return (cells for _, *cells in found)
 
         totals: ByUser = {}
         for user, label, streams, seconds in rows("closed_totals"):
             totals.setdefault(user, {})[label] = streams, seconds
-        same = {user: now[user] for user, own in totals.items() if now.get(user) == own}
-        totals = now if totals == now else totals | same
+        same = {user: current[user] for user, own in totals.items() if current.get(user) == own}
+        totals = current if totals == current else totals | same
         one_of_each = lru_cache(Subscription)
         subscriptions = {user: one_of_each(*cells) for user, *cells in rows("closed_subscriptions")}
         labels = {label: Line(*figures) for label, *figures in rows("closed_labels")}
-        adjustments: dict[str, dict[str, Cents]] = {}
-        for month, label, amount, user_centric in rows("adjustments"):
-            adjustments.setdefault(month, {})[label] = amount, user_centric
+        adjustments: dict[str, dict[str, Amounts]] = {}
+        for of_month, label, amount, user_centric in rows("adjustments"):
+            adjustments.setdefault(of_month, {})[label] = amount, user_centric
         return Account(closed_on, totals, subscriptions, fees, revenue, labels, adjustments)
 
     async def append(self, change: Change) -> None:
-        """Have a change stored and then made visible; raises StorageError, or what its `freeze` raises.
+        """Have a change stored and then made visible; raises StorageError, or what its `prepare` raises.
 
         First in, first out: what a follower of the sequence has seen has nothing missing before it.
         """
         self.waiting.append(change)
         self.wanted.set()
-        await change.done
+        await asyncio.shield(change.done)
 
     async def run(self) -> None:
         """Store what waits, in one commit, and make it visible, until closed."""
@@ -1682,19 +1688,19 @@ class Journal:
             await asyncio.sleep(GATHER_SECONDS)
             if not self.waiting:  # `close` has wanted it
                 return
-            batch = [*itertools.takewhile(lambda change: not change.freeze, self.waiting)]
-            batch = batch or self.waiting[:1]  # that one has something to freeze
-            del self.waiting[: len(batch)]
+            group = [*itertools.takewhile(lambda change: not change.prepare, self.waiting)]
+            group = group or self.waiting[:1]  # that one is to be prepared
+            del self.waiting[: len(group)]
             if not self.waiting and not self.closing:
                 self.wanted.clear()
             try:
-                await self._store(batch)
+                await self._store(group)
             except (StorageError, ConflictError) as error:
-                for change in batch:
+                for change in group:
                     change.done.set_exception(error)
                 continue
             began = time.monotonic()
-            for change in batch:
+            for change in group:
                 if change.apply:
                     change.apply()
                 self.usage.advance(change.number)
@@ -1703,14 +1709,14 @@ class Journal:
                     await asyncio.sleep(0)
                     began = time.monotonic()
 
-    async def _store(self, batch: Sequence[Change]) -> None:
-        """Store the changes; raises StorageError, or what a Freeze raises."""
+    async def _store(self, group: Sequence[Change]) -> None:
+        """Store the changes; raises StorageError, or what a Prepare raises."""
         statements: list[tuple[str, Iterable[Any]]] = []
-        for change in batch:
-            if change.freeze:
-                change.statements, change.apply = await change.freeze()
+        for change in group:
+            if change.prepare:
+                change.statements, change.apply = await change.prepare()
             statements += change.statements
-        statements.append((SET_SEQUENCE, [(batch[-1].number,)]))
+        statements.append((SET_SEQUENCE, [(group[-1].number,)]))
         try:
             await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, statements)
         except StorageError as error:
@@ -1818,10 +1824,18 @@ PATCH_TYPES = (*JSON_TYPES, "application/merge-patch+json")
 GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permutations(NAMES, size))
 
 
-def parse_cursor(text: str) -> tuple[str, int, int]:
-    """Return the name of the sequence, "" for none, the number, and the latest when the reading began."""
-    name, number, began, *_ = (*text.split("-"), "0") if "-" in text else ("", text, "0")
-    return name, int(number), int(began)
+class Cursor(NamedTuple):
+    """What a client has read: up to `after`; when it began, from nothing, the latest number was `began`."""
+
+    sequence: str = ""  # its name
+    after: int = 0
+    began: int = 0
+
+
+def parse_cursor(text: str) -> Cursor:
+    """Return the cursor NAME-AFTER, NAME-AFTER-BEGAN or AFTER, or an id."""
+    name, *numbers = text.split("-") if "-" in text else ("", text)
+    return Cursor(name, *map(int, numbers))
 
 
 # What a parameter may be, what that is called, and what is made of it.
@@ -1937,7 +1951,7 @@ def check_access(request: web.Request, config: Config) -> None:
 # ── HTTP: answers ───────────────────────────────────────────────────────────────────────────────
 # One way out: an `Answer` sends bytes that are there, or pieces that are made as the client takes them.
 # What depends on the data alone is an `answer_cached`: made once for all who wait, and kept until the data
-# change. What is about this moment is an `answer_now`. What goes wrong is answered by `answer_errors`.
+# change. What is about this moment is an `answer_now`. `guard` answers what goes wrong.
 
 MEDIA_TYPES = {
     "json": "application/json; charset=utf-8",
@@ -1981,7 +1995,7 @@ class Answer(web.StreamResponse):
     def __init__(self, status: int, body: bytes | Pieces = b"", headers: Headers = ()) -> None:
         """Put the answer together, but do not send it yet."""
         super().__init__(status=status)
-        self.body, self.further = body, headers
+        self.body, self.more_headers = body, headers
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
         """Send all of it, and let the next request be looked at only when the client has taken enough.
@@ -1995,7 +2009,7 @@ class Answer(web.StreamResponse):
                 await self._send_pieces(cast("web.Request", request), body)
             return request.writer
         self.body_length = len(body)
-        head = write_head(self.status, len(body), self.keep_alive, int(time.time()), self.further)
+        head = write_head(self.status, len(body), self.keep_alive, int(time.time()), self.more_headers)
         if request.method == hdrs.METH_HEAD:
             body = b""
         await self._send(request, head + body[:PIECE_BYTES])
@@ -2008,7 +2022,7 @@ class Answer(web.StreamResponse):
 
     async def _send_pieces(self, request: web.Request, pieces: Pieces) -> None:
         """Send `pieces` in chunks, compressed if the client likes, and yield to others in between."""
-        chunked, headers, compressor = request.version >= aiohttp.HttpVersion11, self.further, None
+        chunked, headers, compressor = request.version >= aiohttp.HttpVersion11, self.more_headers, None
         if accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
             compressor = zlib.compressobj(wbits=GZIP_WBITS)
             headers += (("Content-Encoding", "gzip"),)
@@ -2086,7 +2100,7 @@ async def finish(state: State, work: Generator[Any, None, T], first: bool = Fals
             await state.yield_to_others()
 
 
-def whole(pieces: Pieces, most: float) -> Steps[bytes | None]:
+def join_up_to(most: float, pieces: Pieces) -> Steps[bytes | None]:
     """Return `pieces` as one, or None if they are longer than `most` bytes."""
     made, size = list[bytes](), 0
     for piece in pieces:
@@ -2128,11 +2142,11 @@ class SingleFlight:
             self.waiters[flight] -= 1
             if not self.waiters[flight]:
                 del self.waiters[flight]
-                made = flight.done() and not flight.cancelled() and not flight.exception()
-                if not (made and len(flight.result() or b"") <= KEPT_BYTES):
-                    flight.cancel()
-                    if flights.get(key) is flight:
-                        del flights[key]
+                is_made = flight.done() and not flight.cancelled() and not flight.exception()
+                if not is_made:
+                    flight.cancel()  # nobody waits for it
+                if flights.get(key) is flight and not (is_made and len(flight.result() or b"") <= KEPT_BYTES):
+                    del flights[key]
 
 
 @lru_cache(maxsize=64)
@@ -2164,8 +2178,8 @@ async def answer_cached(
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
         return Answer(304, headers=cache_headers(etag, kind) + more)
     key = (etag, key)
-    body = await state.answers.get(key, lambda: finish(state, whole(make(), most)))
-    if body is None:
+    body = await state.answers.get(key, lambda: finish(state, join_up_to(most, make())))
+    if body is None:  # it is made from what there is now
         return Answer(200, make(), cache_headers(state.usage.etag, kind) + more)
     headers = cache_headers(etag, kind) + more
     if len(body) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
@@ -2205,7 +2219,7 @@ def write_list(kind: str, columns: Sequence[str], batches: Iterable[Chunk | Rows
     written = False
     for batch in batches:
         lines = batch.lines.replace(b"\n", b",") if kind == "json" else batch.lines
-        yield lines if written or not lines else opening + lines[1:]
+        yield lines if written or not lines else opening + lines[1:]  # each begins with a newline
         written = written or bool(lines)
     if written or kind == "json":
         yield end if written else opening + end
@@ -2242,8 +2256,8 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 
 
 @web.middleware
-async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn what the rules and aiohttp raise into answers, none of them with a traceback."""
+async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Let in who may ask, and turn what the rules and aiohttp raise into answers without a traceback."""
     state = request.app[STATE]
     try:
         check_access(request, state.config)
@@ -2368,8 +2382,8 @@ async def get_streams(request: web.Request) -> Answer:
     """List a page of streams in order of id."""
     state = request.app[STATE]
     asked = dict(parse_query(request.rel_url.raw_query_string, *FILTERS, "limit", "after"))
-    limit, (name, after, _) = asked.pop("limit", 100), asked.pop("after", ("", 0, 0))
-    if limit > PAGE_STREAMS or name:
+    limit, cursor = asked.pop("limit", 100), asked.pop("after", Cursor())
+    if limit > PAGE_STREAMS or cursor.sequence:
         raise InvalidError(f"limit must be an int from 1 to {PAGE_STREAMS}, after an id")
     if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
@@ -2377,7 +2391,7 @@ async def get_streams(request: web.Request) -> Answer:
     in_range = [("stream_started_on", range(since, until))] if {"from", "to"} & asked.keys() else []
     wanted = (*wanted_in(asked), *in_range)
     in_time = state.usage.by_start.between(asked.get("from", -math.inf), asked.get("to", math.inf))
-    following = (matching(chunk, wanted) for chunk in state.usage.by_id.between(after + 1))
+    following = (matching(chunk, wanted) for chunk in state.usage.by_id.between(cursor.after + 1))
     total = state.usage.count
     if asked:
         totals = await finish(state, aggregate(in_time, (), None, wanted_in(asked), None))
@@ -2391,9 +2405,10 @@ async def get_streams(request: web.Request) -> Answer:
         return found
 
     page = await finish(state, find_page())
-    data = b",".join(event.stream for event in page[:limit])
-    following_id = page[limit - 1].id if len(page) > limit else None
-    return answer_success("Found Streams", b'[%b],"total":%d,"next":%b' % (data, total, encode(following_id)))
+    listed = b",".join(event.stream for event in page[:limit])
+    following_id = encode(page[limit - 1].id if len(page) > limit else None)
+    body = b'{"message":"Found Streams","data":[%b],"total":%d,"next":%b}' % (listed, total, following_id)
+    return answer_now(200, body)
 
 
 async def post_streams(request: web.Request) -> Answer:
@@ -2405,19 +2420,20 @@ async def post_streams(request: web.Request) -> Answer:
     value, body = await read_json(request)
     digest = hashlib.sha256(body).digest()
     # A retry of what is stored is not in the future, even if the clock has been set back since.
-    stored = digest == state.usage.keys.get(key or "", (None, 0))[0]
-    events = await finish(state, parse_events(value, sys.maxsize if stored else state.clock()))
+    is_retry = digest == state.usage.keys.get(key or "", (None, 0))[0]
+    events = await finish(state, parse_events(value, sys.maxsize if is_retry else state.clock()))
     async with state.lock("key", key) if key else contextlib.nullcontext():
-        known, first_id = state.usage.keys.get(key or "", (None, 0))
-        if known is None:
+        known_digest, first_id = state.usage.keys.get(key or "", (None, 0))
+        if known_digest is None:
             if state.usage.is_too_old(events):
                 raise ConflictError("a stream is older than all that --keep keeps")
             await state.add(events, (key, digest) if key else None)
-        elif known != digest:
+        elif known_digest != digest:
             raise web.HTTPUnprocessableEntity(reason="this Idempotency-Key came with another body before")
-        for number, event in enumerate(events if known else [], first_id):
-            event.id = event.version = number  # so the first answer is made again, whatever became of them
-    headers = {"Idempotent-Replayed": "true"} if known else {}
+        else:  # the first answer is made again, whatever became of them
+            for number, event in enumerate(events, first_id):
+                event.id = event.version = number
+    headers = {"Idempotent-Replayed": "true"} if known_digest else {}
     if isinstance(value, list):
         data = b",".join(event.stream for event in events)
         return answer_success("Streams Created", b"[%b]" % data, 201, **headers)
@@ -2464,8 +2480,8 @@ async def change_stream(request: web.Request) -> Answer:
             fields = {name: getattr(old, name) for name in FIELDS} | fields
         new = parse_event(fields, state.clock())
         check_version(request, old)
-        new.id, new.version = old.id, state.usage.number()
-        await state.store([(SET_STREAM, [astuple(new)])], lambda: state.usage.replace(old, new))
+        new.id, new.version = old.id, state.usage.next_number()
+        await state.store(new.version, [(SET_STREAM, [astuple(new)])], lambda: state.usage.replace(old, new))
     return answer_stream("Stream Updated", new)
 
 
@@ -2475,34 +2491,34 @@ async def delete_stream(request: web.Request) -> Answer:
     async with state.lock("stream", stream.id):
         stream = find_stream(request)
         check_version(request, stream)
-        number = state.usage.number()
+        number = state.usage.next_number()
         statements: Statements = [(DELETE_STREAM, [(stream.id,)]), (INSERT_TOMBSTONE, [(stream.id, number)])]
-        await state.store(statements, lambda: state.usage.remove([(stream, number)]))
+        await state.store(number, statements, lambda: state.usage.remove([(stream, number)]))
     return answer_stream("Stream Removed", stream)
 
 
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a number, each stream once, as it is now.
 
-    Who is still reading the first time, in pages, needs only the tombstones since this `began`.
+    Who is still reading the first time, in pages, has seen nothing that went before it began.
     """
     usage = request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
-    (name, after, began), limit = asked.get("after", ("", 0, 0)), asked.get("limit", math.inf)
-    began = max(after, began) if after else usage.sequence
-    if name not in ("", usage.name) or not usage.forgotten <= began <= usage.sequence:
+    cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
+    after, began = cursor.after, max(cursor.after, cursor.began) if cursor.after else usage.sequence
+    if cursor.sequence not in ("", usage.name) or not usage.forgotten <= began <= usage.sequence:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     chunks = deque(first_of(usage.by_version.between(after + 1), limit) if after < usage.sequence else ())
-    whole = sum(map(len, chunks)) < limit
-    number = usage.sequence if whole else chunks[-1][-1].version
-    cursor = f"{usage.name}-{number}" + (f"-{began}" if number < began else "")
+    is_all = sum(map(len, chunks)) < limit
+    number = usage.sequence if is_all else chunks[-1][-1].version
+    following = f"{usage.name}-{number}" + (f"-{began}" if number < began else "")
 
     def lines() -> Pieces:
         while chunks:
             yield chunks.popleft().changes
 
     headers = (
-        ("Link", f'</api/v1/changes?after={cursor}>; rel="next"'),
+        ("Link", f'</api/v1/changes?after={following}>; rel="next"'),
         ("Cache-Control", "no-store"),
         ("Vary", "Accept-Encoding"),
         ("Content-Type", MEDIA_TYPES["ndjson"]),
@@ -2545,16 +2561,16 @@ async def put_user(request: web.Request) -> Answer:
     state, user = request.app[STATE], parse_path(request, "user_id", "User ID Invalid")
     value, _ = await read_json(request)
     subscription = parse_subscription(value)
-    state.usage.number()
-    statements: Statements = [(SET_SUBSCRIPTION, [(user, *astuple(subscription), None)])]
-    await state.store(statements, lambda: state.books.subscriptions.update({user: subscription}))
+    number, row = state.usage.next_number(), (user, *astuple(subscription), None)
+    apply = partial(state.books.subscriptions.update, {user: subscription})
+    await state.store(number, [(SET_SUBSCRIPTION, [row])], apply)
     return answer_success("Subscription Set", encode(describe_user(state.books, user)))
 
 
 async def answer_money(
     request: web.Request, title: str, asked: Mapping[str, Any], make: Callable[[str, Books], Pieces]
 ) -> Answer:
-    """Answer with what `make` yields of a kind; a CSV file is called by its title, in plain letters."""
+    """Answer with what `make` yields of a kind. No other has this title; by it a CSV file is called, too."""
     state, kind = request.app[STATE], asked.get("format", "json")
     named: Headers = ()
     if kind == "ndjson":
@@ -2590,7 +2606,7 @@ async def get_statement(request: web.Request) -> Answer:
 
     def make(kind: str, books: Books) -> Pieces:
         if kind == "csv":
-            return write_rows(kind, PAYER_COLUMNS, payers(books, month, label))
+            return write_rows(kind, PAYER_COLUMNS, payer_rows(books, month, label))
         return write_success("Found Label Statement", statement(books, month, label))
 
     return await answer_money(request, f"statement {month} {label}", asked, make)
@@ -2616,8 +2632,8 @@ async def put_month(request: web.Request) -> Answer:
     if status not in ("open", "closed"):
         raise InvalidError("status must be open or closed")
 
-    async def freeze() -> tuple[Statements, Callable[[], None]]:
-        """Work the month out when all changes before this one are visible, and none after it."""
+    async def prepare() -> tuple[Statements, Callable[[], None]]:
+        """Work out what is to be frozen or forgotten."""
         now = state.clock()
         if reason := state.books.obstacle(month, status, now):
             raise ConflictError(reason)
@@ -2625,13 +2641,13 @@ async def put_month(request: web.Request) -> Answer:
             return [(statement, [(month,)]) for statement in OPEN_MONTH], lambda: state.books.open(month)
         work = account_of(state.books.snapshot(), month, int(now))
         account = await finish(state, work, first=True)  # all other writes wait for it
-        return freeze_account(month, account), lambda: state.books.close(month, account)
+        return store_account(month, account), lambda: state.books.close(month, account)
 
     async with state.lock("months"):
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            await state.journal.append(Change(state.usage.number(), freeze=freeze))
+            await state.journal.append(Change(state.usage.next_number(), prepare=prepare))
         rows = await finish(state, month_rows(state.books.snapshot(), month))
     return answer_success(f"Month {status.capitalize()}", encode(rows[0]))
 
@@ -2662,7 +2678,7 @@ def resident_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-STREAM_PATH = "/api/v1/{_:streams?}/{id}"  # the seed spells it both ways
+STREAM_PATH = "/api/v1/{_:streams?}/{id}"  # both spellings are in use
 USER_PATH = "/api/v1/users/{user_id:[^/]+}"
 
 ROUTES = (
@@ -2720,7 +2736,7 @@ class State:
     clock: Callable[[], float]
     answers: SingleFlight
     requests: Counter[int] = field(default_factory=Counter)  # answered, by the status' first digit
-    slices: asyncio.Lock = field(default_factory=asyncio.Lock)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LONG_WORK))
     locks: WeakValueDictionary[object, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
@@ -2730,12 +2746,11 @@ class State:
 
     async def yield_to_others(self) -> None:
         """Let the event loop go round. Of all that is long, one goes on each time, for one time slice."""
-        async with self.slices:
+        async with self.turn:
             await asyncio.sleep(0)
 
-    async def store(self, statements: Statements, apply: Apply) -> None:
-        """Make a change: stored first, visible second; raises StorageError."""
-        number = self.usage.last_number
+    async def store(self, number: int, statements: Statements, apply: Apply) -> None:
+        """Make the change with this number: stored first, visible second; raises StorageError."""
         if self.journal:
             await self.journal.append(Change(number, statements, apply))
         else:
@@ -2744,7 +2759,7 @@ class State:
 
     async def add(self, events: Sequence[Event], key: tuple[str, bytes] | None = None) -> None:
         """Create and keep `events`, and the idempotency key, with the body's hash, that they came with."""
-        self.usage.create(events)
+        self.usage.give_ids(events)
         keys = {key[0]: (key[1], events[0].id)} if key else {}
 
         def apply() -> None:
@@ -2752,7 +2767,7 @@ class State:
             self.usage.keys |= keys
 
         rows = [(INSERT_KEY, [(name, digest, first_id)]) for name, (digest, first_id) in keys.items()]
-        await self.store([(INSERT_STREAMS, map(CELLS, events)), *rows], apply)
+        await self.store(events[-1].version, [(INSERT_STREAMS, map(CELLS, events)), *rows], apply)
 
 
 def abort_if_failed(journal: asyncio.Task[None]) -> None:
@@ -2765,7 +2780,7 @@ def abort_if_failed(journal: asyncio.Task[None]) -> None:
 
 @contextlib.asynccontextmanager
 async def own_journal(app: web.Application) -> AsyncIterator[None]:
-    """Run the journal, and at the end store what still waits."""
+    """Run the journal and, when the application is cleaned up, store what still waits."""
     journal = app[STATE].journal
     if not journal:
         yield
@@ -2794,7 +2809,7 @@ def create_app(
 ) -> web.Application:
     """Build the application; raises OSError for the page, StorageError for the database."""
     page = read_page(config.page)
-    app = web.Application(middlewares=[answer_errors], client_max_size=BODY_BYTES)
+    app = web.Application(middlewares=[guard], client_max_size=BODY_BYTES)
     journal = Journal(config.db) if config.db else None
     books = Books({**SUBSCRIPTIONS})
     usage = Usage(books.change, math.inf if journal else config.keep)
@@ -2804,7 +2819,7 @@ def create_app(
         journal.load(usage, books)
     elif imported:
         books.subscriptions = {**imported.subscriptions}
-        usage.create(imported.events)
+        usage.give_ids(imported.events)
         usage.add(imported.events)
     simulation = Simulation(random.Random(config.random_seed))  # noqa: S311 - no secret comes of it
     app[STATE] = State(config, usage, books, simulation, journal, page, clock, SingleFlight(usage))
@@ -2908,7 +2923,7 @@ def build_parser() -> Parser:
         help="simulate the DAYS before now, too")
     add("--random-seed", type=int, metavar="N", help="make the simulation repeatable")
     add("--keep", default=Config.keep, type=number_from(int, 1, 10**9), metavar="N",
-        help="keep N events at most (%(default)s)")
+        help="without --db: keep N events at most (%(default)s)")
     add("--db", type=Path, metavar="FILE", help="keep everything in an SQLite file")
     add("--import", dest="directory", type=Path, metavar="DIR",
         help="load users.csv, streaming.csv and tracks.json")
@@ -3027,7 +3042,8 @@ async def serve(
     )
     await runner.setup()
     first_signal.end_serving = lambda: loop.call_soon_threadsafe(signalled.set)
-    # One connection at a time: asyncio takes as many as may wait, and logs as often that it cannot.
+    # asyncio takes `backlog` connections at a stretch, and logs as often that it cannot: so one, and the
+    # system is told how many may wait afterwards.
     site = web.SockSite(runner, listener, backlog=1)
     await site.start()
     listener.listen(BACKLOG)

@@ -97,7 +97,7 @@ def usage_of(keep: float) -> Usage:
 
 def add(usage: Usage, events: list[Event]) -> None:
     """Create events and have them kept."""
-    usage.create(events)
+    usage.give_ids(events)
     usage.add(events)
 
 
@@ -527,7 +527,7 @@ def test_ties_and_near_ties_are_shared_out_as_fractions_would_be_in_3_000_ledger
                 fees[f"u{number} {copy}"] = fee
                 totals[f"u{number} {copy}"] = {turned[labels.index(label)] if copy else label: seconds for label, seconds in own.items()}
         found = server.share_month(ledger_of(totals, fees))
-        assert {label: line.cents for label, line in found.items()} == naive_shares(totals, fees)
+        assert {label: line.amounts for label, line in found.items()} == naive_shares(totals, fees)
 
 
 @pytest.mark.parametrize("difference", [-1, 0, 1])
@@ -644,7 +644,7 @@ def test_a_late_stream_is_paid_as_an_adjustment_and_the_closed_month_stays_as_it
     every, _ = report_of(books)
     assert (every["months"], every["adjusted"], every["seconds_streamed"]) == (["2019-01", "2019-02"], "0.00", 1_100)
     assert row_of(books, "2019-01")["late"] == 3  # what was paid for the month is not what it would be now
-    assert result(server.due(books)) == {}
+    assert result(server.unpaid(books)) == {}
     assert statement_of(books, "2019-02", "c")["adjustments"] == [{"month": "2019-01", "amount": "4.38", "amount_user_centric": "7.19"}]
 
 
@@ -887,11 +887,11 @@ class History:
         for month, were in self.were.items():
             assert self.figures(month) == were
         payroll, due = self.payroll, defaultdict[str, list[int]](lambda: [0, 0])
-        for of_month in result(server.due(self.books.snapshot())).values():
+        for of_month in result(server.unpaid(self.books.snapshot())).values():
             for label, cents in of_month.items():
                 due[label] = [due[label][0] + cents[0], due[label][1] + cents[1]]
         assert {label: cents for label, cents in due.items() if any(cents)} == payroll.due()
-        assert not payroll.frozen or self.books.adjusted() == payroll.target()
+        assert not payroll.frozen or self.books.adjusted_month() == payroll.target()
         for month, frozen in payroll.frozen.items():
             now, then = payroll.month(month, frozen), payroll.amounts[month]
             assert row_of(self.books, month)["late"] == sum(now.get(label, [0, 0]) != then.get(label, [0, 0]) for label in {*now, *then})
@@ -1017,11 +1017,11 @@ def test_totals_stay_right_after_any_mix_of_changes(monkeypatch: pytest.MonkeyPa
             if model and (change := rng.randrange(3)) < 2:
                 old = usage.find(rng.choice(list(model)))
                 if change:
-                    made.id, made.version = old.id, usage.number()
+                    made.id, made.version = old.id, usage.next_number()
                     usage.replace(old, made)
                     model[old.id] = made
                 else:
-                    usage.remove([(old, usage.number())])
+                    usage.remove([(old, usage.next_number())])
                     del model[old.id]
             else:
                 add(usage, [made])
