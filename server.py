@@ -1095,34 +1095,24 @@ def report_by_month(books: Books, month: str | None) -> Steps[Iterator[tuple[Any
     )
 
 
-def describe_payer(
-    user: str | None, subscription: Subscription | None, net: int, seconds: int, of_seconds: int
-) -> tuple[int, dict[str, Any]]:
-    """Return what of a net fee goes to a label for so many seconds, and the statement's row about it."""
-    part = 100 * net * seconds // (of_seconds or 1)
-    terms: tuple[str | None, ...] = (None, None, None)
-    if subscription:
-        terms = subscription.product_type, euros(subscription.fee), subscription.origin
-    cells = user, *terms, euros(100 * net, 6), seconds, of_seconds, euros(part, 6)
-    return part, dict(zip(PAYER_COLUMNS, cells, strict=True))
-
-
 def find_payers(ledger: Ledger, label: str) -> Steps[list[dict[str, Any]]]:
     """Return a statement's rows: who subscribes and streamed the label, highest part first; the silent."""
-    found: list[tuple[int, str, dict[str, Any]]] = []
+    payers: list[tuple[int, tuple[Any, ...]]] = []  # each with its part, in millionths of a euro
+
+    def add(*terms: str | None, net: int, seconds: int, of_seconds: int) -> None:
+        part = 100 * net * seconds // (of_seconds or 1)
+        payers.append((part, (*terms, euros(100 * net, 6), seconds, of_seconds, euros(part, 6))))
+
     for user, own in ledger.totals.items():
         yield
-        if (subscription := ledger.subscriptions.get(user)) and (seconds := own.get(label, (0, 0))[1]):
-            part, row = describe_payer(user, subscription, subscription.net, seconds, seconds_of(own))
-            found.append((-part, user, row))
-    rows = []
-    for *_, row in (yield from sort_in_steps(found, itemgetter(0, 1))):
-        yield
-        rows.append(row)
+        if (found := ledger.subscriptions.get(user)) and (seconds := own.get(label, (0, 0))[1]):
+            terms = user, found.product_type, euros(found.fee), found.origin
+            add(*terms, net=found.net, seconds=seconds, of_seconds=seconds_of(own))
+    payers = [*(yield from sort_in_steps(payers, lambda payer: (-payer[0], payer[1])))]
     if ledger.silent_users:
         seconds = ledger.labels.get(label, (0, 0))[1]
-        rows.append(describe_payer(None, None, ledger.silent_net, seconds, ledger.seconds)[1])
-    return rows
+        add(None, None, None, None, net=ledger.silent_net, seconds=seconds, of_seconds=ledger.seconds)
+    return [dict(zip(PAYER_COLUMNS, cells, strict=True)) for _, cells in payers]
 
 
 def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
