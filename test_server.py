@@ -7653,6 +7653,15 @@ async def test_axe_finds_nothing_in_money_when_it_is_empty_stale_or_late_and_whi
         assert await violations(page) == []
 
 
+async def test_in_forced_colours_the_current_month_is_told_by_more_than_a_colour(page: Any, tmp_path: Path) -> None:
+    await page.emulate_media(forced_colors="active")
+    async with money_server(tmp_path) as url:
+        await page.goto(f"{url}/{MONEY_VIEW}")
+        await page.wait_for_selector(by_testid("money-row"))
+        outlines = await page.evaluate("[...document.querySelectorAll('.month')].map(each => [each.ariaCurrent, getComputedStyle(each).outlineStyle])")
+        assert outlines == [["true", "solid"], *[[None, "none"]] * 4]
+
+
 @pytest.mark.parametrize("count", [10, 12])
 async def test_money_is_one_screen_with_all_its_panels(page: Any, tmp_path: Path, count: int) -> None:
     async with money_server(tmp_path, count=count) as url:
