@@ -28,6 +28,7 @@ import threading
 import time
 import tracemalloc
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import (
     AsyncIterator,
@@ -6914,6 +6915,67 @@ async def test_the_wall_has_no_controls_and_the_screen_is_kept_awake(page: Any) 
         assert await page.evaluate("[Boolean(document.fullscreenElement), locks]") == [False, []]
 
 
+@pytest.mark.parametrize(("width", "height"), [(768, 1_024), (1_080, 1_920), (1_280, 800)])
+async def test_the_wall_fills_the_screen_lying_or_upright_names_each_label_and_says_when_it_is_stale(page: Any, width: int, height: int) -> None:
+    await page.set_viewport_size({"width": width, "height": height})
+    async with started("--no-simulation", "--history=0.5") as program:
+        url = await program.url()
+        await page.goto(f"{url}?wall")
+        await page.wait_for_selector(by_testid("label-row"))
+        seen = await page.evaluate("""() => [
+            document.documentElement.scrollHeight,
+            Math.max(...[...document.querySelectorAll('.panel')].map(each => each.getBoundingClientRect().bottom)),
+            Math.min(...[...document.querySelectorAll('.ranking bdi')].map(each => Math.min(each.offsetWidth, each.closest('.name').clientWidth))),
+        ]""")
+        assert seen[0] == height
+        assert height - 20 < seen[1] <= height
+        assert seen[2] > 20
+        await program.stop()
+        await page.wait_for_selector(f'{by_testid("status")}:has-text("Stale since")')
+        assert await page.evaluate("document.documentElement.scrollHeight") == height
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_labels_of_one_hue_are_told_apart_by_their_marks_and_keep_them(page: Any, tmp_path: Path, scheme: str) -> None:
+    marks = """selector => Object.fromEntries([...document.querySelectorAll(selector)].map(row => {
+        const style = getComputedStyle(row.querySelector('.swatch'))
+        return [row.dataset.label, [style.backgroundColor, style.backgroundImage].join(' ')]
+    }))"""
+    await page.emulate_media(color_scheme=scheme)
+    async with money_server(tmp_path) as url:
+        await page.goto(url)
+        await page.click(by_testid("more-label"))
+        await page.wait_for_selector(by_testid("all-label"))
+        in_live = await page.evaluate(marks, by_testid("all-label"))
+        assert (len(in_live), len(set(in_live.values()))) == (12, 12)
+        await page.keyboard.press("Escape")
+        for label in in_live:  # alone it has the mark that it had among the others
+            await page.click(by_testid("more-label"))
+            await page.click(f"{by_testid('all-label', label=label)} button")
+            await page.wait_for_selector(f'{by_testid("clear")}:has-text("{label}")')
+            await page.wait_for_function("document.querySelectorAll('[data-testid=label-row]').length === 1")
+            assert await page.evaluate(marks, by_testid("label-row")) == {label: in_live[label]}
+            await page.keyboard.press("Escape")
+        await page.keyboard.press("m")
+        await page.wait_for_selector(by_testid("money-row"))
+        assert await page.evaluate(marks, by_testid("money-row")) == in_live
+
+
+async def test_the_chart_names_its_colours_and_its_scale_says_what_its_lines_mean(page: Any) -> None:
+    async with started("--no-simulation") as program:
+        url = await program.url()
+        start = int(time.time()) // 3_600 * 3_600 - 7_200
+        streams = [STREAM | {"label": f"label {at}", "stream_started_on": start + hour * 600, "seconds_streamed": 60_000 - at} for at in range(10) for hour in range(2)]
+        await post(url, streams)
+        await page.goto(f"{url}?range=24h")
+        await page.wait_for_selector(by_testid("legend"))
+        named = await texts(page, f"{by_testid('legend')} bdi")
+        assert named == [*(f"label {at}" for at in range(7)), "3 other labels"]
+        assert await texts(page, f'{by_testid("chart")} .row text') == ["0 s", "250K s", "500K s", "750K s", "1M s", "1.25M s"]
+        await page.set_viewport_size({"width": 320, "height": 640})
+        assert await page.evaluate("document.documentElement.scrollWidth") == 320
+
+
 def simulate_sight(colour: str, matrix: tuple[tuple[float, ...], ...]) -> tuple[float, ...]:
     """Return a colour, `#rrggbb`, in OKLab as an eye sees it that the matrix stands for."""
     linear = [(each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4) for each in (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))]
@@ -7180,6 +7242,42 @@ async def test_huge_numbers_ties_and_long_names_fit_from_the_smallest_phone_to_t
         assert (width, misplaced) == (width, [])
 
 
+@pytest.mark.parametrize("width", [320, 390, 768, 1_280, 3_840])
+async def test_what_arrives_is_said_beside_the_total_and_covers_nothing(page: Any, moment: Moment, width: int) -> None:
+    await page.set_viewport_size({"width": width, "height": 800})
+    client = await moment.open([event(NOW - 60 * number) for number in range(1, 14)])
+    await client.post("/api/v1/streams", json=STREAM | {"stream_started_on": NOW - 60, "seconds_streamed": 1_234})
+    await moment.poll()
+    assert await page.text_content(by_testid("arrived")) == "+1,234 s"
+    covered = await page.evaluate("""() => {
+        const inked = element => {
+            const range = document.createRange()
+            range.selectNodeContents(element)
+            const [text, box] = [range, element].map(each => each.getBoundingClientRect())
+            return { left: text.left, right: Math.min(text.right, box.right), top: text.top, bottom: text.bottom }
+        }
+        const mine = inked(document.querySelector('[data-testid="arrived"]'))
+        return [...document.querySelectorAll('.total h2, .total .api, .figure')].map(inked)
+            .filter(box => mine.left < box.right && box.left < mine.right && mine.top < box.bottom && box.top < mine.bottom).length
+    }""")
+    assert covered == 0
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1_280])
+@pytest.mark.parametrize("view", ["live", "money"])
+async def test_a_page_that_becomes_stale_moves_nothing(page: Any, moment: Moment, view: str, width: int) -> None:
+    await page.set_viewport_size({"width": width, "height": 800})
+    client = await moment.open([event(NOW - 60)], f"/?view={view}")
+    places = "[...document.querySelectorAll('header > *, .panel')].filter(each => each.checkVisibility()).map(each => Math.round(each.getBoundingClientRect().top))"
+    before = await page.evaluate(places)
+    await client.close()
+    await page.clock.run_for(6_000)
+    await page.wait_for_selector(f'{by_testid("status")}:has-text("Stale since")')
+    after = await page.evaluate(places)
+    assert [abs(one - other) <= 12 for one, other in zip(before, after, strict=True)] == [True] * len(before)
+    assert before[-1] == after[-1]
+
+
 async def test_the_download_holds_what_the_page_shows(page: Any, moment: Moment) -> None:
     rng = random.Random(3)
     await moment.open([event(NOW - rng.randrange(9_000), label=f"label{rng.randrange(3)}") for _ in range(200)], "/?range=1h&label=label1")
@@ -7340,11 +7438,11 @@ MONTHS = {"2019-01": 1_546_300_800, "2019-02": 1_548_979_200, "2019-03": 1_551_3
 MONEY_VIEW = "?view=money&month=2019-05"
 
 
-def write_months(directory: Path) -> Path:
-    """Write an import of five months, 40 subscribers and 12 labels."""
-    rng, labels = random.Random(48), [f"label {number:02}" for number in range(12)]
+def write_months(directory: Path, count: int = 12) -> Path:
+    """Write an import of five months, 40 subscribers and 12 labels, or as many as `count` says."""
+    rng, labels = random.Random(48), [f"label {number:02}" for number in range(count)]
     users = "".join(f"user {number:02};{rng.choice(['premium', 'family'])};{rng.choice(['7,99', '14,99'])};{rng.choice(['web', 'app_store'])}\n" for number in range(40))
-    tracks = [{"track_id": f"track {number}", "label": labels[number % 12]} for number in range(48)]
+    tracks = [{"track_id": f"track {number}", "label": labels[number % count]} for number in range(48)]
     rows = "".join(
         f"{rng.randrange(1, 29):02}/{month:02}/2019;user {rng.randrange(40):02};NL;track {int(rng.triangular(0, 48, 0))};{rng.randrange(30, 1_800)}\n"
         for month in range(1, 6) for _ in range(300)
@@ -7353,9 +7451,9 @@ def write_months(directory: Path) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def money_server(tmp_path: Path, *options: str, **environment: str) -> AsyncIterator[str]:
-    """Run a server with five months of money in a file."""
-    files = f"--import={write_months(tmp_path / 'import')}", f"--db={tmp_path / 'usage.db'}"
+async def money_server(tmp_path: Path, *options: str, count: int = 12, **environment: str) -> AsyncIterator[str]:
+    """Run a server with five months of money, of so many labels, in a file."""
+    files = f"--import={write_months(tmp_path / 'import', count)}", f"--db={tmp_path / 'usage.db'}"
     async with started("--no-simulation", *files, *options, **environment) as program:
         yield await program.url()
 
@@ -7533,3 +7631,164 @@ async def test_axe_finds_nothing_in_money_and_its_dialogs_and_nothing_goes_sidew
         await page.click(f'{by_testid("close-month")}:not([disabled])')
         await page.wait_for_selector(by_testid("typed-month"))
         await check()
+
+
+@needs_axe
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_axe_finds_nothing_in_money_when_it_is_empty_stale_or_late_and_while_closing_fails(page: Any, tmp_path: Path, scheme: str) -> None:
+    await page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    async with started("--no-simulation") as program:
+        await page.goto(f"{await program.url()}/?view=money")
+        await page.wait_for_selector("text=No label had a second")
+        assert await violations(page) == []
+        await page.click(by_testid("menu"))
+        assert await violations(page) == []
+        await page.keyboard.press("Escape")
+        await program.stop()
+        await page.wait_for_selector(f'{by_testid("status")}:has-text("Stale since")')
+        assert await violations(page) == []
+    async with money_server(tmp_path, USAGE_TOKEN="s3cret") as url:  # noqa: S106 - of this server
+        headers = {"Authorization": "Bearer s3cret"}
+        async with aiohttp.ClientSession(headers=headers) as session:
+            async with session.put(f"{url}/api/v1/months/2019-01", json={"status": "closed"}) as answer:
+                assert answer.status == 200
+            late = STREAM | {"user_id": "user 01", "label": "label 11", "stream_started_on": MONTHS["2019-01"] + 9, "seconds_streamed": 90_000}
+            async with session.post(f"{url}/api/v1/streams", json=late) as answer:
+                assert answer.status == 201
+        await page.goto(f"{url}/?view=money&month=2019-02&label=label+11")
+        await page.wait_for_selector(by_testid("statement-adjustment"))
+        assert await violations(page) == []
+        await page.keyboard.press("Escape")
+        await page.wait_for_selector("text=12 labels changed since")
+        await page.fill(by_testid("search"), "nothing is called that")
+        await page.wait_for_selector(by_testid("money-row"), state="detached")
+        assert await violations(page) == []
+        await page.click(by_testid("close-month"))
+        assert await page.evaluate("document.activeElement.dataset.testid") == "typed-month"
+        await page.keyboard.type("2019-02")
+        await page.click(by_testid("confirm-close"))
+        await page.wait_for_selector("text=asks for a token")
+        assert await violations(page) == []
+
+
+async def test_in_forced_colours_the_current_month_is_told_by_more_than_a_colour(page: Any, tmp_path: Path) -> None:
+    await page.emulate_media(forced_colors="active")
+    async with money_server(tmp_path) as url:
+        await page.goto(f"{url}/{MONEY_VIEW}")
+        await page.wait_for_selector(by_testid("money-row"))
+        outlines = await page.evaluate("[...document.querySelectorAll('.month')].map(each => [each.ariaCurrent, getComputedStyle(each).outlineStyle])")
+        assert outlines == [["true", "solid"], *[[None, "none"]] * 4]
+
+
+@pytest.mark.parametrize("count", [10, 12])
+async def test_money_is_one_screen_with_all_its_panels(page: Any, tmp_path: Path, count: int) -> None:
+    async with money_server(tmp_path, count=count) as url:
+        async with aiohttp.ClientSession() as session, session.put(f"{url}/api/v1/months/2019-01", json={"status": "closed"}) as answer:
+            assert answer.status == 200
+        await post(url, STREAM | {"user_id": "user 01", "label": "label 09", "stream_started_on": MONTHS["2019-01"] + 9, "seconds_streamed": 90_000})
+        for month in ("2019-05", "2019-02", "2019-01"):  # an open one, one with adjustments, one that is closed
+            await page.goto(f"{url}/?view=money&month={month}")
+            await page.wait_for_selector(f'{by_testid("month-row", month="2019-01")}:has-text("changed since")')
+            await page.wait_for_selector(by_testid("money-row"))
+            for width, height in SCREENS:
+                await page.set_viewport_size({"width": width, "height": height})
+                assert len(await page.query_selector_all(by_testid("month-row"))) == len(MONTHS)
+                assert len(await page.query_selector_all(by_testid("money-row"))) == count
+                seen = await page.evaluate("""() => [document.scrollingElement.scrollHeight, document.scrollingElement.scrollWidth,
+                    [...document.querySelectorAll('.panel, .panel li, .panel tr, .panel p')].filter(each => each.getBoundingClientRect().bottom > innerHeight).length]""")
+                assert (month, seen) == (month, [height, width, 0])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_money_and_its_dialogs_can_be_read_at_every_size(page: Any, tmp_path: Path, scheme: str) -> None:
+    await page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    async with money_server(tmp_path) as url:
+        await page.goto(f"{url}/{MONEY_VIEW}&label=label+00")
+        await page.wait_for_selector(by_testid("statement-row"))
+        for width, height in ((320, 640), (390, 844), (768, 1_024), *SCREENS):
+            await page.set_viewport_size({"width": width, "height": height})
+            seen = await page.evaluate("""() => {
+                const [dialog, close, title] = ['dialog', 'dialog .close', 'dialog h2'].map(each => document.querySelector(each))
+                const line = parseFloat(getComputedStyle(document.documentElement).fontSize)
+                const cut = [...dialog.querySelectorAll('.scroll thead, .scroll tbody tr')].filter(each => each.offsetHeight > (each.matches('tr') ? 2.5 : 3.5) * line)
+                return [document.documentElement.scrollWidth, dialog.scrollWidth - dialog.clientWidth, cut.length,
+                    close.getBoundingClientRect().top < title.getBoundingClientRect().bottom]
+            }""")
+            assert (width, seen) == (width, [width, 0, 0, True])
+        await page.goto(f"{url}/?view=money&month=2019-01")
+        await page.click(f'{by_testid("close-month")}:not([disabled])')
+        for width, height in ((320, 640), (390, 844), (768, 1_024), *SCREENS):
+            await page.set_viewport_size({"width": width, "height": height})
+            assert await page.evaluate("(dialog => dialog.scrollWidth - dialog.clientWidth)(document.querySelector('dialog'))") == 0
+            # Nothing typed yet: the button cannot be pressed, and what it says can be read. axe does not look at these.
+            text, ground = await page.evaluate("""() => {
+                const paint = document.createElement('canvas').getContext('2d', { willReadFrequently: true })
+                const solid = (...layers) => {
+                    for (const layer of layers) { paint.fillStyle = layer; paint.fillRect(0, 0, 1, 1) }
+                    return [...paint.getImageData(0, 0, 1, 1).data].slice(0, 3)
+                }
+                const [button, sheet] = ['[data-testid="confirm-close"]', 'dialog'].map(each => getComputedStyle(document.querySelector(each)))
+                return [solid(sheet.backgroundColor, button.backgroundColor, button.color), solid(sheet.backgroundColor, button.backgroundColor)]
+            }""")
+            linear = [[each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in (part / 255 for part in colour)] for colour in (text, ground)]
+            dark, light = sorted(sum(a * b for a, b in zip((0.2126, 0.7152, 0.0722), colour, strict=True)) for colour in linear)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def pdf_pages(pdf: bytes) -> list[str]:
+    """Return the text of each page of a PDF that Chromium wrote: a page's text is glyphs, and its fonts say what they stand for."""
+    objects = dict[bytes, bytes]()
+    for found in re.finditer(rb"(?s)(?:^|\n)(\d+) 0 obj\n(.*?)\nendobj", pdf):
+        objects[found[1]] = found[2]
+
+    def stream(number: bytes) -> bytes:
+        head, _, rest = objects[number].partition(b"stream\n")
+        content = rest[: rest.rindex(b"\nendstream")]
+        return zlib.decompress(content) if b"FlateDecode" in head else content
+
+    fonts = dict[bytes, dict[int, str]]()
+    for number, body in objects.items():
+        if written := re.search(rb"/ToUnicode (\d+) 0 R", body):
+            glyphs, table = fonts.setdefault(number, {}), stream(written[1])
+            for part in re.findall(rb"(?s)beginbfchar(.*?)endbfchar", table):
+                glyphs |= {int(glyph, 16): bytes.fromhex(text.decode()).decode("utf-16-be") for glyph, text in re.findall(rb"<(\w+)> <(\w+)>", part)}
+            for part in re.findall(rb"(?s)beginbfrange(.*?)endbfrange", table):
+                for first, last, text in re.findall(rb"<(\w+)> <(\w+)> <(\w+)>", part):
+                    glyphs |= {int(first, 16) + at: chr(int(text, 16) + at) for at in range(int(last, 16) - int(first, 16) + 1)}
+    pages = []
+    for body in objects.values():
+        if re.search(rb"/Type /Page\b", body) and (content := re.search(rb"/Contents (\d+) 0 R", body)):
+            text, glyphs = "", dict[int, str]()
+            for font, shown in re.findall(rb"/F(\d+) \S+ Tf|<(\w+)> Tj", stream(content[1])):
+                glyphs = fonts[font] if font else glyphs
+                text += "".join(glyphs[int(shown[at : at + 4], 16)] for at in range(0, len(shown), 4))
+            pages.append(text)
+    return pages
+
+
+async def test_a_printed_statement_has_the_tables_head_on_each_page_and_nothing_to_press(page: Any, tmp_path: Path) -> None:
+    users = "".join(f"listener {number:03};family;14,99;app_store\n" for number in range(300))
+    users += f"{'w' * 128};{'a plan of many words ' * 5};14,99;web\n"
+    rows = f"03/05/2019;{'w' * 128};NL;track 0;9999\n" + "".join(f"02/05/2019;listener {number:03};NL;track {number % 2 * track};{30 + number}\n" for number in range(300) for track in range(2))
+    tracks = [{"track_id": f"track {number}", "label": f"label {number}"} for number in range(2)]
+    directory = write_import(tmp_path, f"user_id;product_type;fee;origin\n{users}", f"date;user_id;region;track_id;seconds\n{rows}", tracks)
+    async with started("--no-simulation", f"--import={directory}") as program:
+        await page.emulate_media(color_scheme="dark")
+        await page.goto(f"{await program.url()}/{MONEY_VIEW}&label=label+0")
+        await page.wait_for_selector(by_testid("statement-row"))
+        pages = pdf_pages(await page.pdf(prefer_css_page_size=True))
+        said = "".join(pages).replace("\u00a0", " ")
+        assert all(said.count(name) == 1 for name in (*(f"listener {number:03}" for number in range(300)), "w" * 128))
+        assert len(pages) < 12  # a line each
+        heads = [[name in text.replace(" ", "") for name in ("Subscriber", "Secondshere", "Brings")] for text in pages if "listener " in text]
+        assert (len(heads) > 5, heads) == (True, [[True] * 3] * len(heads))
+        assert [f"{number} of {len(pages)}" in text for number, text in enumerate(pages, 1)] == [True] * len(pages)
+        assert ("Statement for label 0, May 2019" in said, "In whole cents that is" in said) == (True, True)
+        for pressed in ("Print", "CSV", "API", "Pause", "Menu", "Next", "Previous", "Search"):
+            assert pressed not in said
+        await page.emulate_media(media="print")
+        ground, ink = await page.evaluate("['backgroundColor', 'color'].map(each => getComputedStyle(document.querySelector('dialog'))[each])")
+        assert (ground, ink) == ("rgb(255, 255, 255)", "rgb(18, 22, 29)")
+        await page.set_viewport_size({"width": 687, "height": 1_000})  # A4 within its margins, at 96 dpi
+        beyond = await page.evaluate("[...document.querySelectorAll('dialog *')].filter(each => each.checkVisibility() && each.getBoundingClientRect().right > innerWidth + 1).map(each => each.outerHTML.slice(0, 99))")
+        assert beyond == []
