@@ -7090,6 +7090,77 @@ async def test_total_rankings_and_chart_are_of_one_moment_while_others_write(pag
     assert [row for row in seen if len(set(row)) > 1] == []
 
 
+# What is shown, and how many answers show it at first. For everything, Live asks where it begins; Money asks once whether
+# anything could be kept, and a statement that is opened by its address comes with the month before.
+FIRST_ANSWERS = {
+    "": 4, "?label=label1": 4, "?range=24h": 3, "?range=1h": 3, "?range=15m": 3, "?range=1h&track=track1": 3, "?bucket=2027-01-15T07": 3,
+    "?view=money": 4, "?view=money&label=label1": 5,
+}
+
+
+async def test_a_poll_asks_for_three_answers_at_most_and_for_one_when_nothing_has_changed(page: Any, moment: Moment) -> None:
+    asked: list[str] = []
+    client = await moment.open(history=1, random_seed=1)
+    state = client.app[server.STATE]
+    page.on("request", lambda request: asked.append(request.url) if re.search(r"/(usage|api|health)\b", request.url) else None)
+    for query, first in FIRST_ANSWERS.items():
+        counts: list[int] = []
+        await page.goto("about:blank")
+        moment.now += 60 - moment.now % 60  # a minute that ends changes what is asked for
+        await page.clock.pause_at(moment.now)
+        asked.clear()
+        await page.goto(str(client.make_url(f"/{query}")))
+        await page.wait_for_selector(f'{by_testid("status")}:has-text("updated 0 s ago")')
+        for number in range(4):
+            counts.append(len(asked))
+            asked.clear()
+            if number % 2 == 0:
+                await server.tick(state, moment.now, state.simulation.rng)
+            await moment.poll()
+        assert (query, counts, len(asked)) == (query, [first, 3, 1, 3], 1)
+
+
+async def test_everything_is_shown_whatever_was_shown_before_and_however_much_there_is(
+    page: Any, moment: Moment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MOST_ROWS", 1_000)
+    hourly = [event(NOW - 3_600 * number) for number in range(1, 2_400)]  # more hours than rows, but fewer days
+    client = await moment.open([*hourly, event(NOW - 60, 7, label="new")])
+    state = client.app[server.STATE]
+
+    async def shows(seconds: int) -> None:
+        await page.wait_for_selector(f'{by_testid("total-seconds")}:text-is("{seconds:,}")')
+        await page.wait_for_selector(f'{by_testid("status")}:has-text("Live")')
+
+    everything = 60 * len(hourly) + 7
+    await shows(everything)
+    await page.click(f"{by_testid('label-row', label='new')} button")
+    await shows(7)
+    await page.keyboard.press("Escape")  # from minutes
+    await shows(everything)
+    for key in ("Home", "ArrowRight", "Enter"):
+        await page.press(by_testid("chart"), key)
+    await shows(60 * 24)
+    await page.keyboard.press("Escape")  # from the hours of a day
+    await shows(everything)
+    await page.click(f"{by_testid('label-row', label='new')} button")
+    await shows(7)
+    await state.add([event(made.stream_started_on, label="new") for made in hourly])
+    moment.now += 5
+    await page.clock.run_for(5_000)
+    await page.wait_for_selector(f'{by_testid("status")}:has-text("Stale")')  # for its minutes are too many now
+    await moment.poll()
+    await page.clock.run_for(1_000)
+    await shows(everything)
+
+
+async def test_many_labels_over_years_are_shown(page: Any, moment: Moment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MOST_ROWS", 1_000)  # more days of labels than rows, but fewer months
+    await moment.open(event(NOW - 86_400 * day, label=f"label {number}") for day in range(250) for number in range(10))
+    assert (await figures(page))[0] == 250 * 10 * 60
+    assert len(await buckets(page)) in (9, 10)
+
+
 @pytest.mark.parametrize(("motion", "width"), [("no-preference", 1280), ("no-preference", 390), ("reduce", 1280)])
 async def test_numbers_change_without_a_shift_the_total_counts_up_and_no_motion_is_a_choice(
     page: Any, moment: Moment, motion: str, width: int
@@ -7175,6 +7246,7 @@ async def test_the_download_holds_what_the_page_shows(page: Any, moment: Moment)
 
 
 POLLS = int(os.environ.get("POLLS", "40"))  # 500 is a page that hung on the wall for 42 minutes
+WARM = 20 + POLLS // 8 * 2  # before them: the engine goes on compiling for some hundreds of polls, ever less
 
 
 async def test_a_page_left_open_holds_its_memory_and_asks_for_three_small_answers_at_most(page: Any, moment: Moment) -> None:
@@ -7204,9 +7276,9 @@ async def test_a_page_left_open_holds_its_memory_and_asks_for_three_small_answer
 
     changed: list[list[int]] = []
     same: list[list[int]] = []
-    for number in range(20 + POLLS):  # a batch every second poll, as with the default interval of 10 s
-        if number == 20:
-            before = await held()  # the engine has warmed up
+    for number in range(WARM + POLLS):  # a batch every second poll, as with the default interval of 10 s
+        if number == WARM:
+            before = await held()
             sizes.clear()
         if number % 2:
             same.append(await poll())
@@ -7214,10 +7286,10 @@ async def test_a_page_left_open_holds_its_memory_and_asks_for_three_small_answer
             await server.tick(state, moment.now, state.simulation.rng)
             changed.append(await poll())
     after = await held()
-    answers = list(itertools.chain.from_iterable([*changed[10:], *same[10:]]))
+    answers = list(itertools.chain.from_iterable([*changed[WARM // 2 :], *same[WARM // 2 :]]))
     print(f"{before=} {after=} answers={len(answers)} unchanged={answers.count(304)} {max(sizes)=} {sum(sizes)=}")
-    assert changed[10:] == [[200] * 3] * (POLLS // 2)
-    assert same[10:] == [[304]] * (POLLS // 2)
+    assert changed[WARM // 2 :] == [[200] * 3] * (POLLS // 2)
+    assert same[WARM // 2 :] == [[304]] * (POLLS // 2)
     assert max(sizes) < 5_000
     assert after[1] < before[1] + POLLS // 4
     assert after[0] <= before[0] + 500_000
