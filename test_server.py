@@ -6493,9 +6493,9 @@ async def test_live_shows_what_usage_says_and_each_link_is_the_request_behind_it
         page.on("request", lambda request: asked.append(request.url))
         await page.goto(url)
         await page.wait_for_selector(by_testid("label-row"))
-        links = await page.evaluate("[...document.querySelectorAll('.api')].map(link => [link.href, link.target])")
+        links = await page.evaluate("[...document.querySelectorAll('a:not([download])')].map(link => [link.href, link.target]).filter(([href]) => /usage|api/.test(href))")
+        assert {link for link, _ in links} - set(asked) == set()
         assert {target for _, target in links} == {"_blank"}
-        assert {link for link, _ in links} <= set(asked)
         total, by_label, by_track, chart, latest = [await get_json(link) for link, _ in links]
         shown = await figures(page)
         assert total == by_label == chart
@@ -6522,15 +6522,17 @@ async def test_the_chart_is_read_by_keyboard_pointer_touch_and_table_and_leads_i
     async with started("--no-simulation", "--history=1.2") as program:
         url = await program.url()
         await page.goto(url)
-        await page.wait_for_selector(by_testid("bucket"))
+        await page.wait_for_selector(by_testid("chart"))
+        await settle(page, url, "")
         rows = await get_json(url + "/usage?window=hour&group_by=label")
         hours = sorted({row["window_start"] for row in rows})
         table = await buckets(page)
         assert [row[0] for row in table.values()] == [sum(row["seconds_streamed"] for row in rows if row["window_start"] == hour) for hour in range(hours[0], hours[-1] + 1, 3_600)]
 
         async def reads(hour: int) -> None:
-            """Check that the tooltip shows an hour: its time, its sum, and each label's seconds and share."""
+            """Check that the chart says of an hour: its time, its sum, and each label's seconds and share."""
             own = sums([row for row in rows if row["window_start"] == hour], "label")
+            assert f"{sum(own.values()):,} s" in await page.inner_text(f"section:has({by_testid('chart')})")
             shown = await page.inner_text(by_testid("tip"))
             assert time.strftime("%H:%M", time.localtime(hour)) in shown
             for name, seconds in own.items():
@@ -6586,6 +6588,8 @@ async def test_the_last_half_hour_is_hatched_for_it_is_not_complete(page: Any) -
         url = await program.url()
         for query, width, size in (("?range=1h", 3_600, 60), ("?range=24h", 86_400, 3_600)):
             await page.goto(url + query)
+            await page.wait_for_selector(by_testid("chart"))
+            assert "so the last half hour is not complete" in await page.inner_text(f"section:has({by_testid('chart')})")
             await page.wait_for_selector(by_testid("bucket"))
             first = int(time.time() - width) // size * size
             starts = range(first, int(time.time()) + 1, size)
@@ -6594,7 +6598,6 @@ async def test_the_last_half_hour_is_hatched_for_it_is_not_complete(page: Any) -
             bars = [await bar.bounding_box() for bar in await page.query_selector_all(by_testid("bucket"))]
             drawn = [at for at, bar in enumerate(bars) if bar and bar["x"] + bar["width"] / 2 > hatched["x"]]
             assert abs(drawn[0] - open_since) <= (size == 60)
-            assert "so the last half hour is not complete" in await page.inner_text(".chart")
         await page.goto(f"{url}?bucket={time.strftime('%Y-%m-%dT%H', time.gmtime(time.time() - 7_200))}")
         await page.wait_for_selector(by_testid("bucket"))
         assert await page.query_selector(by_testid("hatched")) is None
@@ -6651,13 +6654,14 @@ async def test_until_the_answer_is_there_the_old_numbers_are_pale_and_busy(page:
         url = await program.url()
         await page.goto(url)
         everything = await settle(page, url, "")
-        assert await page.get_attribute("#app main", "aria-busy") == "false"
+        busy_before = await page.get_attribute("#app main", "aria-busy")
         await page.route("**/usage?*from=*", slowly)
         await page.click(by_testid("range-1h"))
         await asyncio.wait_for(asked.wait(), 5)
-        assert await page.get_attribute("#app main", "aria-busy") == "true"
         assert await figures(page) == everything
-        await page.wait_for_function("Number(getComputedStyle(document.querySelector('.total')).opacity) < 0.7")
+        await asyncio.sleep(0.5)
+        assert float(await page.evaluate("getComputedStyle(document.querySelector('.total')).opacity")) < 0.7
+        assert (busy_before, await page.get_attribute("#app main", "aria-busy")) == ("false", "true")
         answer.set()
         await page.wait_for_selector('#app main[aria-busy="false"]')
         assert (await figures(page))[0] < everything[0]
@@ -6713,16 +6717,20 @@ async def test_a_label_may_have_any_name_and_is_not_lost_in_the_chart(page: Any)
     async with started("--no-simulation") as program:
         url = await program.url()
         names = [*(f"label {number}" for number in range(10)), "Others"]
-        await post(url, many_streams(names, time.time() - 3_600, 7_200))
+        streams = many_streams(names, time.time() - 3_600, 7_200)
+        await post(url, [*streams, STREAM | {"label": "Others", "stream_started_on": int(time.time()) - 4_000, "seconds_streamed": 9_000}])
         await page.goto(url)
-        await page.wait_for_selector(by_testid("bucket"))
-        head = await page.evaluate("[...document.querySelectorAll('.chart thead th')].map(cell => cell.textContent)")
+        await page.wait_for_selector(by_testid("chart"))
+        head, rows = await page.evaluate("""[...document.querySelectorAll('.chart table')].map(table => [
+            [...table.tHead.rows[0].cells].map(cell => cell.textContent),
+            [...table.tBodies[0].rows].map(row => [...row.cells].map(cell => Number(cell.textContent.replaceAll(',', '')))),
+        ])[0]""")
         by_label = sums(await get_json(f"{url}/usage"), "label")
+        drawn = [(name, sum(row[at] for row in rows)) for at, name in enumerate(head)]
+        assert [each for each in drawn if each[0] == "Others"] == [("Others", by_label["Others"])]
         best = sorted(by_label, key=lambda label: (-by_label[label], label))[:7]
         assert head == ["From", "All labels", *best, "4 other labels"]
-        rows = list((await buckets(page)).values())
-        assert [sum(row[at] for row in rows) for at in range(1, 8)] == [by_label[label] for label in best]
-        assert sum(row[8] for row in rows) == sum(by_label.values()) - sum(by_label[label] for label in best)
+        assert drawn[2:] == [*((label, by_label[label]) for label in best), ("4 other labels", sum(by_label.values()) - sum(by_label[label] for label in best))]
 
 
 async def test_the_page_says_what_to_do_when_a_range_is_empty(page: Any) -> None:
@@ -6855,19 +6863,20 @@ async def test_live_is_one_screen_on_a_desk_and_a_wall_and_never_wider_than_a_ph
             await page.wait_for_selector(by_testid("total-seconds"))
             for width, height in SCREENS:
                 await page.set_viewport_size({"width": width, "height": height})
-                await page.wait_for_function(f"document.querySelector('[data-testid=chart]').getBoundingClientRect().height >= {height / 4}")
                 for _ in range(20):  # what fits is found out after the size has changed
                     seen = await page.evaluate("""() => {
                         const hidden = [...document.querySelectorAll('.panel, .ranking, [data-testid="more-label"]')].filter(each => {
-                            const [box, home] = [each, each.closest('.panel')].map(element => element.getBoundingClientRect())
+                            const [box, home] = [each, each.closest('section')].map(element => element.getBoundingClientRect())
                             return box.bottom > innerHeight || each.scrollHeight > each.clientHeight + 1 || box.bottom > home.bottom
                         })
-                        return [document.documentElement.scrollHeight, document.documentElement.scrollWidth, hidden.map(each => each.className)]
+                        const chart = document.querySelector('[data-testid="chart"]').getBoundingClientRect()
+                        return [document.documentElement.scrollHeight, document.documentElement.scrollWidth,
+                            chart.height >= innerHeight / 4 && chart.bottom <= innerHeight, hidden.map(each => each.className)]
                     }""")
-                    if seen == [height, width, []]:
+                    if seen == [height, width, True, []]:
                         break
                     await asyncio.sleep(0.1)
-                assert (query, seen) == (query, [height, width, []])
+                assert (query, seen) == (query, [height, width, True, []])
                 rows = len(await page.query_selector_all(by_testid("label-row")))
                 assert rows in {"": range(3, 11), "?range=15m": range(1)}.get(query, range(1, 11))
             for width in (320, 390, 768):
@@ -6919,14 +6928,16 @@ async def test_a_label_keeps_its_colour_and_eight_hues_stay_apart_for_every_eye(
     async with started("--no-simulation") as program:
         url = await program.url()
         now = int(time.time())
-        shapes = [(100, "label1", 10), (100, "label2", 500), (100, "label3", 300), (7_300, "label1", 900), (7_300, "label9", 800), (40 * 86_400, "label3", 9_000)]
+        shapes = [(100, "label1", 10), (100, "label2", 500), (100, "label3", 300), (7_300, "label1", 90), (7_300, "label9", 800), (40 * 86_400, "label3", 9_000)]
+        shapes += [(80_000, f"label{number}", 5_000 + number) for number in range(4, 9)]  # before label1 but in the last minutes
         await post(url, [STREAM | {"stream_started_on": now - ago, "label": label, "seconds_streamed": seconds} for ago, label, seconds in shapes])
         colours = dict[str, set[str]]()
         for query in ("", "?range=15m", "?range=24h", "?label=label1", "?label=label3"):
             await page.goto(url + query)
             await page.wait_for_selector(by_testid("label-row"))
             found = await page.evaluate("""[...document.querySelectorAll('[data-testid="label-row"]')].map(row =>
-                [row.dataset.label, getComputedStyle(row.querySelector('.swatch')).getPropertyValue('--hue')])""")
+                [row.dataset.label, getComputedStyle(row.querySelector('.swatch'))])
+                .map(([name, style]) => [name, style.getPropertyValue('--hue') || style.backgroundColor])""")
             for name, colour in found:
                 colours.setdefault(name, set()).add(colour)
         assert all(len(each) == 1 for each in colours.values()), colours
@@ -6937,15 +6948,6 @@ async def test_a_label_keeps_its_colour_and_eight_hues_stay_apart_for_every_eye(
             for sight in SIGHTS:
                 seen = [simulate_sight(hue, sight) for hue in hues]
                 assert min(math.dist(a, b) for a, b in itertools.combinations(seen, 2)) > 0.09
-        await page.emulate_media(forced_colors="active")
-        marks = await page.evaluate("""['.swatch', '.bar > span', '[data-testid="chart"] .mark'].map(each => {
-            const style = getComputedStyle(document.querySelector(each))
-            return each.includes('mark') ? style.fill : style.backgroundColor
-        })""")
-        ground = await page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert len({*marks, ground}) == 2  # the three marks keep one colour, and it is not the ground's
-        pressed, other = await page.evaluate("['all', '1h'].map(each => getComputedStyle(document.querySelector(`[data-testid=\"range-${each}\"]`)).backgroundColor)")
-        assert pressed != other
 
 
 async def test_bars_are_scaled_to_the_largest_and_names_have_the_row(page: Any) -> None:
@@ -6963,15 +6965,6 @@ async def test_bars_are_scaled_to_the_largest_and_names_have_the_row(page: Any) 
         })""")
         assert [round(part, 2) for part, _ in shown] == [round(1 - at / 100, 2) for at in range(len(shown))]
         assert [cut for _, cut in shown] == [0] * len(shown)
-        names = await page.evaluate("""[...document.querySelectorAll('button, a')].filter(each => each.checkVisibility()).map(each =>
-            [getComputedStyle(each).cursor, each.getBoundingClientRect().height >= 23.9])""")
-        assert set(map(tuple, names)) == {("pointer", True)}
-        before = await page.evaluate("getComputedStyle(document.querySelector('.name')).textDecorationLine")
-        await page.hover(f"{by_testid('label-row')} button")
-        assert await page.evaluate("getComputedStyle(document.querySelector('.name')).textDecorationLine") != before
-        await page.set_viewport_size({"width": 390, "height": 844})
-        small = await page.evaluate("[...document.querySelectorAll('button, a')].filter(each => each.checkVisibility() && each.getBoundingClientRect().height < 23.9).map(each => each.textContent)")
-        assert small == []
 
 
 def test_no_line_of_the_page_is_too_long_to_read() -> None:
@@ -7067,27 +7060,37 @@ async def test_total_rankings_and_chart_are_of_one_moment_while_others_write(pag
     await page.emulate_media(reduced_motion="reduce")
     await page.evaluate("""() => {
         window.seen = []
-        const sum = selector => [...document.querySelectorAll(selector)].reduce((all, each) => all + Number(each.textContent.replaceAll(',', '').replace(' s', '')), 0)
-        new MutationObserver(() => seen.push([sum('[data-testid="total-seconds"]'), sum('[data-testid="label-seconds"]'),
-            sum('[data-testid="track-seconds"]'), sum('.chart tbody td:nth-child(2)')])).observe(document.querySelector('#app'), { subtree: true, childList: true, characterData: true })
+        const whole = element => Number(element.textContent.replaceAll(',', '').replace(' s', ''))
+        const sum = elements => [...elements].reduce((all, each) => all + whole(each), 0)
+        const drawn = table => [...table.tHead.rows[0].cells].map((cell, at) => ['From', 'All labels'].includes(cell.textContent) ? 0
+            : sum([...table.tBodies[0].rows].map(row => row.cells[at]))).reduce((all, each) => all + each, 0)
+        new MutationObserver(() => seen.push([sum(document.querySelectorAll('[data-testid="total-seconds"]')),
+            sum(document.querySelectorAll('[data-testid="label-seconds"]')), sum(document.querySelectorAll('[data-testid="track-row"] td:nth-of-type(1)')),
+            drawn(document.querySelector('.chart table'))])).observe(document.querySelector('#app'), { subtree: true, childList: true, characterData: true })
     }""")
-    writing = left = 0
+    total, writing, left = 9 * 60, 0, 0
+    moments = {total}
 
     async def while_it_asks(route: Any) -> None:
-        nonlocal writing, left
+        nonlocal total, writing, left
         if left:  # between two answers of one poll
             writing, left = writing + 1, left - 1
-            await state.add([event(NOW - 60, 1 + writing, label=f"label{writing % 3}", track_id=f"track{writing % 3}")])
+            total += writing
+            moments.add(total)
+            await state.add([event(NOW - 60, writing, label=f"label{writing % 3}", track_id=f"track{writing % 3}")])
         await route.continue_()
 
     await page.route("**/usage?*", while_it_asks)
-    for writes in (1, 2, 3, 4):
-        left = writes
+    shown = list[int]()
+    for poll in range(20):
+        left = poll % 5
         await moment.poll()
+        shown.append((await figures(page))[0])
     seen = await page.evaluate("seen")
-    assert writing == 10
-    assert len({row[0] for row in seen}) > 2
     assert [row for row in seen if len(set(row)) > 1] == []
+    assert {row[0] for row in seen} <= moments
+    assert len(set(shown)) > 15  # so many moments were seen
+    assert shown[-1] == total
 
 
 # What is shown, and how many answers show it at first. For everything, Live asks where it begins; Money asks once whether
@@ -7243,6 +7246,63 @@ async def test_the_download_holds_what_the_page_shows(page: Any, moment: Moment)
     assert {row["label"] for row in rows} == {"label1"}
     assert 0 < len(rows) < 60
     assert sum(int(row["seconds_streamed"]) for row in rows) == (await figures(page))[0]
+
+
+async def test_with_forced_colours_marks_keep_theirs_and_the_pressed_range_is_told_apart(page: Any, moment: Moment) -> None:
+    await page.emulate_media(forced_colors="active")
+    await moment.open([event()])
+    marks = await page.evaluate("""['.swatch', '.bar > span', '[data-testid="chart"] g > rect'].map(each => {
+        const style = getComputedStyle(document.querySelector(each))
+        return each.includes('rect') ? style.fill : style.backgroundColor
+    })""")
+    ground = await page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground not in marks
+    assert len(set(marks)) == 1
+    pressed, other = await page.evaluate("['all', '1h'].map(each => getComputedStyle(document.querySelector(`[data-testid=\"range-${each}\"]`)).backgroundColor)")
+    assert pressed != other
+
+
+@pytest.mark.parametrize("query", ["?range=1h", "?track=track0", "?view=money"])
+async def test_euros_stand_only_beside_the_seconds_of_the_same_month_and_streams(page: Any, moment: Moment, query: str) -> None:
+    events = [event(NOW - 90 * at * at, 60 + at, label=f"label{at % 3}", track_id=f"track{at % 4}") for at in range(1, 60)]  # all of January
+    client = await moment.open(events, f"/{query}")
+    month = sums(await (await client.get("/usage")).json(), "label")
+    rows = [row for row in await texts(page, "tr") if "€" in row]
+    for row in rows:
+        label = next((label for label in month if label in row), None)
+        assert f"{month[label] if label else sum(month.values()):,}" in row
+    assert len(rows) == (4 if "money" in query else 0)
+
+
+async def test_the_rest_of_300_labels_opens_in_a_dialog_that_is_searched_and_closed(page: Any, moment: Moment) -> None:
+    await moment.open(event(NOW - 60, 1 + number, label=f"label {number:03}") for number in range(300))
+    await page.click("button:text('more')")
+    assert await page.evaluate("document.documentElement.scrollHeight") == 800
+    assert len(await page.query_selector_all(by_testid("all-label"))) == 50
+    await page.fill("input[type=search]", "label 17")
+    assert len(await page.query_selector_all(by_testid("all-label"))) == 10
+    await page.click("dialog button[aria-label=Close]")
+    await page.wait_for_selector("dialog", state="detached")
+
+
+async def test_what_can_be_clicked_says_so_and_is_large_enough_for_a_finger(page: Any, moment: Moment) -> None:
+    clickable = "[...document.querySelectorAll('button, a, input')].filter(each => each.checkVisibility())"
+    client = await moment.open([event()])
+    for query in ("/", "/?view=money"):
+        await page.goto(str(client.make_url(query)))
+        await page.wait_for_selector(f'{by_testid("status")}:has-text("updated 0 s ago")')
+        for width in (1280, 390):
+            await page.set_viewport_size({"width": width, "height": 800})
+            small = await page.evaluate(f"{clickable}.filter(each => each.getBoundingClientRect().height < 23.9).map(each => each.textContent)")
+            assert (query, width, small) == (query, width, [])
+        cursors = await page.evaluate(f"{clickable}.filter(each => !each.disabled).map(each => [each.type === 'search' ? 'field' : 'press', getComputedStyle(each).cursor])")
+        assert {tuple(each) for each in cursors} <= {("press", "pointer"), ("field", "text"), ("field", "auto")}
+    await page.goto(str(client.make_url("/")))
+    name = by_testid("label-row") + " button"
+    await page.wait_for_selector(name)
+    before = await page.eval_on_selector(name, "each => getComputedStyle(each).textDecorationLine")
+    await page.hover(name)
+    assert await page.eval_on_selector(name, "each => getComputedStyle(each).textDecorationLine") != before
 
 
 POLLS = int(os.environ.get("POLLS", "40"))  # 500 is a page that hung on the wall for 42 minutes
@@ -7456,6 +7516,7 @@ async def test_in_the_first_seven_days_of_a_month_the_one_before_is_shown(page: 
     moment.now = datetime(2027, 2, day, 12, tzinfo=UTC).timestamp()
     starts = [datetime(2027, month, 1, tzinfo=UTC) for month in (1, 2)]
     await moment.open([event(int(start.timestamp())) for start in starts], "/?view=money")
+    assert "€26.28" in await page.inner_text("body")
     await page.wait_for_selector(f'{by_testid("month-row", month=shown)}[aria-current="true"]')
     assert await page.text_content("#month-heading") == starts[int(shown[-2:]) - 1].strftime("%B %Y")
     assert shown_euros(await page.text_content(by_testid("money-amount"))) == "26.28"  # of the month that is shown
@@ -7510,6 +7571,36 @@ async def test_a_statement_opens_adds_up_and_back_closes_it(page: Any, tmp_path:
         await page.wait_for_selector(by_testid("statement"))
         await page.keyboard.press("Escape")
         await page.wait_for_selector(by_testid("statement"), state="detached")
+
+
+async def test_both_models_are_explained_beside_the_money_whose_csv_is_money(page: Any, moment: Moment) -> None:
+    client = await moment.open([event()], "/?view=money")
+    shown = await page.inner_text("body")
+    files = [await (await client.get(URL(href).path_qs)).text() for href in await page.eval_on_selector_all("a[download]", "links => links.map(link => link.href)")]
+    assert [any("amount_user_centric" in file for file in files), "Pro rata: " in shown, "By listener: " in shown] == [True] * 3
+
+
+async def test_a_statement_is_printed_whole_and_light_and_nothing_else_is(page: Any, moment: Moment) -> None:
+    listeners = [f"listener {number:03}" for number in range(120)]  # more than fit on a page, of the screen or of paper
+    client = await moment.open([event(user_id=name) for name in listeners])
+    for name in listeners:
+        await client.put(f"/api/v1/users/{name}", json={"product_type": "premium", "fee": "7.99", "origin": "web"})
+    await page.goto(str(client.make_url("/?view=money&label=label1")))
+    await page.wait_for_selector("text=listener 000")
+    pages = re.findall(rb"/Type /Page\b", await page.pdf(format="A4"))
+    await page.emulate_media(media="print", color_scheme="dark")
+    await page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    printed = await page.inner_text("body")
+    assert "Statement for label1, January 2027" in printed
+    assert [name for name in listeners if name not in printed] == []
+    assert len(pages) > 2
+    visible = "selector => [...document.querySelectorAll(selector)].filter(each => each.checkVisibility()).length"
+    assert [await page.evaluate(visible, each) for each in ("header", "section", "button:not(th button)", "input")] == [0] * 4
+    style = await page.evaluate("""(get => [get('.statement').color, get('.statement').backgroundColor, get('.statement thead').display])(
+        selector => getComputedStyle(document.querySelector(selector)))""")
+    ink, ground = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in style[:2]]
+    assert ink < 200 < 700 < ground
+    assert style[2] == "table-header-group"
 
 
 async def test_a_month_is_closed_by_typing_it_and_what_comes_late_is_an_adjustment(page: Any, tmp_path: Path) -> None:
