@@ -6973,6 +6973,51 @@ def test_no_line_of_the_page_is_too_long_to_read() -> None:
     assert [line for line in lines if len(line) > 120] == []
 
 
+# Notes when the page shows other figures, and which: the total and the sum of the chart.
+NOTE_CHANGES = """() => {
+    const sum = selector => [...document.querySelectorAll(selector)].reduce((all, each) => all + Number(each.textContent.replaceAll(',', '')), 0)
+    const figures = () => [sum('[data-testid="total-seconds"]'), sum('.chart tbody td:nth-of-type(1)')]
+    let before = figures()
+    window.notes = []
+    performance.setResourceTimingBufferSize(10000)
+    new MutationObserver(() => {
+        const seen = figures()
+        if (String(seen) !== String(before)) notes.push({ seen, at: performance.now() })
+        before = seen
+    }).observe(document.querySelector('#app'), { subtree: true, childList: true, characterData: true })
+    window.answered = () => Math.max(...performance.getEntriesByType('resource').filter(each => each.name.includes('/usage')).map(each => each.responseEnd))
+}"""
+
+
+async def test_an_answer_is_shown_within_100_ms_and_a_stored_stream_within_one_poll_total_and_chart_together(page: Any) -> None:
+    await page.emulate_media(reduced_motion="reduce")  # or the total counts up to what it is
+    async with started("--no-simulation", "--history=3") as program:
+        url = await program.url()
+        await post(url, many_streams([f"label {number}" for number in range(300)], time.time(), each=3))
+        await page.goto(url)
+        await page.wait_for_selector(by_testid("bucket"))
+        await page.evaluate(NOTE_CHANGES)
+        waits = dict[str, float]()
+        for picked in ("24h", "1h", "15m", "all"):
+            await page.evaluate("notes.length = 0")
+            await page.click(by_testid(f"range-{picked}"))
+            await page.wait_for_function("notes.length && document.querySelector('#app main').getAttribute('aria-busy') === 'false'")
+            notes, answered = await page.evaluate("[notes, answered()]")
+            assert [note["seen"][0] - note["seen"][1] for note in notes] == [0]
+            waits[picked] = round(notes[0]["at"] - answered, 1)
+        print("ms from the answer to the figures:", waits)
+        assert 0 <= max(waits.values()) < 100
+        total = (await figures(page))[0]
+        await page.evaluate("notes.length = 0")
+        await post(url, STREAM | {"stream_started_on": int(time.time()) - 60, "seconds_streamed": 77})
+        stored = time.monotonic()
+        await page.wait_for_function("notes.length")
+        passed = time.monotonic() - stored
+        print(f"seconds from the stored stream to the figures: {passed:.2f}")
+        assert [note["seen"] for note in await page.evaluate("notes")] == [[total + 77, total + 77]]
+        assert passed < 6
+
+
 # From here on time is the test's: it stands still, for the server and for the page, until the test lets it pass.
 
 
