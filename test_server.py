@@ -6409,6 +6409,7 @@ async def test_the_page_says_that_it_is_stale_and_catches_up_by_itself(page: Any
     await page.wait_for_selector(f'{by_testid("status")}:has-text("Stale since")')
     assert re.fullmatch(r"Stale since \d\d:\d\d:\d\d · retrying in \d+ s", await page.text_content(by_testid("status")))
     assert await figures(page) == before
+    assert float(await page.eval_on_selector(by_testid("chart"), "chart => getComputedStyle(chart).opacity")) < 1
     async with started("--no-simulation", "--history=0.02", f"--port={url.rsplit(':')[-1]}") as program:
         await program.url()
         await page.wait_for_selector(f'{by_testid("status")}:has-text("Live")', timeout=30_000)
@@ -6422,6 +6423,7 @@ async def test_the_page_of_an_empty_server_says_how_to_send_a_first_stream(page:
         await page.wait_for_selector("text=No streams yet")
         assert await page.text_content(by_testid("total-seconds")) == "0"
         assert await page.query_selector(by_testid("label-row")) is None
+        assert await page.is_visible(".pale")  # what the page will show
         line = await page.inner_text(by_testid("first-stream"))
         shell = await asyncio.create_subprocess_exec("sh", "-c", f"{line} -s", stdout=asyncio.subprocess.PIPE)
         assert b'"id":' in (await shell.communicate())[0]
@@ -6510,6 +6512,13 @@ async def test_live_shows_what_usage_says_and_each_link_is_the_request_behind_it
         for row, made in zip(rows, latest, strict=False):
             assert f"{made['track_id']} · {made['label']}" in row
             assert f"{made['seconds_streamed']:,} s" in row
+        largest, others = await page.evaluate("""() => {
+            const size = each => parseFloat(getComputedStyle(each).fontSize)
+            const total = document.querySelector('[data-testid="total-seconds"]')
+            return [size(total), Math.max(...[...document.querySelectorAll('#app *')].filter(each => each !== total && each.checkVisibility()).map(size))]
+        }""")
+        assert largest > others  # the total is the largest thing on the page
+        assert [address for address in asked if not address.startswith(url)] == [await page.get_attribute("script[src]", "src")]
         shares = [float(row.split()[-2]) for row in await texts(page, by_testid("label-row"))]
         assert abs(sum(shares) - 100) < 0.3
         assert "€" not in await page.inner_text("#app")  # a figure in euros stands beside seconds of its month only
@@ -6561,6 +6570,7 @@ async def test_the_chart_is_read_by_keyboard_pointer_touch_and_table_and_leads_i
         await settle(page, url, f"from={hours[1]}&to={hours[2]}")
         await page.go_back()
         await settle(page, url, "")
+        assert await page.evaluate("Intl.DateTimeFormat().resolvedOptions().timeZone") in await page.inner_text(f"section:has({by_testid('chart')})")
         ticks = await texts(page, f"{by_testid('chart')} text")
         assert any(re.fullmatch(r"\d\d:00", tick) for tick in ticks)
         assert "0 s" in ticks
@@ -6826,6 +6836,8 @@ async def test_the_page_works_by_keyboard_alone(page: Any) -> None:
         await page.keyboard.press("Escape")
         await page.keyboard.press("p")
         assert await page.text_content(by_testid("status")) == "Paused"
+        await page.keyboard.press("m")
+        await page.wait_for_selector(by_testid("month-row"))
 
 
 async def test_the_page_without_javascript_says_what_to_do(page: Any) -> None:
@@ -6850,6 +6862,19 @@ async def test_the_page_says_what_to_do_without_vue(page: Any) -> None:
         await page.wait_for_selector(f"text=curl '{url}/usage?group_by=label,track_id'")
         assert not await page.is_visible("#app")
         assert not await page.is_visible("#loading")
+
+
+async def test_the_page_runs_no_other_vue_than_the_one_it_names(browser: Any) -> None:
+    async with started("--no-simulation") as program:
+        context = await browser.new_context()
+        altered = Path(os.environ["VUE_FILE"]).read_bytes() + b"\n" if "VUE_FILE" in os.environ else b"window.Vue = {}"
+        await context.route("https://**/*", lambda route: route.fulfill(body=altered, content_type="text/javascript", headers={"access-control-allow-origin": "*"}))
+        page = await context.new_page()
+        await page.goto(url := await program.url())
+        await page.wait_for_selector(f"text=curl '{url}/usage?group_by=label,track_id'")
+        assert await page.evaluate("'Vue' in window") is False
+        assert re.search(r"vue@\d+\.\d+\.\d+/", await page.get_attribute("script[src]", "src"))  # one exact version
+        await context.close()
 
 
 @pytest.mark.parametrize("count", [3, 12, 300])
@@ -7248,6 +7273,26 @@ async def test_numbers_change_without_a_shift_the_total_counts_up_and_no_motion_
     assert await page.evaluate("shifts") == []
 
 
+async def test_what_arrives_is_marked_for_a_moment(page: Any, moment: Moment) -> None:
+    client = await moment.open([event(NOW - 600 * number) for number in range(1, 14)])
+    assert await page.query_selector(".arriving") is None
+    await client.post("/api/v1/streams", json=STREAM | {"stream_started_on": NOW - 60, "seconds_streamed": 77})
+    await moment.poll()
+    assert await page.text_content(by_testid("arrived")) == "+77 s"
+    assert ["77 s" in row for row in await texts(page, f"{by_testid('event-row')}.arriving")] == [True]
+    await page.clock.run_for(3_000)
+    await page.wait_for_selector(by_testid("arrived"), state="detached")
+
+
+async def test_streams_of_0_seconds_are_streams(page: Any, moment: Moment) -> None:
+    client = await moment.open([event(NOW - 60, 0)])
+    assert await figures(page) == [0, {"label1": 0}, "track1"]
+    assert "NaN" not in await page.inner_text("body")
+    await page.goto(str(client.make_url("/?view=money")))
+    await page.wait_for_selector("text=not a second was streamed")
+    assert "NaN" not in await page.inner_text("body")
+
+
 # Text outside of the panel or cell that it belongs to, panels that overlap, and anything that makes the page scroll sideways.
 MISPLACED = """() => {
     const found = document.documentElement.scrollWidth > innerWidth ? [`scrolls to ${document.documentElement.scrollWidth}`] : []
@@ -7531,9 +7576,32 @@ async def money_rows(page: Any) -> list[list[str]]:
     return [[label, *map(shown_euros, cells)] for label, *cells in rows]
 
 
+def written(cents: int, sign: str = "") -> str:
+    """Write cents as the page does; `sign` is that of what is above nothing."""
+    return f"{'−' if cents < 0 else sign if cents else ''}€{abs(cents) // 100:,}.{abs(cents) % 100:02}"
+
+
+def cells_of(line: dict[str, Any], before: dict[str, str]) -> list[str]:
+    """Return what stands in the row of a line of the report, when each label had `before` in the month before."""
+    amount, listener, adjustment = (round(100 * float(line[name])) for name in ("amount", "amount_user_centric", "adjustment"))
+    earlier = round(100 * float(before.get(line["label"], 0)))
+    change = f"{amount / earlier * 100 - 100:+.1f} %".replace("-", "−") if earlier else "new" if amount else "–"
+    return [line["label"], f"{line['seconds_streamed']:,}", f"{line['share'] * 100:.1f} %", written(amount), written(listener),
+            written(listener - amount, "+"), written(adjustment, "+"), change.replace("−0.0", "+0.0")]
+
+
 async def test_each_month_shows_what_the_report_says_and_stands_in_the_address(page: Any, tmp_path: Path) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
     async with money_server(tmp_path) as url:
         await page.goto(f"{url}/?view=money")
+        await page.wait_for_selector(by_testid("month-row"))
+        months = (await get_json(f"{url}/api/v1/months"))["data"]
+        names_of_months = [datetime.strptime(row["month"], "%Y-%m").replace(tzinfo=UTC).strftime("%B %Y") for row in months]
+        assert [row.split("\n") for row in await texts(page, by_testid("month-row"))] == [
+            [name, f"€{row['revenue']}", "Open"] for name, row in zip(names_of_months, months, strict=True)
+        ]
+        before = dict[str, str]()
         for month in MONTHS:
             await page.click(by_testid("month-row", month=month))
             await page.wait_for_url(f"**month={month}")
@@ -7548,6 +7616,17 @@ async def test_each_month_shows_what_the_report_says_and_stands_in_the_address(p
             assert await money_rows(page) == [[line[name] for name in names] for line in data["labels"]]
             foot = await page.text_content(by_testid("money-foot"))
             assert foot.count(data["revenue"]) == 2  # both columns add up to it
+            shown = await page.evaluate("[...document.querySelectorAll('[data-testid=money-row]')].map(row => [...row.cells].map(cell => cell.innerText.trim()))")
+            assert shown == [cells_of(line, before) for line in data["labels"]]
+            before = {line["label"]: line["amount"] for line in data["labels"]}
+            row = next(row for row in months if row["month"] == month)
+            kept = round(100 * float(row["fees"])) - round(100 * float(row["revenue"]))
+            flow = await texts(page, "section .flow dd")
+            assert flow == [f"€{row['fees']}", written(kept), f"€{row['revenue']}", f"€{row['distributed']}", f"€{row['adjusted']}"]
+            assert "✓" in await page.inner_text(f"p:has({by_testid('distributed')})")
+        links = await page.evaluate("[...document.querySelectorAll('a[href*=\"/api\"]:not([download])')].map(link => [link.href, link.target])")
+        assert {href for href, _ in links} - set(asked) == set()
+        assert {target for _, target in links} == {"_blank"}
         assert await page.evaluate("document.querySelector('.live-view, [data-testid=total-seconds]')") is None  # no 15 minutes here
         await page.go_back()
         await page.wait_for_url("**month=2019-04")
@@ -7568,18 +7647,33 @@ async def test_in_the_first_seven_days_of_a_month_the_one_before_is_shown(page: 
     assert shown_euros(await page.text_content(by_testid("money-amount"))) == "26.28"  # of the month that is shown
 
 
+def sortable(cell: str) -> float | str:
+    """Return what a cell of a table is sorted by."""
+    number = re.sub(r"[€,+ %]", "", cell).replace("−", "-")
+    return {"new": math.inf, "–": -100.0}.get(cell) or (float(number) if re.fullmatch(r"-?[\d.]+", number) else cell)
+
+
+async def check_sorting(page: Any, table: str) -> None:
+    """Sort a table by each of its columns, both ways."""
+    heads = page.locator(f"{table} thead button")
+    for at in range(await heads.count()):
+        directions = set[str]()
+        for _ in range(2):
+            await heads.nth(at).click()
+            directions.add(direction := await page.locator(f"{table} th[aria-sort]").get_attribute("aria-sort"))
+            column = await page.evaluate("([table, at]) => [...document.querySelector(table).tBodies[0].rows].map(row => row.cells[at].innerText.trim())", [table, at])
+            cells = [sortable(cell) for cell in column]
+            assert (at, cells) == (at, sorted(cells, reverse=direction == "descending"))
+        assert directions == {"ascending", "descending"}
+
+
 async def test_labels_are_sorted_by_each_column_searched_and_downloaded(page: Any, tmp_path: Path) -> None:
     async with money_server(tmp_path) as url:
         await page.goto(f"{url}/{MONEY_VIEW}")
         await page.wait_for_selector(by_testid("money-row"))
         labels = [row[0] for row in await money_rows(page)]
-        for at in range(await page.locator(".shares thead button").count()):
-            await page.locator(".shares thead button").nth(at).click()
-            first = [row[0] for row in await money_rows(page)]
-            direction = await page.locator(".shares th[aria-sort]").get_attribute("aria-sort")
-            await page.locator(".shares thead button").nth(at).click()
-            assert await page.locator(".shares th[aria-sort]").get_attribute("aria-sort") != direction
-            assert sorted(first) == sorted(labels)
+        await check_sorting(page, ".shares table")
+        assert sorted(row[0] for row in await money_rows(page)) == sorted(labels)
         await page.fill(by_testid("search"), "LABEL 03")
         await page.wait_for_function("document.querySelectorAll('[data-testid=money-row]').length === 1")
         assert [row[0] for row in await money_rows(page)] == ["label 03"]
@@ -7605,8 +7699,24 @@ async def test_a_statement_opens_adds_up_and_back_closes_it(page: Any, tmp_path:
         for figure in (data["pro_rata"]["exact"], data["user_centric"]["exact"], data["line"]["amount"]):
             assert figure in said
         assert shown_euros(await page.text_content(by_testid("statement-amount"))) == data["line"]["amount_user_centric"]
+        shown = await page.evaluate("[...document.querySelectorAll('dialog tbody tr, dialog tfoot tr')].map(row => [...row.cells].map(cell => cell.innerText.trim()))")
+
+        def money(text: str) -> str:
+            return f"€{text}"
+
+        assert [row[1:6] for row in shown[: len(payers)]] == [
+            [f"{each['product_type']}, {each['origin']}", money(each["fee"]), money(each["net"]), f"{each['seconds_streamed']:,}", f"{each['of_seconds']:,}"] for each in payers
+        ]
+        # The rows add up to the amount by hand: those who listen, those who do not, and what rounding does.
+        *summands, amount = (Decimal(shown_euros(row[-1])) for row in shown)
+        assert sum(summands) == amount == Decimal(data["line"]["amount_user_centric"])
+        beneath = [row[0] for row in shown[len(payers) :]]
+        idle = len(data["user_centric"]["subscribers"]) - len(payers)
+        assert [name.split(":")[0] for name in beneath] == ["Subscribers who streamed nothing"] * idle + ["Listeners without a subscription", "Rounding", "= By listener"]
+        await check_sorting(page, "dialog table")
         async with page.expect_download() as download:
             await page.click(by_testid("statement-csv"))
+        assert (await download.value).suggested_filename == "statement-2019-05-label-00.csv"
         content = Path(await (await download.value).path()).read_bytes()
         assert content.count(b"\r\n") == 1 + len(data["user_centric"]["subscribers"])
         assert (await page.pdf(format="A4"))[:4] == b"%PDF"
@@ -7633,6 +7743,7 @@ async def test_a_statement_is_printed_whole_and_light_and_nothing_else_is(page: 
         await client.put(f"/api/v1/users/{name}", json={"product_type": "premium", "fee": "7.99", "origin": "web"})
     await page.goto(str(client.make_url("/?view=money&label=label1")))
     await page.wait_for_selector(f'{by_testid("status")}:has-text("updated 0 s ago")')
+    assert len(await page.query_selector_all(by_testid("statement-row"))) == 50
     pages = re.findall(rb"/Type /Page\b", await page.pdf(format="A4"))
     await page.emulate_media(media="print", color_scheme="dark")
     await page.evaluate("dispatchEvent(new Event('beforeprint'))")
@@ -7694,6 +7805,13 @@ async def test_closing_says_why_it_cannot_be_and_asks_for_the_token(page: Any, t
         await page.fill(by_testid("token"), "s3cret")
         await page.click(by_testid("confirm-close"))
         await page.wait_for_selector(f'{by_testid("month-row", month="2019-01")}:has-text("Closed since")')
+        assert await page.evaluate("[Object.values(sessionStorage), Object.values(localStorage), document.cookie]") == [["s3cret"], [], ""]
+
+
+async def test_a_month_that_is_over_cannot_be_closed_without_a_file_and_the_page_says_so(page: Any, moment: Moment) -> None:
+    await moment.open([event(NOW - 40 * 86_400)], "/?view=money&month=2026-12")
+    assert await page.is_disabled(by_testid("close-month"))
+    assert "--db" in await page.text_content(by_testid("why-open"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
