@@ -131,8 +131,8 @@ MOST_ROWS = 100_000  # of totals, in one answer
 KNOWN_TOTALS = 8  # so many groupings a chunk remembers
 PAGE_STREAMS = 1_000
 THREADS = 4
-SHORT_SLICES = 64  # work that takes more time slices is LONG_WORK
-LONG_WORK = 4  # so much of it is under way at a time, for it holds memory
+SHORT_SLICES = 64  # of time: work that takes more is long
+MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
 SLICE_SECONDS = 0.0005  # how long something may keep the event loop at a stretch
 WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
 LINGER_SECONDS = 1  # how long a body that nobody wants may go on before its connection is closed
@@ -263,12 +263,12 @@ class Tombstone:
     version: int
 
 
-@lru_cache(maxsize=1024, typed=True)  # typed, or Money and a text that looks like it were one
+@lru_cache(maxsize=1024, typed=True)  # typed: an amount, which is a `Money`, is not the text "-1.00"
 def encode_cells(*cells: object) -> str:
-    """Return a line as RFC 4180 has it, without its end, and with no cell that a spreadsheet runs."""
+    """Return a line as RFC 4180 has it, without its end, and with no text that a spreadsheet runs."""
     text = io.StringIO()
     csv.writer(text).writerow(
-        f"'{cell}" if type(cell) is str and cell.startswith(FORMULA) else cell for cell in cells  # no Money
+        f"'{cell}" if type(cell) is str and cell.startswith(FORMULA) else cell for cell in cells
     )
     return text.getvalue()[: -len(CSV_END)]
 
@@ -452,10 +452,10 @@ class Usage:
         self.keep = keep
         self.by_start, self.by_id = Order("stream_started_on"), Order("id")
         self.by_version = Order("version")
-        self.tombstones: deque[Tombstone] = deque()
+        self.tombstones: deque[Tombstone] = deque()  # `keep` of them at most, too
         self.keys: dict[str, tuple[bytes, int]] = {}  # idempotency key -> hash of the body, first id
         self.count = 0
-        self.name = secrets.token_hex(4)  # of the sequence
+        self.sequence_name = secrets.token_hex(4)
         self.last_number = 0  # the highest that was given
         self.sequence = 0  # the highest that is visible
         self.forgotten = 0  # the version of the latest tombstone that is no longer kept
@@ -465,7 +465,7 @@ class Usage:
     @property
     def etag(self) -> str:
         """What names the moment that is visible."""
-        return f"{self.name}-{self.sequence}"
+        return f"{self.sequence_name}-{self.sequence}"
 
     def next_number(self) -> int:
         """Give the next change its number, which no other has ever had."""
@@ -484,13 +484,14 @@ class Usage:
     def is_too_old(self, events: Sequence[Event]) -> bool:
         """Tell whether one of these new events would be among those that `keep` drops at once."""
         over = self.count + len(events) - self.keep
+        if over <= 0:
+            return False
         starts = (event.stream_started_on for event in itertools.chain.from_iterable(self.by_start.chunks))
-        oldest = min(event.stream_started_on for event in events)
-        last_to_go = next(itertools.islice(starts, int(over) - 1, None), math.inf) if over > 0 else oldest
-        return last_to_go > oldest
+        last_to_go = next(itertools.islice(starts, int(over) - 1, None), math.inf)
+        return last_to_go > min(event.stream_started_on for event in events)
 
     def add(self, events: Sequence[Event]) -> None:
-        """Keep numbered events; then drop the oldest above `keep`."""
+        """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
         for order in (self.by_start, self.by_id, self.by_version):
             order.add(events)
         self._tell(events, 1)
@@ -523,10 +524,12 @@ class Usage:
         self._forget([event for event, _ in events])
         tombstones = [Tombstone(event.id, number) for event, number in events]
         self.by_version.add(tombstones)
-        self.tombstones += tombstones
         self.advance(tombstones[-1].version)
-        if (over := len(self.tombstones) - self.keep) > 0:  # who follows from before has to begin anew
-            oldest = [self.tombstones.popleft() for _ in range(int(over))]
+        if self.keep == math.inf:
+            return
+        self.tombstones += tombstones
+        if (over := len(self.tombstones) - int(self.keep)) > 0:  # who follows from before has to begin anew
+            oldest = [self.tombstones.popleft() for _ in range(over)]
             self.by_version.remove(oldest)
             self.forgotten = oldest[-1].version
 
@@ -558,8 +561,8 @@ def first_of(chunks: Iterable[Chunk], limit: float) -> Generator[Chunk, None, No
 
 # ── Totals ──────────────────────────────────────────────────────────────────────────────────────
 # Streams and seconds under a key each, all counted by `totals_of`. A chunk's own never change, so they add up
-# to any grouping, filter and window of /usage; those by user and month change with each event, so the
-# money and the users cost what there is of labels and tracks, however many events there are.
+# to any grouping, filter and window of /usage. Those by user and month are changed by each event: so how long
+# a report or a user takes depends on how many users, labels and tracks there are, and not on the events.
 
 Total = tuple[int, int]  # streams and seconds
 Totals = dict[Any, Total]
@@ -567,7 +570,7 @@ WINDOWS = {"minute": 60, "hour": 3_600, "day": DAY}  # and month, which has no f
 
 
 def totals_of(events: Sequence[Event], *keys: Iterable[Any]) -> Totals:
-    """Return the totals of `events` under tuples of `keys`, each of which has one for each event."""
+    """Return the totals of `events` by keys: columns, each with a value for each event."""
     seconds: defaultdict[Any, list[int]] = defaultdict(list)
     each_key = zip(*keys, strict=True) if keys else itertools.repeat(())
     for key, streamed in zip(each_key, map(attrgetter("seconds_streamed"), events), strict=False):
@@ -576,7 +579,7 @@ def totals_of(events: Sequence[Event], *keys: Iterable[Any]) -> Totals:
 
 
 def values_of(events: Iterable[Event], *names: str) -> list[Iterable[Any]]:
-    """Return the values of each of these fields, as keys for `totals_of`; in C, for every event has them."""
+    """Return the columns of these fields for `totals_of`, read in C, for there are many events."""
     return [map(attrgetter(name), events) for name in names]
 
 
@@ -614,9 +617,9 @@ def windows_of(events: Iterable[Event], window: str) -> list[int]:
 
 
 def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted: Wanted) -> Totals:
-    """Return totals by window start and names that hold what is wanted, and maybe more.
+    """Return totals by window start and names. They may hold more than is wanted: the caller filters them.
 
-    A chunk remembers totals that are few. Where they are many, to filter before counting is quicker.
+    A chunk remembers totals that are few. Where they are many, to filter before counting saves work.
     """
 
     def totals(events: Chunk) -> Totals:
@@ -699,8 +702,6 @@ ADJUSTMENTS = ("adjustment", "adjustment_user_centric")
 LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", *AMOUNTS, *ADJUSTMENTS)
 REPORT_COLUMNS = ("month", "currency", *LABEL_COLUMNS)
 PAYER_COLUMNS = ("user_id", "product_type", "fee", "origin", "net", "seconds_streamed", "of_seconds", "part")
-CLAIM_BITS = 512  # of a claim, after the point: far more than two labels' differ by, unless they are equal
-DOUBT_BITS = 160  # the last of them, in which cents x claim may be too high: all cents x seconds have fewer
 
 ByUser = dict[str, Totals]  # user -> label
 Amounts = tuple[int, int]  # in cents: pro rata, user-centric
@@ -797,6 +798,12 @@ def seconds_of(totals: Totals) -> int:
     return sum(seconds for _, seconds in totals.values())
 
 
+# Claims are fixed-point numbers with so many bits after the point, rounded up. Two that differ do so far
+# before the last of them.
+CLAIM_BITS = 512
+DOUBT_BITS = 160  # rounding makes cents x claim too high by less than 2 to the power of this
+
+
 def price_of_second(net: int, seconds: int) -> int:
     """Return what a second is worth, rounded up in the last bit of a claim."""
     return -((-net << CLAIM_BITS) // (seconds or 1))
@@ -882,7 +889,7 @@ class Account:
 
 @dataclass
 class Books:
-    """What money and users are told from. Who reads in steps needs a snapshot: others write in between."""
+    """What reports and users are made from. Who reads in steps needs a snapshot: others write in between."""
 
     subscriptions: dict[str, Subscription]
     months: defaultdict[str, ByUser] = field(default_factory=lambda: defaultdict(dict))
@@ -923,8 +930,8 @@ class Books:
         """Return the open months with a stream, in order."""
         return sorted(month for month, users in self.months.items() if users and month not in self.closed)
 
-    def adjusted_month(self) -> str:
-        """Return the month that adjustments go to: the first of these or, with none, after the closed."""
+    def paying_month(self) -> str:
+        """Return the month with which adjustments are paid: the first open one, or else after the closed."""
         return next(iter(self.open_months() or map(month_after, reversed(self.closed))), "")
 
     def obstacle(self, month: str, status: str, now: float) -> str:
@@ -1008,14 +1015,14 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
     users = books.months.get(month, {})
     ledger = yield from tally(users, books.subscriptions)
     labels = share_month(ledger)
-    adjustments = (yield from unpaid(books)) if month == books.adjusted_month() else {}
+    adjustments = (yield from unpaid(books)) if month == books.paying_month() else {}
     return Account(closed_on, users, books.subscriptions, ledger.fees, ledger.revenue, labels, adjustments)
 
 
 def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Account]]:
     """Return a month's account, or those of all that have a stream or an adjustment, or are closed."""
     found = {}
-    for name in [month] if month else sorted({*books.months, *books.closed, books.adjusted_month()}):
+    for name in [month] if month else sorted({*books.months, *books.closed, books.paying_month()}):
         account = yield from account_of(books, name)
         if month or account.totals or account.adjustments or account.status == "closed":
             found[name] = account
@@ -1096,7 +1103,7 @@ def report_by_month(books: Books, month: str | None) -> Steps[Iterator[tuple[Any
 
 
 def find_payers(ledger: Ledger, label: str) -> Steps[list[dict[str, Any]]]:
-    """Return a statement's rows: who subscribes and streamed the label, highest part first; the silent."""
+    """Return a statement's rows: who streamed the label, highest part first; the last is for the silent."""
     payers: list[tuple[int, tuple[Any, ...]]] = []  # each with its part, in millionths of a euro
 
     def add(*terms: str | None, net: int, seconds: int, of_seconds: int) -> None:
@@ -1239,7 +1246,7 @@ class Import:
     def _add_track(self, item: object) -> None:
         if not isinstance(item, dict) or "track_id" not in item:
             raise InvalidError("track_id is missing")
-        key = min((key for key in item if key.startswith("label")), default="label")
+        key = min((key for key in item if key.startswith("label")), default="label")  # "label" is the lowest
         track, label = check_text("track_id", item["track_id"]), check_text(key, item.get(key))
         if self.labels.setdefault(track, label) != label:
             raise InvalidError(f"track {track!r} is there twice, with another label")
@@ -1471,7 +1478,8 @@ def translate_errors() -> Iterator[None]:
 class Change:
     """What waits to be stored, up to this number of the sequence, and then made visible.
 
-    `prepare` gives the statements and what applies them when all changes before are visible, and none after.
+    One with `prepare` is committed alone. That is called when all earlier changes are visible and none of the
+    later ones, and returns the statements and what makes them visible.
     """
 
     number: int
@@ -1491,7 +1499,7 @@ class Journal:
         The mode "r+b" makes no new file.
         """
         self.waiting: list[Change] = []
-        self.wanted = asyncio.Event()
+        self.wake = asyncio.Event()
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.closing = False
         self.failed = False
@@ -1499,7 +1507,7 @@ class Journal:
         self.last_commit = -math.inf
         self.path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         real = os.path.realpath(self.path)
-        self.log = Path(f"{real}-wal")
+        self.wal = Path(f"{real}-wal")
         self.lock = self.path.open(mode, buffering=0)  # to the end: closing it would drop SQLite's locks
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         opened = os.fstat(self.lock.fileno())
@@ -1520,7 +1528,7 @@ class Journal:
         self.connection.executescript(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
         )
-        self.opened = {self.path: opened, **{path: path.stat() for path in (self.log, Path(f"{real}-shm"))}}
+        self.opened = {self.path: opened, **{path: path.stat() for path in (self.wal, Path(f"{real}-shm"))}}
         self.sizes = {path: found.st_size for path, found in self.opened.items()}  # as they were last
 
     def _check_files(self) -> None:
@@ -1531,11 +1539,11 @@ class Journal:
         for path, opened in self.opened.items():
             now = path.stat() if path.exists() else None
             if not now or not os.path.samestat(now, opened):
-                if path == self.log:
+                if path == self.wal:
                     self._empty_log()  # SQLite has it open: what it holds can still be saved
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes[path]:
-                if path != self.log or now.st_size:
+                if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
                 self._empty_log()  # another process may have done it, but then this works, too
             self.sizes[path] = now.st_size
@@ -1543,14 +1551,14 @@ class Journal:
     def _empty_log(self) -> None:
         """Move what the log holds into the file; raises StorageError or sqlite3.Error.
 
-        SQLite moves only what it knows of. That takes away a commit whose sync has failed: it is whole in
-        the log, and would be recovered after a kill. And it fails if something of the log is missing.
+        SQLite moves only what it knows of. So the log loses a commit whose sync has failed: that is whole in
+        it, and would be recovered after a kill. And this fails if something of the log is missing.
         """
         busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
             raise StorageError("another process reads the file")
         self.in_doubt = False
-        self.sizes[self.log] = 0
+        self.sizes[self.wal] = 0
 
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
@@ -1571,7 +1579,7 @@ class Journal:
                 with contextlib.suppress(StorageError, sqlite3.Error):
                     self._empty_log()
             raise StorageError(f"nothing can be stored: {error}") from None
-        with contextlib.suppress(StorageError, sqlite3.Error, OSError):  # the next commit says so
+        with contextlib.suppress(StorageError, sqlite3.Error, OSError):  # it notes the sizes
             self._check_files()
         self.failed = False
         self.last_commit = time.monotonic()
@@ -1630,13 +1638,12 @@ class Journal:
         execute = self.connection.execute
         self.usage = usage
         usage.add([Event(*row) for row in telling("loading, streams", execute("SELECT * FROM streams"))])
-        # With a file nothing is dropped, so `usage.tombstones`, which --keep bounds, stays empty.
         usage.by_version.add([Tombstone(*row) for row in execute("SELECT * FROM tombstones")])
-        (usage.name,) = execute("SELECT name FROM sequence").fetchone()
+        (usage.sequence_name,) = execute("SELECT name FROM sequence").fetchone()
         usage.last_number = usage.sequence = self._last_number()
         usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
         if execute("SELECT 1 FROM imports").fetchone():
-            books.subscriptions.clear()
+            books.subscriptions.clear()  # of the three that are built in
         for user, *cells, _ in execute("SELECT * FROM subscriptions"):
             books.subscriptions[user] = Subscription(*cells)
         for month, *cells in execute("SELECT * FROM closed_months").fetchall():
@@ -1668,21 +1675,21 @@ class Journal:
         First in, first out: what a follower of the sequence has seen has nothing missing before it.
         """
         self.waiting.append(change)
-        self.wanted.set()
+        self.wake.set()
         await asyncio.shield(change.done)
 
     async def run(self) -> None:
         """Store what waits, in one commit, and make it visible, until closed."""
         while True:
-            await self.wanted.wait()
+            await self.wake.wait()
             await asyncio.sleep(GATHER_SECONDS)
-            if not self.waiting:  # `close` has wanted it
+            if not self.waiting:  # `close` wakes it
                 return
             group = [*itertools.takewhile(lambda change: not change.prepare, self.waiting)]
             group = group or self.waiting[:1]  # that one is to be prepared
             del self.waiting[: len(group)]
             if not self.waiting and not self.closing:
-                self.wanted.clear()
+                self.wake.clear()
             try:
                 await self._store(group)
             except (StorageError, ConflictError) as error:
@@ -1716,7 +1723,7 @@ class Journal:
     async def close(self, running: asyncio.Task[None]) -> None:
         """End `run` when nothing waits any more, and close the file."""
         self.closing = True
-        self.wanted.set()
+        self.wake.set()
         await running
         self.thread.shutdown()
         self.connection.close()
@@ -1765,7 +1772,7 @@ async def simulate_history(state: State) -> None:
     if state.journal and state.usage.count:
         return
     events = list[Event]()
-    seconds = min(config.history * DAY, now - 1_800)  # there was nothing before 1970
+    seconds = min(config.history * DAY, now - 1_800)  # of the longest stream: there was nothing before 1970
     numbers = range(1, int(seconds / config.interval) + 1)  # the latest first
     for number in telling("simulating the history, batches", numbers):
         if len(events) >= state.usage.keep:
@@ -1815,15 +1822,18 @@ GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permu
 
 
 class Cursor(NamedTuple):
-    """What a client has read: up to `after`; when it began, from nothing, the latest number was `began`."""
+    """How far a client has read: in this sequence, up to `after`.
 
-    sequence: str = ""  # its name
+    Who reads everything for the first time, in pages, began when the latest number was `began`.
+    """
+
+    sequence: str = ""
     after: int = 0
     began: int = 0
 
 
 def parse_cursor(text: str) -> Cursor:
-    """Return the cursor NAME-AFTER, NAME-AFTER-BEGAN or AFTER, or an id."""
+    """Return the cursor NAME-AFTER, NAME-AFTER-BEGAN or AFTER; the last is an id in a page of streams."""
     name, *numbers = text.split("-") if "-" in text else ("", text)
     return Cursor(name, *map(int, numbers))
 
@@ -2025,14 +2035,14 @@ class Answer(web.StreamResponse):
         until = time.monotonic() + SLICE_SECONDS
         for part in joined(pieces):
             packed = await asyncio.to_thread(compressor.compress, part) if compressor and part else part
-            await self._write_chunk(request, packed, chunked)
+            await self._send_chunk(request, packed, chunked)
             if time.monotonic() > until:
                 await request.app[STATE].yield_to_others()
                 until = time.monotonic() + SLICE_SECONDS
-        await self._write_chunk(request, compressor.flush() if compressor else b"", chunked)
+        await self._send_chunk(request, compressor.flush() if compressor else b"", chunked)
         await self._send(request, b"0\r\n\r\n" if chunked else b"")
 
-    async def _write_chunk(self, request: web.BaseRequest, data: bytes, chunked: bool) -> None:
+    async def _send_chunk(self, request: web.BaseRequest, data: bytes, chunked: bool) -> None:
         self.body_length += len(data)
         if data:
             await self._send(request, b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
@@ -2053,7 +2063,7 @@ class Answer(web.StreamResponse):
 
 
 def joined(pieces: Pieces) -> Iterator[bytes]:
-    """Yield `pieces`, those that are shorter than PIECE_BYTES together; b"" while they are too short."""
+    """Yield `pieces`, those that are shorter than PIECE_BYTES together; b"" where others may go on."""
     ready: list[bytes] = []
     size = 0
     for piece in pieces:
@@ -2071,7 +2081,7 @@ def joined(pieces: Pieces) -> Iterator[bytes]:
 async def finish(state: State, work: Generator[Any, None, T], first: bool = False) -> T:
     """Return what long `work` returns, and yield to others between its time slices.
 
-    What takes many of them waits until little else does, unless it comes `first`.
+    Work of more than SHORT_SLICES goes on as one of MOST_LONG_WORK at a time, unless it comes `first`.
     """
     async with contextlib.AsyncExitStack() as held:
         held.enter_context(contextlib.closing(work))
@@ -2112,15 +2122,15 @@ class SingleFlight:
         self.flights: dict[object, asyncio.Task[Any]] = {}  # the one that was asked for last comes last
         self.waiters = Counter[asyncio.Task[Any]]()
 
-    async def get(self, key: object, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return what `make` returns, or raise what it raises; it is cancelled when nobody waits any more.
+    async def get(self, key: object, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return what `work` returns, or raise what it raises; it is cancelled when nobody waits any more.
 
         Only KEPT_ANSWERS are kept: a client that asks for ever other ones does not fill the memory.
         """
         if self.moment != self.usage.sequence:
             self.moment, self.flights = self.usage.sequence, {}
         flights = self.flights
-        flight = flights[key] = flights.pop(key) if key in flights else asyncio.create_task(make())
+        flight = flights[key] = flights.pop(key) if key in flights else asyncio.create_task(work())
         if len(flights) > KEPT_ANSWERS:
             del flights[next(iter(flights))]
         if flight.done():  # as most are
@@ -2132,6 +2142,7 @@ class SingleFlight:
             self.waiters[flight] -= 1
             if not self.waiters[flight]:
                 del self.waiters[flight]
+                # That an answer is too long, which is None, is kept, too.
                 is_made = flight.done() and not flight.cancelled() and not flight.exception()
                 if not is_made:
                     flight.cancel()  # nobody waits for it
@@ -2373,8 +2384,10 @@ async def get_streams(request: web.Request) -> Answer:
     state = request.app[STATE]
     asked = dict(parse_query(request.rel_url.raw_query_string, *FILTERS, "limit", "after"))
     limit, cursor = asked.pop("limit", 100), asked.pop("after", Cursor())
-    if limit > PAGE_STREAMS or cursor.sequence:
-        raise InvalidError(f"limit must be an int from 1 to {PAGE_STREAMS}, after an id")
+    if limit > PAGE_STREAMS:
+        raise InvalidError(f"limit must be an int from 1 to {PAGE_STREAMS}")
+    if cursor.sequence:
+        raise InvalidError("after must be an id")
     if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
     since, until = asked.get("from", 0), asked.get("to", sys.maxsize)
@@ -2396,8 +2409,8 @@ async def get_streams(request: web.Request) -> Answer:
 
     page = await finish(state, find_page())
     listed = b",".join(event.stream for event in page[:limit])
-    following_id = encode(page[limit - 1].id if len(page) > limit else None)
-    body = b'{"message":"Found Streams","data":[%b],"total":%d,"next":%b}' % (listed, total, following_id)
+    last_listed = encode(page[limit - 1].id if len(page) > limit else None)
+    body = b'{"message":"Found Streams","data":[%b],"total":%d,"next":%b}' % (listed, total, last_listed)
     return answer_now(200, body)
 
 
@@ -2445,7 +2458,7 @@ def find_stream(request: web.Request) -> Event:
 
 
 def check_version(request: web.Request, stream: Event) -> None:
-    """Raise an HTTPException if the client has said what it changes, and it is not this version."""
+    """Raise an HTTPException if there is an If-Match that does not list this version."""
     if hdrs.IF_MATCH in request.headers and not is_listed(request, hdrs.IF_MATCH, f'"{stream.version}"'):
         raise web.HTTPPreconditionFailed(reason=f'the stream is of another version: "{stream.version}"')
 
@@ -2490,18 +2503,19 @@ async def delete_stream(request: web.Request) -> Answer:
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a number, each stream once, as it is now.
 
-    Who is still reading the first time, in pages, has seen nothing that went before it began.
+    A client can go on if no tombstone is forgotten that it needs. It needs none up to `read`: these it has
+    read, or it began after them, from nothing.
     """
     usage = request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
-    after, began = cursor.after, max(cursor.after, cursor.began) if cursor.after else usage.sequence
-    if cursor.sequence not in ("", usage.name) or not usage.forgotten <= began <= usage.sequence:
+    after, read = cursor.after, max(cursor.after, cursor.began) if cursor.after else usage.sequence
+    if cursor.sequence not in ("", usage.sequence_name) or not usage.forgotten <= read <= usage.sequence:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
-    chunks = deque(first_of(usage.by_version.between(after + 1), limit) if after < usage.sequence else ())
+    chunks = deque(first_of(usage.by_version.between(after + 1), limit))
     is_all = sum(map(len, chunks)) < limit
     number = usage.sequence if is_all else chunks[-1][-1].version
-    following = f"{usage.name}-{number}" + (f"-{began}" if number < began else "")
+    following = f"{usage.sequence_name}-{number}" + (f"-{read}" if number < read else "")
 
     def lines() -> Pieces:
         while chunks:
@@ -2560,7 +2574,10 @@ async def put_user(request: web.Request) -> Answer:
 async def answer_money(
     request: web.Request, title: str, asked: Mapping[str, Any], make: Callable[[str, Books], Pieces]
 ) -> Answer:
-    """Answer with what `make` yields of a kind. No other has this title; by it a CSV file is called, too."""
+    """Answer with what `make` yields of a kind.
+
+    `title` is the answer's key in the cache, so it names all that is asked for; a CSV file is called so, too.
+    """
     state, kind = request.app[STATE], asked.get("format", "json")
     named: Headers = ()
     if kind == "ndjson":
@@ -2616,7 +2633,7 @@ async def get_months(request: web.Request) -> Answer:
 async def put_month(request: web.Request) -> Answer:
     """Close a month or open it again."""
     state, month = request.app[STATE], request.match_info["month"]
-    parse_query(urlencode({"month": month}), "month")  # it is the same in a path
+    parse_query(urlencode({"month": month}), "month")  # one in a path is checked as one in a query
     value, _ = await read_json(request)
     status = check_keys("the month", value, {"status"})["status"]
     if status not in ("open", "closed"):
@@ -2727,7 +2744,7 @@ class State:
     answers: SingleFlight
     requests: Counter[int] = field(default_factory=Counter)  # answered, by the status' first digit
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LONG_WORK))
+    long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LONG_WORK))
     locks: WeakValueDictionary[object, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def lock(self, *name: object) -> asyncio.Lock:
@@ -2760,9 +2777,9 @@ class State:
         await self.store(events[-1].version, [(INSERT_STREAMS, map(CELLS, events)), *rows], apply)
 
 
-def abort_if_failed(journal: asyncio.Task[None]) -> None:
+def abort_if_failed(running: asyncio.Task[None]) -> None:
     """End the process as a kill does: what is stored and what is visible could differ from now on."""
-    if not journal.cancelled() and (error := journal.exception()):
+    if not running.cancelled() and (error := running.exception()):
         log.critical("the journal has failed; start again, nothing stored is lost", exc_info=error)
         logging.shutdown()
         os.abort()
@@ -2770,7 +2787,7 @@ def abort_if_failed(journal: asyncio.Task[None]) -> None:
 
 @contextlib.asynccontextmanager
 async def own_journal(app: web.Application) -> AsyncIterator[None]:
-    """Run the journal and, when the application is cleaned up, store what still waits."""
+    """Run the journal and, where the application is cleaned up, store what waits; `serve` just exits."""
     journal = app[STATE].journal
     if not journal:
         yield
@@ -2858,7 +2875,7 @@ class Output(logging.Handler):
             self.texts.task_done()
 
 
-output = lru_cache(Output)  # by file descriptor: 1 or 2
+output = lru_cache(Output)  # one for each file descriptor, 1 or 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -2987,7 +3004,7 @@ def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
         loop.default_exception_handler(context)
 
 
-def is_no_fault_of_a_client(record: logging.LogRecord) -> bool:
+def is_about_us(record: logging.LogRecord) -> bool:
     """Tell whether a log line is about us, not about a client that sent what is no HTTP or has gone."""
     faults = (http_exceptions.HttpProcessingError, ConnectionError)
     return not (record.exc_info and isinstance(record.exc_info[1], faults))
@@ -3020,7 +3037,7 @@ async def serve(
     loop, signalled = asyncio.get_running_loop(), asyncio.Event()
     loop.set_default_executor(ThreadPoolExecutor(THREADS))  # each keeps some memory of its own
     loop.set_exception_handler(log_loop_error)
-    logging.getLogger("aiohttp.server").addFilter(is_no_fault_of_a_client)
+    logging.getLogger("aiohttp.server").addFilter(is_about_us)
     # A compressed body could hold a thousand times of what it may; none was promised, so none is unpacked.
     runner = web.AppRunner(
         app,
@@ -3032,8 +3049,8 @@ async def serve(
     )
     await runner.setup()
     first_signal.end_serving = lambda: loop.call_soon_threadsafe(signalled.set)
-    # asyncio takes `backlog` connections at a stretch, and logs as often that it cannot: so one, and the
-    # system is told how many may wait afterwards.
+    # asyncio takes `backlog` connections at a stretch, and logs as often that it cannot: so it gets 1, and
+    # the system afterwards how many may wait.
     site = web.SockSite(runner, listener, backlog=1)
     await site.start()
     listener.listen(BACKLOG)
@@ -3059,7 +3076,7 @@ async def finish_requests(server: web.Server) -> None:
 
 def set_up_process() -> None:
     """Set what holds for the whole process: its outputs, memory, log and limits."""
-    for _ in range(3):  # else the database could get the number of an output that is closed
+    for _ in range(3):  # fill 0, 1 and 2 if they are closed, or the database could become one of them
         os.open(os.devnull, os.O_RDWR)
     with contextlib.suppress(AttributeError):  # not every C library has mallopt
         for limit in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):

@@ -892,7 +892,7 @@ class History:
             for label, cents in of_month.items():
                 due[label] = [due[label][0] + cents[0], due[label][1] + cents[1]]
         assert {label: cents for label, cents in due.items() if any(cents)} == payroll.due()
-        assert not payroll.frozen or self.books.adjusted_month() == payroll.target()
+        assert not payroll.frozen or self.books.paying_month() == payroll.target()
         for month, frozen in payroll.frozen.items():
             now, then = payroll.month(month, frozen), payroll.amounts[month]
             assert row_of(self.books, month)["late"] == sum(now.get(label, [0, 0]) != then.get(label, [0, 0]) for label in {*now, *then})
@@ -1983,7 +1983,7 @@ async def test_an_answer_that_is_too_long_to_be_kept_keeps_no_events_alive(
 
 async def test_a_short_answer_does_not_wait_behind_long_ones(start: Start) -> None:
     client = await start([event()])
-    for _ in range(server.LONG_WORK):
+    for _ in range(server.MOST_LONG_WORK):
         await client.app[server.STATE].long_work.acquire()
     async with asyncio.timeout(5):
         assert (await client.get("/usage")).status == 200
@@ -1992,7 +1992,7 @@ async def test_a_short_answer_does_not_wait_behind_long_ones(start: Start) -> No
 async def test_a_poll_over_many_events_does_not_wait_behind_long_answers(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     client = await start(random_events(random.Random(46), 20_000))
     monkeypatch.setattr(server, "SLICE_SECONDS", 0)  # so it takes some twenty slices
-    for _ in range(server.LONG_WORK):
+    for _ in range(server.MOST_LONG_WORK):
         await client.app[server.STATE].long_work.acquire()
     async with asyncio.timeout(5):
         assert len(await (await client.get("/usage?group_by=label")).json()) == 3
@@ -2978,7 +2978,7 @@ async def test_many_who_close_or_open_a_month_at_the_same_time_do_it_once(start:
     for number, body in enumerate((CLOSE, OPEN, CLOSE), 3):
         answers = await asyncio.gather(*(client.put("/api/v1/months/2019-01", json=body) for _ in range(20)))
         assert [(answer.status, await answer.read()) for answer in answers] == [(200, await answers[0].read())] * 20
-        assert await sequence(client) == (str(number), f'W/"{client.app[server.STATE].usage.name}-{number}"')
+        assert await sequence(client) == (str(number), f'W/"{client.app[server.STATE].usage.sequence_name}-{number}"')
     bodies = [(CLOSE, OPEN)[number % 2] for number in range(40)]
     answers = await asyncio.gather(*(client.put("/api/v1/months/2019-01", json=body) for body in bodies))
     assert [(answer.status, (await answer.json())["data"]["status"]) for answer in answers] == [(200, body["status"]) for body in bodies]
@@ -3130,7 +3130,7 @@ async def test_a_close_which_all_writes_wait_for_waits_for_no_other_long_work(st
     state = client.app[server.STATE]
     state.books.subscriptions.update({f"u{number}": Subscription("p", number, "web") for number in range(10_000)})
     add(state.usage, [event(JANUARY, 60, f"u{number}", label=f"label {number % 5}") for number in range(10_000)])
-    for _ in range(server.LONG_WORK):
+    for _ in range(server.MOST_LONG_WORK):
         await state.long_work.acquire()
     try:
         async with asyncio.timeout(10):
@@ -3138,7 +3138,7 @@ async def test_a_close_which_all_writes_wait_for_waits_for_no_other_long_work(st
             assert (row["status"], row["late"]) == ("closed", 0)
             assert (await client.post("/api/v1/streams", json=STREAM)).status == 201
     finally:
-        for _ in range(server.LONG_WORK):
+        for _ in range(server.MOST_LONG_WORK):
             state.long_work.release()
 
 
@@ -3520,7 +3520,7 @@ async def test_the_feed_tells_each_stream_once_as_it_is_now(start: Start) -> Non
         f'{{"version":5,"id":2,"user_id":"user1","track_id":"track1","label":"a \\"☃\\"\\\\",{fields}}}\n',
         '{"version":6,"id":3,"deleted":true}\n',
     ]
-    name = client.app[server.STATE].usage.name
+    name = client.app[server.STATE].usage.sequence_name
     for query, first, end, cursor in (
         ("", 0, 4, 7), ("?after=0", 0, 4, 7), ("?after=1", 1, 4, 7), ("?after=2", 1, 4, 7), ("?after=4", 2, 4, 7), (f"?after={name}-5", 3, 4, 7), ("?after=6", 4, 4, 7),
         ("?after=7", 4, 4, 7), ("?limit=1", 0, 1, "1-7"), ("?limit=3", 0, 3, "5-7"), ("?limit=4", 0, 4, "6-7"), ("?limit=5", 0, 4, 7), ("?limit=2&after=1", 1, 3, 5),
@@ -3550,7 +3550,7 @@ async def test_a_cursor_that_leads_nowhere_is_410(start: Start, tmp_path: Path) 
     cursors: list[str] = []
     for options in ({}, {}, {"db": tmp_path / "usage.db"}, {"db": tmp_path / "other.db"}):
         client = await start([event(), event()], **options)
-        name = client.app[server.STATE].usage.name
+        name = client.app[server.STATE].usage.sequence_name
         for cursor in ("3", f"{name}-3", "9" * 100, "0-0", "abc-1", *cursors):
             answer = await client.get(f"/api/v1/changes?after={cursor}")
             assert (answer.status, list(await answer.json())) == (410, ["error"])
@@ -3700,11 +3700,11 @@ async def test_an_import_and_its_undo_are_in_the_feed_and_a_restart_keeps_it(sta
     await change(client, "DELETE", "streams/2")
     assert await follower.catch_up(client) == await all_streams(client)
     feed = await (await client.get("/api/v1/changes")).read()
-    early, name = follower.copy(), client.app[server.STATE].usage.name
+    early, name = follower.copy(), client.app[server.STATE].usage.sequence_name
     for imported in (None, read_import(write_import(tmp_path / "import"))):
         await client.close()
         client = await start(db=path, imported=imported)
-        assert client.app[server.STATE].usage.name == name
+        assert client.app[server.STATE].usage.sequence_name == name
         assert await (await client.get("/api/v1/changes?limit=3")).read() == feed
         assert await follower.catch_up(client) == await all_streams(client)
     assert len(follower.streams()) == 5
