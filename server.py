@@ -123,7 +123,7 @@ CHUNK_EVENTS = 1024  # at most, in one chunk: about 100 kB of JSON and a millise
 PIECE_BYTES = 64 * 1024  # of an answer, written at a time
 GZIP_BYTES = 1024  # a shorter answer is not worth compressing
 GZIP_WBITS = 31  # as zlib calls a gzip stream
-LARGE_BYTES = 512 * 1024  # so much memory, once it is free, goes back to the system at once
+LARGE_BYTES = 512 * 1024  # for mallopt: so much memory, once it is free, goes back to the system at once
 FREEZE_EVENTS = 20_000  # a search for garbage among so many takes some milliseconds
 KEPT_BYTES = 1024 * 1024  # a longer answer is not kept, and a longer list is written in pieces
 KEPT_ANSWERS = 64
@@ -143,7 +143,7 @@ BUSY_SECONDS = 1  # how long a commit waits for another process that has locked 
 GATHER_SECONDS = 0.001  # how long a commit waits for more to come with it
 SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way
 END_SECONDS = 4.7  # from the signal on, whatever the disk and the clients do; 5 are promised
-LATE_SECONDS = 5  # a batch that is no later than this, or than three intervals, is not missed
+LATE_SECONDS = 5  # no batch for so long, and for three intervals: /health says that there is no simulation
 IMPORT_BYTES = 256 * 1024 * 1024  # at most, of each file of an import
 LINE_CHARACTERS = 65_536
 IMPORT_FAULTS = 20  # an import is read up to so many
@@ -561,8 +561,8 @@ def first_of(chunks: Iterable[Chunk], limit: float) -> Generator[Chunk, None, No
 
 # ── Totals ──────────────────────────────────────────────────────────────────────────────────────
 # Streams and seconds under a key each, all counted by `totals_of`. A chunk's own never change, so they add up
-# to any grouping, filter and window of /usage. Those by user and month are changed by each event: so how long
-# a report or a user takes depends on how many users, labels and tracks there are, and not on the events.
+# to any grouping, filter and window of /usage. Those of `Books` are changed by each event: so how long a
+# report or a user takes depends on how many users, labels and tracks there are, and not on the events.
 
 Total = tuple[int, int]  # streams and seconds
 Totals = dict[Any, Total]
@@ -627,7 +627,7 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
         return totals_of(events, *windows, *values_of(events, *names))
 
     if (window, names) in chunk.known:
-        return chunk.known[window, names] or totals(matching(chunk, wanted))
+        return chunk.known[window, names] or totals(matching(chunk, wanted))  # there are too many
     found = totals(chunk)
     chunk.known[window, names] = found if len(found) <= len(chunk) // 4 else None
     if len(chunk.known) > KNOWN_TOTALS:
@@ -736,7 +736,7 @@ def parse_subscription(value: object) -> Subscription:
     cents = int(fee[1]) * 100 + int((fee[2] or "").ljust(2, "0")) if fee else math.inf
     if cents > HIGHEST_FEE:
         raise InvalidError("fee must be a decimal text from 0 to 10000 with two decimals at most")
-    if fields["origin"] not in tuple(FACTORS):
+    if fields["origin"] not in tuple(FACTORS):  # it may be a list, which no dict looks up
         raise InvalidError(f"origin must be one of {', '.join(FACTORS)}")
     return Subscription(check_text("product_type", fields["product_type"]), int(cents), fields["origin"])
 
@@ -776,7 +776,7 @@ def add_lines(lines: Iterable[Line]) -> Line:
 class Ledger:
     """What a month's streams and fees come to.
 
-    Fees and revenue are in cents, net fees and claims in hundredths of one, claims with CLAIM_BITS more.
+    Fees and revenue are in cents, net fees and claims in hundredths of one, claims with CLAIM_BITS.
     A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
     user; the fees of the silent, who streamed nothing, go by the seconds of all.
     """
@@ -798,10 +798,9 @@ def seconds_of(totals: Totals) -> int:
     return sum(seconds for _, seconds in totals.values())
 
 
-# Claims are fixed-point numbers with so many bits after the point, rounded up. Two that differ do so far
-# before the last of them.
-CLAIM_BITS = 512
-DOUBT_BITS = 160  # rounding makes cents x claim too high by less than 2 to the power of this
+# Claims are fixed-point numbers, rounded up, with CLAIM_BITS after the point. What remains of cents x claim
+# is too high in the lowest DOUBT_BITS alone, and remainders that are not equal differ above them.
+CLAIM_BITS, DOUBT_BITS = 512, 160
 
 
 def price_of_second(net: int, seconds: int) -> int:
@@ -889,13 +888,17 @@ class Account:
 
 @dataclass
 class Books:
-    """What reports and users are made from. Who reads in steps needs a snapshot: others write in between."""
+    """What reports and users are made from. Who reads in steps needs a snapshot: others write in between.
+
+    A snapshot, and a closed month's account, has the very totals of the books until these change: a change
+    copies them first. So an account whose totals are those of the books, `is`, is as it was closed.
+    """
 
     subscriptions: dict[str, Subscription]
     months: defaultdict[str, ByUser] = field(default_factory=lambda: defaultdict(dict))
     tracks: dict[str, Totals] = field(default_factory=dict)  # of each user, over all time
     closed: dict[str, Account] = field(default_factory=dict)  # in order of the month
-    copy_on_change: set[str] = field(default_factory=set)  # months whose totals a snapshot or an account has
+    copy_on_change: set[str] = field(default_factory=set)  # months whose totals others have, too
 
     def change(self, events: Sequence[Event], sign: int = 1) -> None:
         """Count events or, with a `sign` of -1, take them away."""
@@ -922,7 +925,7 @@ class Books:
         self.closed = dict(sorted({**self.closed, month: account}.items()))
         self.copy_on_change.add(month)
 
-    def open(self, month: str) -> None:
+    def reopen(self, month: str) -> None:
         """Open the month again."""
         self.closed = {name: account for name, account in self.closed.items() if name != month}
 
@@ -990,7 +993,7 @@ def subtract(these: Mapping[str, Amounts], those: Mapping[str, Amounts]) -> dict
 def changed_since_close(books: Books, month: str) -> Steps[dict[str, Amounts]]:
     """Return how much more each label of a month would get now than when it was closed, if it was."""
     account, users = books.closed.get(month), books.months.get(month, {})
-    if not account or account.totals is users:  # a change would have copied them
+    if not account or account.totals is users:  # nothing has changed: see Books
         return {}
     ledger = yield from tally(users, account.subscriptions)
     now, then = share_month(ledger), account.labels
@@ -1003,7 +1006,7 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     for month in books.closed:
         found[month] = yield from changed_since_close(books, month)
     for account in books.closed.values():
-        for month, paid in account.adjustments.items():  # for months that are open again, too
+        for month, paid in account.adjustments.items():  # of any month that was closed then
             found[month] = subtract(found.get(month, {}), paid)
     return {month: amounts for month, amounts in sorted(found.items()) if amounts}
 
@@ -1106,7 +1109,7 @@ def find_payers(ledger: Ledger, label: str) -> Steps[list[dict[str, Any]]]:
     """Return a statement's rows: who streamed the label, highest part first; the last is for the silent."""
     payers: list[tuple[int, tuple[Any, ...]]] = []  # each with its part, in millionths of a euro
 
-    def add(*terms: str | None, net: int, seconds: int, of_seconds: int) -> None:
+    def add_payer(*terms: str | None, net: int, seconds: int, of_seconds: int) -> None:
         part = 100 * net * seconds // (of_seconds or 1)
         payers.append((part, (*terms, euros(100 * net, 6), seconds, of_seconds, euros(part, 6))))
 
@@ -1114,11 +1117,11 @@ def find_payers(ledger: Ledger, label: str) -> Steps[list[dict[str, Any]]]:
         yield
         if (found := ledger.subscriptions.get(user)) and (seconds := own.get(label, (0, 0))[1]):
             terms = user, found.product_type, euros(found.fee), found.origin
-            add(*terms, net=found.net, seconds=seconds, of_seconds=seconds_of(own))
+            add_payer(*terms, net=found.net, seconds=seconds, of_seconds=seconds_of(own))
     payers = [*(yield from sort_in_steps(payers, lambda payer: (-payer[0], payer[1])))]
     if ledger.silent_users:
         seconds = ledger.labels.get(label, (0, 0))[1]
-        add(None, None, None, None, net=ledger.silent_net, seconds=seconds, of_seconds=ledger.seconds)
+        add_payer(None, None, None, None, net=ledger.silent_net, seconds=seconds, of_seconds=ledger.seconds)
     return [dict(zip(PAYER_COLUMNS, cells, strict=True)) for _, cells in payers]
 
 
@@ -1165,6 +1168,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
             if label in cents
         ],
     }
+
 
 def payer_rows(books: Books, month: str, label: str) -> Steps[Iterator[Sequence[Any]]]:
     """Return the rows of a statement's subscribers, as CSV has them; raises MissingError."""
@@ -1384,7 +1388,7 @@ Statements = Sequence[tuple[str, Iterable[Any]]]
 Apply = Callable[[], None]  # makes visible what is stored
 Prepare = Callable[[], Awaitable[tuple[Statements, Apply]]]
 
-STEP_ROWS = 100  # are inserted in one step: after each the thread waits for its turn to run
+STEP_ROWS = 100  # are inserted in one step: after each the thread waits for the GIL
 INSERT_STREAMS = "INSERT INTO streams VALUES"
 CELLS = attrgetter(*FIELDS, "id", "version")  # of an event, as SQLite has them
 SET_STREAM = "INSERT OR REPLACE INTO streams VALUES"
@@ -1402,8 +1406,8 @@ LATEST_IMPORT = """
     FROM imports ORDER BY id DESC LIMIT 1
 """
 CLOSED_BY_IMPORT = """
-    SELECT max(month) FROM closed_months JOIN streams ON id >= ? AND id < ?
-    AND month = strftime('%Y-%m', stream_started_on, 'unixepoch') HAVING max(month) NOT NULL
+    SELECT month FROM closed_months JOIN streams ON id >= ? AND id < ?
+    AND month = strftime('%Y-%m', stream_started_on, 'unixepoch') ORDER BY month DESC LIMIT 1
 """
 UNDO_IMPORT = (  # of the import :number, and what its subscriptions have replaced is there again
     """INSERT INTO tombstones SELECT id, :last + row_number() OVER (ORDER BY id) FROM streams
@@ -1446,7 +1450,7 @@ class StorageError(Exception):
 
 
 def is_mounted_alone(path: str) -> bool:
-    """Tell whether the file itself is a mount point, as of `docker -v`: its log would stay behind."""
+    """Tell whether the file itself is a mount point, as of `docker -v`: its WAL would stay behind."""
     with contextlib.suppress(OSError):
         mounts = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
         return path.replace(" ", "\\040") in (line.split(" ")[4] for line in mounts)
@@ -1503,7 +1507,7 @@ class Journal:
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.closing = False
         self.failed = False
-        self.in_doubt = False  # whether the log may hold a commit that was refused
+        self.in_doubt = False  # whether the WAL may hold a commit that was refused
         self.last_commit = -math.inf
         self.path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         real = os.path.realpath(self.path)
@@ -1511,7 +1515,7 @@ class Journal:
         self.lock = self.path.open(mode, buffering=0)  # to the end: closing it would drop SQLite's locks
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         opened = os.fstat(self.lock.fileno())
-        if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:  # the log goes by the name of the file
+        if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:  # the WAL goes by its name
             raise StorageError("it must be a plain file with one name (no hard links)")
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
@@ -1524,7 +1528,7 @@ class Journal:
         for number, migration in enumerate(MIGRATIONS[version:], version + 1):
             of_file = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number};"
             self.connection.executescript(f"BEGIN; {migration} {of_file} COMMIT;")
-        # What a kill has left in the log may not be on disk: it is before it is shown.
+        # What a kill has left in the WAL may not be on disk: it is before it is shown.
         self.connection.executescript(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
         )
@@ -1540,19 +1544,19 @@ class Journal:
             now = path.stat() if path.exists() else None
             if not now or not os.path.samestat(now, opened):
                 if path == self.wal:
-                    self._empty_log()  # SQLite has it open: what it holds can still be saved
+                    self._empty_wal()  # SQLite has it open: what it holds can still be saved
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes[path]:
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                self._empty_log()  # another process may have done it, but then this works, too
+                self._empty_wal()  # another process may have done it, but then this works, too
             self.sizes[path] = now.st_size
 
-    def _empty_log(self) -> None:
-        """Move what the log holds into the file; raises StorageError or sqlite3.Error.
+    def _empty_wal(self) -> None:
+        """Move what the WAL holds into the file; raises StorageError or sqlite3.Error.
 
-        SQLite moves only what it knows of. So the log loses a commit whose sync has failed: that is whole in
-        it, and would be recovered after a kill. And this fails if something of the log is missing.
+        SQLite moves what it has committed, and truncates the WAL. A commit that was refused, for its sync had
+        failed, can still be whole in there: a restart would bring it back. This fails if a part is missing.
         """
         busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
@@ -1565,19 +1569,19 @@ class Journal:
         try:
             self._check_files()
             if self.in_doubt:
-                self._empty_log()
+                self._empty_wal()
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")
-                self._check_files()  # from here on no other process may empty the log
+                self._check_files()  # from here on no other process may empty the WAL
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-                self.in_doubt = True  # until the commit has succeeded, with which this block ends
+                self.in_doubt = True  # the commit comes next, as this block ends: if it fails, this stays
             self.in_doubt = False
         except Exception as error:
             self.failed = True
             if self.in_doubt:
                 with contextlib.suppress(StorageError, sqlite3.Error):
-                    self._empty_log()
+                    self._empty_wal()
             raise StorageError(f"nothing can be stored: {error}") from None
         with contextlib.suppress(StorageError, sqlite3.Error, OSError):  # it notes the sizes
             self._check_files()
@@ -1650,7 +1654,7 @@ class Journal:
             books.close(month, self._load_account(month, books.months.get(month, {}), *cells))
 
     def _load_account(self, month: str, current: ByUser, closed_on: int, fees: int, revenue: int) -> Account:
-        """Return a closed month's account; what of its totals is as it is now takes no memory twice."""
+        """Return a closed month's account, with the very totals of `Books` where these are equal: see there."""
 
         def rows(table: str) -> Iterator[Any]:
             found = self.connection.execute(f"SELECT * FROM {table} WHERE month = ?", [month])  # noqa: S608
@@ -1797,16 +1801,16 @@ async def run_simulation(state: State) -> None:
 
     A batch that fails is logged and counted, and the next one comes.
     """
-    interval, now = state.config.interval, asyncio.get_running_loop().time
-    due = now()
+    interval, monotonic = state.config.interval, asyncio.get_running_loop().time
+    due = monotonic()
     while True:
         try:
             await tick(state, state.clock(), state.simulation.rng)
         except Exception:
             state.simulation.errors += 1
             log.exception("a simulated batch failed")
-        due = next_due(due, now(), interval)
-        await asyncio.sleep(due - now())
+        due = next_due(due, monotonic(), interval)
+        await asyncio.sleep(due - monotonic())
 
 
 # ── HTTP: requests ──────────────────────────────────────────────────────────────────────────────
@@ -1848,7 +1852,7 @@ PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "format": (r"json|ndjson|csv", "json, ndjson or csv", str),
     "limit": (r"0{0,9}([1-9][0-9]{0,4}|100000)", "an int from 1 to 100000", int),
     "after": (rf"([0-9a-f]+-({NUMBER}-)?)?{NUMBER}", "an int, 0 or more, or what a Link says", parse_cursor),
-    "month": (r"[0-9]{4}-(0[1-9]|1[0-2])", "a month as in 2019-03", str),
+    "month": (r"(19[7-9]|[2-9][0-9]{2})[0-9]-(0[1-9]|1[0-2])", "a month as in 2019-03", str),
 }
 FILTERS = ("from", "to", *NAMES)
 DEFAULTS = {("order", "asc"), ("format", "json")}  # to say them is to say nothing
@@ -1949,9 +1953,10 @@ def check_access(request: web.Request, config: Config) -> None:
 
 
 # ── HTTP: answers ───────────────────────────────────────────────────────────────────────────────
-# One way out: an `Answer` sends bytes that are there, or pieces that are made as the client takes them.
-# What depends on the data alone is an `answer_cached`: made once for all who wait, and kept until the data
-# change. What is about this moment is an `answer_now`. `guard` answers what goes wrong.
+# One way out: a handler returns an `Answer`, and that sends itself when aiohttp calls its `prepare`: bytes
+# that are there, or pieces that are made as the client takes them. What depends on the data alone comes from
+# `answer_cached`: it is made once for all who wait, and kept until the data change. What is about this
+# moment comes from `answer_now`, and what goes wrong is answered by `guard`.
 
 MEDIA_TYPES = {
     "json": "application/json; charset=utf-8",
@@ -1989,8 +1994,8 @@ class Answer(web.StreamResponse):
     time that a short answer takes in all, and it holds an answer until the connection's next request.
     """
 
-    keep_alive = True
-    body_length = 0  # for the log
+    keep_alive = True  # aiohttp asks for this when all is sent, and its log for the other
+    body_length = 0
 
     def __init__(self, status: int, body: bytes | Pieces = b"", headers: Headers = ()) -> None:
         """Put the answer together, but do not send it yet."""
@@ -2142,11 +2147,11 @@ class SingleFlight:
             self.waiters[flight] -= 1
             if not self.waiters[flight]:
                 del self.waiters[flight]
-                # That an answer is too long, which is None, is kept, too.
                 is_made = flight.done() and not flight.cancelled() and not flight.exception()
                 if not is_made:
                     flight.cancel()  # nobody waits for it
-                if flights.get(key) is flight and not (is_made and len(flight.result() or b"") <= KEPT_BYTES):
+                is_kept = is_made and len(flight.result() or b"") <= KEPT_BYTES  # None, "too long", is, too
+                if flights.get(key) is flight and not is_kept:
                     del flights[key]
 
 
@@ -2172,7 +2177,8 @@ async def answer_cached(
 ) -> Answer:
     """Return 304 if the client has it already, else all of it, or pieces if that is longer than `most`.
 
-    `key` is what was asked for. `make` takes at once what it needs of this moment. `more` are headers.
+    `key` is what was asked for. `make` is called at once, and takes what it needs of this moment. `more` are
+    headers. `most` is infinite where what makes the pieces can fail: its error still has its status then.
     """
     state = request.app[STATE]
     etag = etag or state.usage.etag
@@ -2503,19 +2509,22 @@ async def delete_stream(request: web.Request) -> Answer:
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a number, each stream once, as it is now.
 
-    A client can go on if no tombstone is forgotten that it needs. It needs none up to `read`: these it has
-    read, or it began after them, from nothing.
+    A client can go on if no tombstone is forgotten that it needs. Who still reads everything for the first
+    time, in pages, needs none from before it began: it had nothing then.
     """
     usage = request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
-    after, read = cursor.after, max(cursor.after, cursor.began) if cursor.after else usage.sequence
-    if cursor.sequence not in ("", usage.sequence_name) or not usage.forgotten <= read <= usage.sequence:
+    after = cursor.after
+    needs_none_before = max(after, cursor.began) if after else usage.sequence
+    is_known = usage.forgotten <= needs_none_before <= usage.sequence
+    if cursor.sequence not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     chunks = deque(first_of(usage.by_version.between(after + 1), limit))
     is_all = sum(map(len, chunks)) < limit
     number = usage.sequence if is_all else chunks[-1][-1].version
-    following = f"{usage.sequence_name}-{number}" + (f"-{read}" if number < read else "")
+    following = f"{usage.sequence_name}-{number}"
+    following += f"-{needs_none_before}" if number < needs_none_before else ""
 
     def lines() -> Pieces:
         while chunks:
@@ -2645,7 +2654,7 @@ async def put_month(request: web.Request) -> Answer:
         if reason := state.books.obstacle(month, status, now):
             raise ConflictError(reason)
         if status == "open":
-            return [(statement, [(month,)]) for statement in OPEN_MONTH], lambda: state.books.open(month)
+            return [(statement, [(month,)]) for statement in OPEN_MONTH], lambda: state.books.reopen(month)
         work = account_of(state.books.snapshot(), month, int(now))
         account = await finish(state, work, first=True)  # all other writes wait for it
         return store_account(month, account), lambda: state.books.close(month, account)
@@ -2749,7 +2758,7 @@ class State:
 
     def lock(self, *name: object) -> asyncio.Lock:
         """Return the lock of what has this name, so that one change of it waits for the other."""
-        return self.locks.setdefault(name, asyncio.Lock())
+        return self.locks.setdefault(name, asyncio.Lock())  # it lives for as long as somebody holds it
 
     async def yield_to_others(self) -> None:
         """Let the event loop go round. Of all that is long, one goes on each time, for one time slice."""
@@ -3049,8 +3058,8 @@ async def serve(
     )
     await runner.setup()
     first_signal.end_serving = lambda: loop.call_soon_threadsafe(signalled.set)
-    # asyncio takes `backlog` connections at a stretch, and logs as often that it cannot: so it gets 1, and
-    # the system afterwards how many may wait.
+    # asyncio takes `backlog` connections at a stretch, and logs an error for each that it cannot take:
+    # so it gets 1, and the system afterwards how many may wait.
     site = web.SockSite(runner, listener, backlog=1)
     await site.start()
     listener.listen(BACKLOG)
@@ -3092,7 +3101,7 @@ def set_up_process() -> None:
 
 def main() -> None:
     """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
-    first_signal = FirstSignal()
+    first_signal = FirstSignal()  # before any thread begins: each inherits what signals are blocked
     set_up_process()
     parser = build_parser()
     options = parse_options(parser, os.environ)
