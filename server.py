@@ -1654,7 +1654,7 @@ class Journal:
             books.close(month, self._load_account(month, books.months.get(month, {}), *cells))
 
     def _load_account(self, month: str, current: ByUser, closed_on: int, fees: int, revenue: int) -> Account:
-        """Return a closed month's account, with the very totals of `Books` where these are equal: see there."""
+        """Return a closed month's account, with the totals of `Books` themselves where these are equal."""
 
         def rows(table: str) -> Iterator[Any]:
             found = self.connection.execute(f"SELECT * FROM {table} WHERE month = ?", [month])  # noqa: S608
