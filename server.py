@@ -652,12 +652,21 @@ def aggregate(
         key, (_, seconds) = item
         return key[:windowed], -seconds, key
 
+    def add_rows(complete: Totals) -> Steps[None]:
+        in_order = yield from sort_in_steps(complete.items(), place)
+        for some in batched(itertools.islice(in_order, limit), CHUNK_EVENTS):
+            yield
+            rows.extend((*key, *total) for key, total in some)
+
+    latest = 0  # window that a chunk began with
     for chunk in chunks:
         yield
-        if window and chunk:  # chunks are in order of time, so those before its first window are complete
-            start = windows_of(chunk[:1], window)[0]
-            complete = {key: sums.pop(key) for key in [*sums] if key[0] < start}
-            rows += [(*key, *total) for key, total in sorted(complete.items(), key=place)]
+        start = windows_of(chunk[:1], window)[0] if window and chunk else latest
+        if start != latest:  # chunks are in order of time, so the windows before are complete
+            latest = start
+            yield from add_rows({key: sums.pop(key) for key in [*sums] if key[0] < start})
+            if limit and len(rows) >= limit:
+                return rows[:limit]
         totals = count_chunk(chunk, window, names, wanted)
         for at, values in filters:
             totals = {key: total for key, total in totals.items() if key[at] in values}
@@ -665,10 +674,7 @@ def aggregate(
             add_up(sums, key[: windowed + len(by)], total)
         if len(rows) + len(sums) > MOST_ROWS and not limit:
             raise InvalidError(f"there are more than {MOST_ROWS:,} rows: narrow the query, or pass limit")
-    in_order = yield from sort_in_steps(sums.items(), place)
-    for some in batched(itertools.islice(in_order, limit), CHUNK_EVENTS):
-        yield
-        rows += [(*key, *total) for key, total in some]
+    yield from add_rows(sums)
     return rows[:limit]
 
 
@@ -832,6 +838,7 @@ def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Le
     seconds, silent = seconds_of(labels), net - heard
     price = price_of_second(silent, seconds)
     for label, total in labels.items():
+        yield
         claims[label] += price * total[1]
     silent_users = len(subscriptions) - listeners
     return Ledger(
@@ -839,26 +846,36 @@ def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Le
     )
 
 
-def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> dict[str, int]:
+def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[str, int]]:
     """Share out `cents` by claims on `whole`, to the last cent: by the largest remainder.
 
     Each gets its share rounded down; what is left goes, a cent each, to those who lost most by the
     rounding, ties in order of the name. Claims are rounded up in their last bits, so remainders that are
     equal may differ there: they are compared without the last DOUBT_BITS.
     """
-    shares = {name: divmod(cents * claim, whole << CLAIM_BITS) for name, claim in claims.items()}
+    shares: dict[str, tuple[int, int]] = {}
+    for name, claim in claims.items():
+        yield
+        shares[name] = divmod(cents * claim, whole << CLAIM_BITS)
     left = cents - sum(share for share, _ in shares.values())
-    order = sorted(shares, key=lambda name: (-(shares[name][1] >> DOUBT_BITS), name))
-    return {name: shares[name][0] + (place < left) for place, name in enumerate(order)}
+    shared: dict[str, int] = {}
+    for name in (yield from sort_in_steps(shares, lambda name: (-(shares[name][1] >> DOUBT_BITS), name))):
+        yield
+        shared[name] = shares[name][0] + (len(shared) < left)
+    return shared
 
 
-def share_month(ledger: Ledger) -> dict[str, Line]:
+def share_month(ledger: Ledger) -> Steps[dict[str, Line]]:
     """Return what each label is owed, pro rata and user-centric."""
     cents = ledger.revenue if ledger.seconds else 0
     by_seconds = {label: seconds << CLAIM_BITS for label, (_, seconds) in ledger.labels.items()}
-    pro_rata = share_out(cents, ledger.seconds or 1, by_seconds)
-    centric = share_out(cents, ledger.net or 1, ledger.claims)
-    return {label: Line(*total, pro_rata[label], centric[label]) for label, total in ledger.labels.items()}
+    pro_rata = yield from share_out(cents, ledger.seconds or 1, by_seconds)
+    centric = yield from share_out(cents, ledger.net or 1, ledger.claims)
+    lines: dict[str, Line] = {}
+    for label, total in ledger.labels.items():
+        yield
+        lines[label] = Line(*total, pro_rata[label], centric[label])
+    return lines
 
 
 @dataclass(frozen=True)
@@ -996,7 +1013,7 @@ def changed_since_close(books: Books, month: str) -> Steps[dict[str, Amounts]]:
     if not account or account.totals is users:  # nothing has changed: see Books
         return {}
     ledger = yield from tally(users, account.subscriptions)
-    now, then = share_month(ledger), account.labels
+    now, then = (yield from share_month(ledger)), account.labels
     return subtract(*({label: line.amounts for label, line in lines.items()} for lines in (now, then)))
 
 
@@ -1017,7 +1034,7 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
         return books.closed[month]
     users = books.months.get(month, {})
     ledger = yield from tally(users, books.subscriptions)
-    labels = share_month(ledger)
+    labels = yield from share_month(ledger)
     adjustments = (yield from unpaid(books)) if month == books.paying_month() else {}
     return Account(closed_on, users, books.subscriptions, ledger.fees, ledger.revenue, labels, adjustments)
 
@@ -1061,11 +1078,11 @@ def describe_line(label: str, line: Line, seconds_of_all: int) -> dict[str, Any]
     return dict(zip(LABEL_COLUMNS, (label, streams, seconds, share, *map(euros, cents)), strict=True))
 
 
-def describe_lines(lines: Mapping[str, Line]) -> Iterator[dict[str, Any]]:
-    """Yield the report's lines: highest amount first, then by name."""
+def describe_lines(lines: Mapping[str, Line]) -> Steps[Iterator[dict[str, Any]]]:
+    """Return the report's lines: highest amount first, then by name."""
     seconds_of_all = add_lines(lines.values()).seconds_streamed
-    for label, line in sorted(lines.items(), key=lambda item: (-item[1].amount, item[0])):
-        yield describe_line(label, line, seconds_of_all)
+    in_order = yield from sort_in_steps(lines.items(), lambda item: (-item[1].amount, item[0]))
+    return (describe_line(label, line, seconds_of_all) for label, line in in_order)
 
 
 def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
@@ -1074,12 +1091,15 @@ def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
     accounts = {name: each for name, each in accounts.items() if month or each.totals or each.adjustments}
     by_label: defaultdict[str, list[Line]] = defaultdict(list)
     for account in accounts.values():
-        yield
         for label, line in account.lines().items():
+            yield
             by_label[label].append(line)
-    lines = {label: add_lines(each) for label, each in by_label.items()}
+    lines: dict[str, Line] = {}
+    for label, each in by_label.items():
+        yield
+        lines[label] = add_lines(each)
     total, labels = add_lines(lines.values()), list[dict[str, Any]]()
-    for described in describe_lines(lines):
+    for described in (yield from describe_lines(lines)):
         yield
         labels.append(described)
     return {
@@ -1097,12 +1117,10 @@ def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
 
 def report_by_month(books: Books, month: str | None) -> Steps[Iterator[tuple[Any, ...]]]:
     """Return the rows of the report as CSV: one for each month and label."""
-    accounts = yield from accounts_of(books, month)
-    return (
-        (name, CURRENCY, *line.values())
-        for name, account in accounts.items()
-        for line in describe_lines(account.lines())
-    )
+    rows: list[Iterable[tuple[str, dict[str, Any]]]] = []
+    for name, account in (yield from accounts_of(books, month)).items():
+        rows.append(zip(itertools.repeat(name), (yield from describe_lines(account.lines()))))
+    return ((name, CURRENCY, *line.values()) for name, line in itertools.chain(*rows))
 
 
 def find_payers(ledger: Ledger, label: str) -> Steps[list[dict[str, Any]]]:
@@ -1956,7 +1974,7 @@ def check_access(request: web.Request, config: Config) -> None:
 # One way out: a handler returns an `Answer`, and that sends itself when aiohttp calls its `prepare`: bytes
 # that are there, or pieces that are made as the client takes them. What depends on the data alone comes from
 # `answer_cached`: it is made once for all who wait, and kept until the data change. What is about this
-# moment comes from `answer_now`, and what goes wrong is answered by `guard`.
+# moment comes from `answer_now`, and what goes wrong is answered by `answer_errors`.
 
 MEDIA_TYPES = {
     "json": "application/json; charset=utf-8",
@@ -2264,26 +2282,31 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Have every request answered, and a write that has begun go on when its client disconnects."""
+    answering = answer_errors(request, handler)
+    if request.method in (hdrs.METH_GET, hdrs.METH_HEAD):
+        answer = await answering
+    else:
+        answer = await asyncio.shield(asyncio.ensure_future(answering))
+    request.app[STATE].requests[answer.status // 100] += 1
+    return answer
+
+
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Let in who may ask, and turn what the rules and aiohttp raise into answers without a traceback."""
-    state = request.app[STATE]
     try:
-        check_access(request, state.config)
-        if request.method in (hdrs.METH_GET, hdrs.METH_HEAD):
-            answer = await handler(request)
-        else:  # a write that has begun goes on when its client disconnects, with all its locks
-            answer = await asyncio.shield(asyncio.ensure_future(handler(request)))
+        check_access(request, request.app[STATE].config)
+        return await handler(request)
     except tuple(STATUSES) as error:
-        answer = answer_now(STATUSES[type(error)], encode({"error": str(error)}))
+        return answer_now(STATUSES[type(error)], encode({"error": str(error)}))
     except web.HTTPException as error:
         kept = {name: text for name, text in error.headers.items() if name in KEPT_HEADERS}
-        answer = answer_now(error.status, encode({"error": error.reason}), **kept)
+        return answer_now(error.status, encode({"error": error.reason}), **kept)
     except ConnectionError:
-        answer = Answer(200)  # nobody gets it: the client has disconnected
+        return Answer(200)  # nobody gets it: the client has disconnected
     except Exception:
         log.exception("%s %r failed", request.method, request.path)
-        answer = answer_now(500, encode({"error": "internal error"}))
-    state.requests[answer.status // 100] += 1
-    return answer
+        return answer_now(500, encode({"error": "internal error"}))
 
 
 async def add_safety_headers(_: web.Request, response: web.StreamResponse) -> None:

@@ -391,7 +391,7 @@ def statement_of(books: server.Books, month: str, label: str) -> dict[str, Any]:
 def share(cents: int, weights: dict[str, int]) -> dict[str, int]:
     """Share out cents by weights that are exact."""
     claims = {name: weight << server.CLAIM_BITS for name, weight in weights.items()}
-    return server.share_out(cents if any(weights.values()) else 0, sum(weights.values()) or 1, claims)
+    return result(server.share_out(cents if any(weights.values()) else 0, sum(weights.values()) or 1, claims))
 
 
 def naive_sharing(cents: int, claims: dict[str, Fraction]) -> dict[str, int]:
@@ -527,7 +527,7 @@ def test_ties_and_near_ties_are_shared_out_as_fractions_would_be_in_3_000_ledger
             for copy in range(rng.choice((1, 2))):  # the second streams the same of other labels: sums that tie
                 fees[f"u{number} {copy}"] = fee
                 totals[f"u{number} {copy}"] = {turned[labels.index(label)] if copy else label: seconds for label, seconds in own.items()}
-        found = server.share_month(ledger_of(totals, fees))
+        found = result(server.share_month(ledger_of(totals, fees)))
         assert {label: line.amounts for label, line in found.items()} == naive_shares(totals, fees)
 
 
@@ -544,7 +544,7 @@ def test_a_near_tie_far_behind_the_point_is_decided_exactly(difference: int) -> 
         gets = {-1: "a", 0: "c", 1: "z"}[difference]
         totals[user] = {gets: part, "d": prime - part} if difference else {"c": prime}
     ledger = ledger_of(totals, fees)
-    found = {label: line.amount_user_centric for label, line in server.share_month(ledger).items()}
+    found = {label: line.amount_user_centric for label, line in result(server.share_month(ledger)).items()}
     assert found == {label: amounts[1] for label, amounts in naive_shares(totals, fees).items()}
     assert (found["a"] % 10, found["z"] % 10) == ((4, 5) if difference == 1 else (5, 4))  # equal: "a" is first
 
@@ -2931,6 +2931,23 @@ async def test_a_month_that_is_none_is_400(start: Start, tmp_path: Path, month: 
         answer = await client.request("PUT" if "months" in path else "GET", URL(f"/api/v1/{path}", encoded=True), json=CLOSE)
         assert (answer.status, list(error := await answer.json())) == (400, ["error"])
         assert "month must be a month as in 2019-03" in error["error"] or "%FF" in path
+
+
+async def test_a_write_that_is_refused_when_its_client_has_gone_leaves_nothing_in_the_log(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await with_example(start, tmp_path)
+    for month in ("2019-01", "2019-02"):
+        assert (await client.put(f"/api/v1/months/{month}", json=CLOSE)).status == 200
+    url, body = client.make_url("/"), json.dumps(OPEN).encode()
+    for number in range(50):
+        _, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(b"PUT /api/v1/months/2019-01 HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        await asyncio.sleep(number / 20_000)
+        writer.transport.abort()
+        await asyncio.sleep(0.01)
+    gc.collect()
+    assert caplog.text == ""
 
 
 BAD_STATUSES: list[Any] = [None, 1, "closed", [], {}, [CLOSE], {"status": "CLOSED"}, {"status": "close"}, {"status": ""}, {"status": None}, {"status": True}, {"status": []}, CLOSE | {"more": 1}]
