@@ -1725,7 +1725,7 @@ class Journal:
                 self.usage.advance(change.number)
                 change.done.set_result(None)
                 if time.monotonic() > began + SLICE_SECONDS:
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(SLICE_SECONDS)  # a poll needs the event loop several times
                     began = time.monotonic()
 
     async def _store(self, group: Sequence[Change]) -> None:
@@ -1904,7 +1904,9 @@ def parse_query(query: str, *parameters: str) -> Mapping[str, Any]:
 
 def is_listed(request: web.Request, name: str, *tags: str) -> bool:
     """Tell whether If-Match or If-None-Match, in all its lines, is `*` or lists one of these tags."""
-    listed = [tag.strip() for line in request.headers.getall(name, ()) for tag in line.split(",")]
+    if name not in request.headers:
+        return False
+    listed = [tag.strip() for line in request.headers.getall(name) for tag in line.split(",")]
     return listed == ["*"] or any(tag in listed for tag in tags)
 
 
@@ -2073,15 +2075,16 @@ class Answer(web.StreamResponse):
     @staticmethod
     async def _send(request: web.BaseRequest, data: bytes) -> None:
         """Write, and wait until the client has taken enough; raises ConnectionResetError if it does not."""
-        if request.transport is None or request.transport.is_closing():
+        transport = request.transport
+        if transport is None or transport.is_closing():
             raise ConnectionResetError
-        request.transport.write(data)
+        transport.write(data)
         if request.protocol.writing_paused:
             try:
                 async with asyncio.timeout(WRITE_SECONDS):
                     await request.writer.drain()
             except TimeoutError:
-                request.transport.abort()
+                transport.abort()
                 raise ConnectionResetError from None
 
 
@@ -2153,7 +2156,8 @@ class SingleFlight:
         if self.moment != self.usage.sequence:
             self.moment, self.flights = self.usage.sequence, {}
         flights = self.flights
-        flight = flights[key] = flights.pop(key) if key in flights else asyncio.create_task(work())
+        flight = flights.pop(key, None) or asyncio.create_task(work())
+        flights[key] = flight
         if len(flights) > KEPT_ANSWERS:
             del flights[next(iter(flights))]
         if flight.done():  # as most are
@@ -2185,6 +2189,7 @@ def cache_headers(etag: str, kind: str) -> Headers:
 
 
 async def answer_cached(
+    state: State,
     request: web.Request,
     kind: str,
     key: object,
@@ -2198,7 +2203,6 @@ async def answer_cached(
     `key` is what was asked for. `make` is called at once, and takes what it needs of this moment. `more` are
     headers. `most` is infinite where what makes the pieces can fail: its error still has its status then.
     """
-    state = request.app[STATE]
     etag = etag or state.usage.etag
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
         return Answer(304, headers=cache_headers(etag, kind) + more)
@@ -2283,19 +2287,20 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Have every request answered, and a write that has begun go on when its client disconnects."""
-    answering = answer_errors(request, handler)
+    state = request.app[STATE]
+    answering = answer_errors(state, request, handler)
     if request.method in (hdrs.METH_GET, hdrs.METH_HEAD):
         answer = await answering
     else:
         answer = await asyncio.shield(asyncio.ensure_future(answering))
-    request.app[STATE].requests[answer.status // 100] += 1
+    state.requests[answer.status // 100] += 1
     return answer
 
 
-async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def answer_errors(state: State, request: web.Request, handler: Handler) -> web.StreamResponse:
     """Let in who may ask, and turn what the rules and aiohttp raise into answers without a traceback."""
     try:
-        check_access(request, request.app[STATE].config)
+        check_access(request, state.config)
         return await handler(request)
     except tuple(STATUSES) as error:
         return answer_now(STATUSES[type(error)], encode({"error": str(error)}))
@@ -2350,7 +2355,7 @@ async def get_page(request: web.Request) -> Answer:
         yield page
 
     headers = ("Content-Security-Policy", policy)
-    return await answer_cached(request, "html", "page", make, headers, etag=etag, most=math.inf)
+    return await answer_cached(state, request, "html", "page", make, headers, etag=etag, most=math.inf)
 
 
 def select(chunks: deque[Chunk], asked: Mapping[str, Any]) -> Iterator[Chunk]:
@@ -2381,7 +2386,7 @@ async def get_usage(request: web.Request) -> Answer:
         return write_list(kind, FIELDS, first_of(select(chunks, asked), limit or math.inf))
 
     key = "usage", frozenset(asked.items()) - DEFAULTS
-    return await answer_cached(request, kind, key, make, most=math.inf if grouped else KEPT_BYTES)
+    return await answer_cached(state, request, kind, key, make, most=math.inf if grouped else KEPT_BYTES)
 
 
 async def get_health(request: web.Request) -> Answer:
@@ -2459,6 +2464,8 @@ async def post_streams(request: web.Request) -> Answer:
         if known_digest is None:
             if state.usage.is_too_old(events):
                 raise ConflictError("a stream is older than all that --keep keeps")
+            if len(body) > PIECE_BYTES:
+                await state.yield_to_others()  # so that several such bodies are not added at a stretch
             await state.add(events, (key, digest) if key else None)
         elif known_digest != digest:
             raise web.HTTPUnprocessableEntity(reason="this Idempotency-Key came with another body before")
@@ -2565,7 +2572,7 @@ async def get_changes(request: web.Request) -> Answer:
 async def get_users(request: web.Request) -> Answer:
     """List all who streamed or subscribe."""
     state = request.app[STATE]
-    return await answer_cached(request, "json", "users", lambda: write_users(state.books.snapshot()))
+    return await answer_cached(state, request, "json", "users", lambda: write_users(state.books.snapshot()))
 
 
 def write_users(books: Books) -> Pieces:
@@ -2619,7 +2626,7 @@ async def answer_money(
         file = re.sub(r"[^a-z0-9]+", "-", letters).strip("-")
         named = (("Content-Disposition", f'attachment; filename="{file}.csv"'),)
     return await answer_cached(
-        request, kind, (title, kind), lambda: make(kind, state.books.snapshot()), *named, most=math.inf
+        state, request, kind, (title, kind), lambda: make(kind, state.books.snapshot()), *named, most=math.inf
     )
 
 
@@ -2654,12 +2661,12 @@ async def get_statement(request: web.Request) -> Answer:
 async def get_months(request: web.Request) -> Answer:
     """List the months, the latest first."""
     parse_query(request.rel_url.raw_query_string)
-    books = request.app[STATE].books
+    state = request.app[STATE]
 
     def make() -> Pieces:
-        return write_success("Found Months", month_rows(books.snapshot()))
+        return write_success("Found Months", month_rows(state.books.snapshot()))
 
-    return await answer_cached(request, "json", "months", make, most=math.inf)
+    return await answer_cached(state, request, "json", "months", make, most=math.inf)
 
 
 async def put_month(request: web.Request) -> Answer:
