@@ -263,7 +263,7 @@ class Tombstone:
     version: int
 
 
-@lru_cache(maxsize=1024, typed=True)  # typed: an amount, which is a `Money`, is not the text "-1.00"
+@lru_cache(maxsize=1024, typed=True)  # typed, or a `Money` and the text that equals it were one
 def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no text that a spreadsheet runs."""
     text = io.StringIO()
@@ -627,7 +627,8 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
         return totals_of(events, *windows, *values_of(events, *names))
 
     if (window, names) in chunk.known:
-        return chunk.known[window, names] or totals(matching(chunk, wanted))  # there are too many
+        # None is known of those that are too many.
+        return chunk.known[window, names] or totals(matching(chunk, wanted))
     found = totals(chunk)
     chunk.known[window, names] = found if len(found) <= len(chunk) // 4 else None
     if len(chunk.known) > KNOWN_TOTALS:
@@ -748,7 +749,7 @@ def parse_subscription(value: object) -> Subscription:
 
 
 class Money(str):
-    """An amount as text, and yet a number: in CSV its minus stays the first character."""
+    """An amount as text that `encode_cells` leaves as it is: a minus at its start is no formula."""
 
 
 def euros(units: int, places: int = 2) -> Money:
@@ -804,8 +805,9 @@ def seconds_of(totals: Totals) -> int:
     return sum(seconds for _, seconds in totals.values())
 
 
-# Claims are fixed-point numbers, rounded up, with CLAIM_BITS after the point. What remains of cents x claim
-# is too high in the lowest DOUBT_BITS alone, and remainders that are not equal differ above them.
+# Claims are fixed-point numbers with CLAIM_BITS after the point, and sums of prices that are rounded up. So the
+# remainders that `share_out` compares are too high, but in the lowest DOUBT_BITS alone: all cents x seconds have
+# fewer bits. Remainders that differ do so above these, unless the numbers were chosen for it.
 CLAIM_BITS, DOUBT_BITS = 512, 160
 
 
@@ -817,8 +819,8 @@ def price_of_second(net: int, seconds: int) -> int:
 def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Ledger]:
     """Return a month's ledger: the one place where its seconds and fees are added up.
 
-    A claim is the sum of prices x seconds. A price is rounded up in the last bit, and a second carries two,
-    its user's and that of the silent: so a claim is too high by less than twice the label's seconds.
+    A claim is the sum of prices x seconds. A second is paid twice, at its user's price and at that of the
+    silent, each rounded up in the last bit: so a claim is too high by less than twice the label's seconds.
     """
     fees = net = heard = listeners = 0
     for subscription in subscriptions.values():
@@ -1023,7 +1025,7 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     for month in books.closed:
         found[month] = yield from changed_since_close(books, month)
     for account in books.closed.values():
-        for month, paid in account.adjustments.items():  # of any month that was closed then
+        for month, paid in account.adjustments.items():  # month may be open again: it gets that back
             found[month] = subtract(found.get(month, {}), paid)
     return {month: amounts for month, amounts in sorted(found.items()) if amounts}
 
@@ -1268,7 +1270,7 @@ class Import:
     def _add_track(self, item: object) -> None:
         if not isinstance(item, dict) or "track_id" not in item:
             raise InvalidError("track_id is missing")
-        key = min((key for key in item if key.startswith("label")), default="label")  # "label" is the lowest
+        key = min((key for key in item if key.startswith("label")), default="label")  # not label_name then
         track, label = check_text("track_id", item["track_id"]), check_text(key, item.get(key))
         if self.labels.setdefault(track, label) != label:
             raise InvalidError(f"track {track!r} is there twice, with another label")
@@ -1681,8 +1683,10 @@ class Journal:
         totals: ByUser = {}
         for user, label, streams, seconds in rows("closed_totals"):
             totals.setdefault(user, {})[label] = streams, seconds
-        same = {user: current[user] for user, own in totals.items() if current.get(user) == own}
-        totals = current if totals == current else totals | same
+        if totals == current:
+            totals = current  # the object itself, by which `changed_since_close` knows
+        else:  # equal ones take no memory twice
+            totals |= {user: current[user] for user, own in totals.items() if current.get(user) == own}
         one_of_each = lru_cache(Subscription)
         subscriptions = {user: one_of_each(*cells) for user, *cells in rows("closed_subscriptions")}
         labels = {label: Line(*figures) for label, *figures in rows("closed_labels")}
@@ -1692,7 +1696,7 @@ class Journal:
         return Account(closed_on, totals, subscriptions, fees, revenue, labels, adjustments)
 
     async def append(self, change: Change) -> None:
-        """Have a change stored and then made visible; raises StorageError, or what its `prepare` raises.
+        """Have a change stored and then made visible; raises StorageError or a ConflictError.
 
         First in, first out: what a follower of the sequence has seen has nothing missing before it.
         """
@@ -1729,7 +1733,7 @@ class Journal:
                     began = time.monotonic()
 
     async def _store(self, group: Sequence[Change]) -> None:
-        """Store the changes; raises StorageError, or what a Prepare raises."""
+        """Store the changes; raises StorageError, or the ConflictError of its `prepare`."""
         statements: list[tuple[str, Iterable[Any]]] = []
         for change in group:
             if change.prepare:
@@ -1794,7 +1798,7 @@ async def simulate_history(state: State) -> None:
     if state.journal and state.usage.count:
         return
     events = list[Event]()
-    seconds = min(config.history * DAY, now - 1_800)  # of the longest stream: there was nothing before 1970
+    seconds = min(config.history * DAY, now - 1_800)  # no stream, of 1,800 s at most, began before 1970
     numbers = range(1, int(seconds / config.interval) + 1)  # the latest first
     for number in telling("simulating the history, batches", numbers):
         if len(events) >= state.usage.keep:
@@ -2014,8 +2018,8 @@ class Answer(web.StreamResponse):
     time that a short answer takes in all, and it holds an answer until the connection's next request.
     """
 
-    keep_alive = True  # aiohttp asks for this when all is sent, and its log for the other
-    body_length = 0
+    keep_alive = True  # aiohttp reads it when all is sent
+    body_length = 0  # its access log reads it
 
     def __init__(self, status: int, body: bytes | Pieces = b"", headers: Headers = ()) -> None:
         """Put the answer together, but do not send it yet."""
@@ -2200,8 +2204,9 @@ async def answer_cached(
 ) -> Answer:
     """Return 304 if the client has it already, else all of it, or pieces if that is longer than `most`.
 
-    `key` is what was asked for. `make` is called at once, and takes what it needs of this moment. `more` are
-    headers. `most` is infinite where what makes the pieces can fail: its error still has its status then.
+    `key` is what was asked for. `make` is called before anything can change, and takes what it needs of this
+    moment then, not when it makes its pieces. `more` are headers. `most` is infinite where what makes the
+    pieces can fail: its error still has its status then.
     """
     etag = etag or state.usage.etag
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
@@ -2462,10 +2467,10 @@ async def post_streams(request: web.Request) -> Answer:
     async with state.lock("key", key) if key else contextlib.nullcontext():
         known_digest, first_id = state.usage.keys.get(key or "", (None, 0))
         if known_digest is None:
-            if state.usage.is_too_old(events):
-                raise ConflictError("a stream is older than all that --keep keeps")
             if len(body) > PIECE_BYTES:
                 await state.yield_to_others()  # so that several such bodies are not added at a stretch
+            if state.usage.is_too_old(events):
+                raise ConflictError("a stream is older than all that --keep keeps")
             await state.add(events, (key, digest) if key else None)
         elif known_digest != digest:
             raise web.HTTPUnprocessableEntity(reason="this Idempotency-Key came with another body before")
@@ -2545,16 +2550,18 @@ async def get_changes(request: web.Request) -> Answer:
     usage = request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
-    after = cursor.after
-    needs_none_before = max(after, cursor.began) if after else usage.sequence
-    is_known = usage.forgotten <= needs_none_before <= usage.sequence
+    after, began = cursor.after, cursor.began
+    if not after:  # a first reading begins now
+        began = usage.sequence
+    is_known = usage.forgotten <= max(after, began) <= usage.sequence
     if cursor.sequence not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     chunks = deque(first_of(usage.by_version.between(after + 1), limit))
     is_all = sum(map(len, chunks)) < limit
     number = usage.sequence if is_all else chunks[-1][-1].version
     following = f"{usage.sequence_name}-{number}"
-    following += f"-{needs_none_before}" if number < needs_none_before else ""
+    if number < began:  # the first reading goes on
+        following += f"-{began}"
 
     def lines() -> Pieces:
         while chunks:
