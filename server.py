@@ -805,9 +805,9 @@ def seconds_of(totals: Totals) -> int:
     return sum(seconds for _, seconds in totals.values())
 
 
-# Claims are fixed-point numbers with CLAIM_BITS after the point, and sums of prices that are rounded up. So the
-# remainders that `share_out` compares are too high, but in the lowest DOUBT_BITS alone: all cents x seconds have
-# fewer bits. Remainders that differ do so above these, unless the numbers were chosen for it.
+# Claims are fixed-point numbers with CLAIM_BITS after the point, and sums of prices that are rounded up. So
+# the remainders that `share_out` compares are too high, but in the lowest DOUBT_BITS alone: all cents x all
+# seconds have fewer bits. Remainders that differ do so above these, unless the numbers were chosen for it.
 CLAIM_BITS, DOUBT_BITS = 512, 160
 
 
