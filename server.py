@@ -2556,7 +2556,9 @@ async def get_changes(request: web.Request) -> Answer:
     is_known = usage.forgotten <= max(after, began) <= usage.sequence
     if cursor.sequence not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
-    chunks = deque(first_of(usage.by_version.between(after + 1), limit))
+    chunks: deque[Chunk] = deque()
+    if after < usage.sequence:  # most who poll have read everything
+        chunks += first_of(usage.by_version.between(after + 1), limit)
     is_all = sum(map(len, chunks)) < limit
     number = usage.sequence if is_all else chunks[-1][-1].version
     following = f"{usage.sequence_name}-{number}"
