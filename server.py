@@ -263,6 +263,12 @@ class Tombstone:
     version: int
 
 
+def number_events(events: Iterable[Event], first_id: int) -> None:
+    """Give events, as they are created, one id after the other; it is their version, too."""
+    for number, event in enumerate(events, first_id):
+        event.id = event.version = number
+
+
 @lru_cache(maxsize=1024, typed=True)  # typed, or a `Money` and the text that equals it were one
 def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no text that a spreadsheet runs."""
@@ -478,8 +484,8 @@ class Usage:
 
     def give_ids(self, events: Sequence[Event]) -> None:
         """Give each new event its id, which is its version too."""
-        for event in events:
-            event.id = event.version = self.next_number()
+        number_events(events, self.last_number + 1)
+        self.last_number += len(events)
 
     def is_too_old(self, events: Sequence[Event]) -> bool:
         """Tell whether one of these new events would be among those that `keep` drops at once."""
@@ -1125,8 +1131,12 @@ def report_by_month(books: Books, month: str | None) -> Steps[Iterator[tuple[Any
     return ((name, CURRENCY, *line.values()) for name, line in itertools.chain(*rows))
 
 
-def find_payers(ledger: Ledger, label: str) -> Steps[list[dict[str, Any]]]:
-    """Return a statement's rows: who streamed the label, highest part first; the last is for the silent."""
+def find_payers(ledger: Ledger, label: str) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
+    """Return a statement's rows, and the seconds of each listener who does not subscribe.
+
+    A row is for who subscribes and streamed the label, highest part first; the last is for the silent.
+    """
+    others: list[int] = []
     payers: list[tuple[int, tuple[Any, ...]]] = []  # each with its part, in millionths of a euro
 
     def add_payer(*terms: str | None, net: int, seconds: int, of_seconds: int) -> None:
@@ -1135,14 +1145,17 @@ def find_payers(ledger: Ledger, label: str) -> Steps[list[dict[str, Any]]]:
 
     for user, own in ledger.totals.items():
         yield
-        if (found := ledger.subscriptions.get(user)) and (seconds := own.get(label, (0, 0))[1]):
+        _, seconds = own.get(label, (0, 0))
+        if seconds and (found := ledger.subscriptions.get(user)):
             terms = user, found.product_type, euros(found.fee), found.origin
             add_payer(*terms, net=found.net, seconds=seconds, of_seconds=seconds_of(own))
+        elif seconds:
+            others.append(seconds)
     payers = [*(yield from sort_in_steps(payers, lambda payer: (-payer[0], payer[1])))]
     if ledger.silent_users:
         seconds = ledger.labels.get(label, (0, 0))[1]
         add_payer(None, None, None, None, net=ledger.silent_net, seconds=seconds, of_seconds=ledger.seconds)
-    return [dict(zip(PAYER_COLUMNS, cells, strict=True)) for _, cells in payers]
+    return [dict(zip(PAYER_COLUMNS, cells, strict=True)) for _, cells in payers], others
 
 
 def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
@@ -1152,11 +1165,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
     if line is None:
         raise MissingError(f"there is nothing for the label {label!r} in {month}")
     ledger = yield from tally(account.totals, account.subscriptions)
-    others = [
-        own[label][1]
-        for user, own in ledger.totals.items()
-        if user not in ledger.subscriptions and own.get(label, (0, 0))[1]
-    ]
+    payers, others = yield from find_payers(ledger, label)
     revenue, claim = account.revenue, ledger.claims[label]
 
     def rounded(exact: int, paid: int) -> dict[str, Any]:  # from millionths of a euro, to cents
@@ -1175,7 +1184,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
             **rounded(10_000 * revenue * line.seconds_streamed // (ledger.seconds or 1), line.amount),
         },
         "user_centric": {
-            "subscribers": (yield from find_payers(ledger, label)),
+            "subscribers": payers,
             "sum": euros(100 * claim >> CLAIM_BITS, 6),
             "of_sum": euros(100 * ledger.net, 6),
             "revenue": euros(revenue),
@@ -1363,7 +1372,7 @@ async def fetch(url: str) -> bytes:
 # ── Storage ─────────────────────────────────────────────────────────────────────────────────────
 # With --db, what is written is on disk first and visible second: the usage answers, SQLite remembers.
 
-APPLICATION_ID = int.from_bytes(b"secs")  # at byte 68 of the file, as SQLite's format has it
+APPLICATION_ID = int.from_bytes(b"secs")  # in the file's header
 MIGRATIONS = (
     """
     CREATE TABLE streams (
@@ -1628,8 +1637,7 @@ class Journal:
         if number > 1:
             log.warning("this is import %d, beside those stored before: are there streams in both?", number)
         first_id = self._last_number() + 1
-        for stream_id, event in enumerate(imported.events, first_id):
-            event.id = event.version = stream_id
+        number_events(imported.events, first_id)
         users = ((user, *astuple(found), number) for user, found in imported.subscriptions.items())
         self.commit([
             (INSERT_STREAMS, telling("storing, streams", map(CELLS, imported.events))),
@@ -2475,8 +2483,7 @@ async def post_streams(request: web.Request) -> Answer:
         elif known_digest != digest:
             raise web.HTTPUnprocessableEntity(reason="this Idempotency-Key came with another body before")
         else:  # the first answer is made again, whatever became of them
-            for number, event in enumerate(events, first_id):
-                event.id = event.version = number
+            number_events(events, first_id)
     headers = {"Idempotent-Replayed": "true"} if known_digest else {}
     if isinstance(value, list):
         data = b",".join(event.stream for event in events)
