@@ -213,9 +213,9 @@ class ConflictError(Exception):
 class Event:
     """One play of one track by one user.
 
-    `stream_started_on` is in Unix seconds, `seconds_streamed` in seconds. `id` and `version` are the
-    numbers, in the sequence of all changes, under which the stream was created and last changed. Once
-    they are given, an event is never changed: another takes its place.
+    `stream_started_on` is in Unix seconds, `seconds_streamed` in seconds. `id` is the number, in the
+    sequence of all changes, under which the stream was created. Once it is given, the event is never
+    changed: a `ChangedEvent` takes its place.
     """
 
     user_id: str
@@ -224,7 +224,6 @@ class Event:
     stream_started_on: int
     seconds_streamed: int
     id: int = 0
-    version: int = 0
 
     def __post_init__(self) -> None:
         # The same few names and numbers come again and again: one object of each takes half the memory.
@@ -232,8 +231,11 @@ class Event:
         self.label = sys.intern(self.label)
         if self.seconds_streamed < len(COMMON_SECONDS):
             self.seconds_streamed = COMMON_SECONDS[self.seconds_streamed]
-        if self.version == self.id:
-            self.version = self.id  # equal before, one object from now on
+
+    @property
+    def version(self) -> int:
+        """The number of the stream's latest change: its creation."""
+        return self.id
 
     @property
     def fields(self) -> str:
@@ -256,6 +258,13 @@ class Event:
 
 
 @dataclass(slots=True, eq=False)
+class ChangedEvent(Event):
+    """What a stream was changed to; few are, so only these take memory for a version of their own."""
+
+    version: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class Tombstone:
     """What the feed tells of a stream that has been removed."""
 
@@ -264,9 +273,9 @@ class Tombstone:
 
 
 def number_events(events: Iterable[Event], first_id: int) -> None:
-    """Give events, as they are created, one id after the other; it is their version, too."""
+    """Give events, as they are created, one id after the other."""
     for number, event in enumerate(events, first_id):
-        event.id = event.version = number
+        event.id = number
 
 
 @lru_cache(maxsize=1024, typed=True)  # typed, or a `Money` and the text that equals it were one
@@ -347,7 +356,7 @@ def parse_events(value: object, now: float) -> Steps[list[Event]]:
 
 
 class Chunk(list[Any]):
-    """Some events, or in the feed's order tombstones too, that stand next to each other."""
+    """Some events, or in the feed tombstones too, that stand next to each other."""
 
     @cached_property
     def lines(self) -> bytes:
@@ -360,7 +369,7 @@ class Chunk(list[Any]):
         return "".join([event.csv for event in self])
 
     @property
-    def changes(self) -> bytes:
+    def feed_lines(self) -> bytes:
         """The lines of the feed."""
         lines = [
             f'{{"version":{each.version},"id":{each.id},{each.fields}}}\n'
@@ -447,17 +456,14 @@ class Order:
 
 
 class Usage:
-    """The events that are kept, in three orders, and the number of the latest change of all data.
-
-    By start they are queried and by id listed; by version, with the tombstones, they are the feed.
-    """
+    """The events that are kept, by start and by id, and the number of the latest change of all data."""
 
     def __init__(self, on_change: Callable[[Sequence[Event], int], object], keep: float = math.inf) -> None:
         """Keep the `keep` events that started last, and tell `on_change` what comes (1) and goes (-1)."""
         self.on_change = on_change
         self.keep = keep
         self.by_start, self.by_id = Order("stream_started_on"), Order("id")
-        self.by_version = Order("version")
+        self.changed = Order("version")  # the changed events and the tombstones: the feed needs them
         self.tombstones: deque[Tombstone] = deque()  # `keep` of them at most, too
         self.keys: dict[str, tuple[bytes, int]] = {}  # idempotency key -> hash of the body, first id
         self.count = 0
@@ -483,7 +489,7 @@ class Usage:
         self.sequence = max(self.sequence, number)
 
     def give_ids(self, events: Sequence[Event]) -> None:
-        """Give each new event its id, which is its version too."""
+        """Give each new event its id."""
         number_events(events, self.last_number + 1)
         self.last_number += len(events)
 
@@ -498,8 +504,9 @@ class Usage:
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
-        for order in (self.by_start, self.by_id, self.by_version):
-            order.add(events)
+        self.by_start.add(events)
+        self.by_id.add(events)
+        self.changed.add(event for event in events if type(event) is ChangedEvent)
         self._tell(events, 1)
         self.advance(max(map(attrgetter("version"), events), default=0))
         if self.sequence >= self.gc_frozen_at + FREEZE_EVENTS:  # none is garbage, so none is searched
@@ -520,6 +527,16 @@ class Usage:
             return event  # type: ignore[no-any-return]
         raise MissingError(f"there is no stream {stream_id}")
 
+    def changes_after(self, number: int) -> Iterator[Chunk]:
+        """Yield what was created, changed or removed after this number, in order of version, as it is now.
+
+        A stream that was never changed is found by its id.
+        """
+        created, changed = (order.between(number + 1) for order in (self.by_id, self.changed))
+        unchanged = (event for event in itertools.chain(*created) if type(event) is Event)
+        in_order = merge(unchanged, itertools.chain(*changed), key=attrgetter("version"))
+        return map(Chunk, batched(in_order, CHUNK_EVENTS))
+
     def replace(self, old: Event, new: Event) -> None:
         """Put `new` in the place of `old`, which has the same id."""
         self._forget([old])
@@ -529,19 +546,20 @@ class Usage:
         """Forget events that are there, each under the number of this change."""
         self._forget([event for event, _ in events])
         tombstones = [Tombstone(event.id, number) for event, number in events]
-        self.by_version.add(tombstones)
+        self.changed.add(tombstones)
         self.advance(tombstones[-1].version)
         if self.keep == math.inf:
             return
         self.tombstones += tombstones
         if (over := len(self.tombstones) - int(self.keep)) > 0:  # who follows from before has to begin anew
             oldest = [self.tombstones.popleft() for _ in range(over)]
-            self.by_version.remove(oldest)
+            self.changed.remove(oldest)
             self.forgotten = oldest[-1].version
 
     def _forget(self, events: Sequence[Event]) -> None:
-        for order in (self.by_start, self.by_id, self.by_version):
-            order.remove(events)
+        self.by_start.remove(events)
+        self.by_id.remove(events)
+        self.changed.remove(event for event in events if type(event) is ChangedEvent)
         self._tell(events, -1)
 
     def _tell(self, events: Sequence[Event], sign: int) -> None:
@@ -692,6 +710,15 @@ def sort_in_steps(items: Iterable[T], key: Callable[[T], Any]) -> Steps[Iterator
         yield
         runs.append(sorted(some, key=key))
     return merge(*runs, key=key)
+
+
+def in_steps(items: Iterable[T]) -> Steps[list[T]]:
+    """Return items that are made one after the other as a list."""
+    made = []
+    for item in items:
+        yield
+        made.append(item)
+    return made
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -1669,8 +1696,9 @@ class Journal:
         """Put into `usage` and `books` what is stored; raises StorageError."""
         execute = self.connection.execute
         self.usage = usage
-        usage.add([Event(*row) for row in telling("loading, streams", execute("SELECT * FROM streams"))])
-        usage.by_version.add([Tombstone(*row) for row in execute("SELECT * FROM tombstones")])
+        rows = telling("loading, streams", execute("SELECT * FROM streams"))
+        usage.add([Event(*row[:-1]) if row[-1] == row[-2] else ChangedEvent(*row) for row in rows])
+        usage.changed.add(Tombstone(*row) for row in execute("SELECT * FROM tombstones"))
         (usage.sequence_name,) = execute("SELECT name FROM sequence").fetchone()
         usage.last_number = usage.sequence = self._last_number()
         usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
@@ -2529,9 +2557,9 @@ async def change_stream(request: web.Request) -> Answer:
         old = find_stream(request)  # as it is now that the body has arrived
         if is_patch and isinstance(fields, dict):
             fields = {name: getattr(old, name) for name in FIELDS} | fields
-        new = parse_event(fields, state.clock())
+        parsed = parse_event(fields, state.clock())
         check_version(request, old)
-        new.id, new.version = old.id, state.usage.next_number()
+        new = ChangedEvent(**asdict(parsed) | {"id": old.id, "version": state.usage.next_number()})
         await state.store(new.version, [(SET_STREAM, [astuple(new)])], lambda: state.usage.replace(old, new))
     return answer_stream("Stream Updated", new)
 
@@ -2554,7 +2582,7 @@ async def get_changes(request: web.Request) -> Answer:
     A client can go on if no tombstone is forgotten that it needs. Who still reads everything for the first
     time, in pages, needs none from before it began: it had nothing then.
     """
-    usage = request.app[STATE].usage
+    state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
     after, began = cursor.after, cursor.began
@@ -2563,18 +2591,15 @@ async def get_changes(request: web.Request) -> Answer:
     is_known = usage.forgotten <= max(after, began) <= usage.sequence
     if cursor.sequence not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
-    chunks: deque[Chunk] = deque()
-    if after < usage.sequence:  # most who poll have read everything
-        chunks += first_of(usage.by_version.between(after + 1), limit)
-    is_all = sum(map(len, chunks)) < limit
-    number = usage.sequence if is_all else chunks[-1][-1].version
+    number = usage.sequence
+    chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
+    if "limit" in asked:
+        chunks = page = await finish(state, in_steps(chunks))
+        if sum(map(len, page)) == limit:
+            number = page[-1][-1].version
     following = f"{usage.sequence_name}-{number}"
     if number < began:  # the first reading goes on
         following += f"-{began}"
-
-    def lines() -> Pieces:
-        while chunks:
-            yield chunks.popleft().changes
 
     headers = (
         ("Link", f'</api/v1/changes?after={following}>; rel="next"'),
@@ -2582,7 +2607,8 @@ async def get_changes(request: web.Request) -> Answer:
         ("Vary", "Accept-Encoding"),
         ("Content-Type", MEDIA_TYPES["ndjson"]),
     )
-    return Answer(200, lines() if chunks else b"", headers)
+    is_more = after < number  # most who poll have read everything
+    return Answer(200, (chunk.feed_lines for chunk in chunks) if is_more else b"", headers)
 
 
 async def get_users(request: web.Request) -> Answer:

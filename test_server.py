@@ -1018,7 +1018,7 @@ def test_totals_stay_right_after_any_mix_of_changes(monkeypatch: pytest.MonkeyPa
             if model and (change := rng.randrange(3)) < 2:
                 old = usage.find(rng.choice(list(model)))
                 if change:
-                    made.id, made.version = old.id, usage.next_number()
+                    made = server.ChangedEvent(*(getattr(made, name) for name in server.FIELDS), old.id, usage.next_number())
                     usage.replace(old, made)
                     model[old.id] = made
                 else:
