@@ -40,7 +40,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from decimal import Decimal, localcontext
 from fractions import Fraction
@@ -1018,7 +1018,7 @@ def test_totals_stay_right_after_any_mix_of_changes(monkeypatch: pytest.MonkeyPa
             if model and (change := rng.randrange(3)) < 2:
                 old = usage.find(rng.choice(list(model)))
                 if change:
-                    made = server.ChangedEvent(*(getattr(made, name) for name in server.FIELDS), old.id, usage.next_number())
+                    made = server.ChangedEvent(**asdict(made) | {"id": old.id, "version": usage.next_number()})
                     usage.replace(old, made)
                     model[old.id] = made
                 else:
