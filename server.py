@@ -359,7 +359,7 @@ class Chunk(list[Any]):
     """Some events, or in the feed tombstones too, that stand next to each other."""
 
     @cached_property
-    def lines(self) -> bytes:
+    def json_lines(self) -> bytes:
         """The JSON of each event after a newline, which no JSON of an event can hold."""
         return "".join([f"\n{{{event.fields}}}" for event in self]).encode()
 
@@ -458,9 +458,9 @@ class Order:
 class Usage:
     """The events that are kept, by start and by id, and the number of the latest change of all data."""
 
-    def __init__(self, on_change: Callable[[Sequence[Event], int], object], keep: float = math.inf) -> None:
-        """Keep the `keep` events that started last, and tell `on_change` what comes (1) and goes (-1)."""
-        self.on_change = on_change
+    def __init__(self, record: Callable[[Sequence[Event], int], object], keep: float = math.inf) -> None:
+        """Keep the `keep` events that started last, and have recorded what comes (1) and goes (-1)."""
+        self.record = record
         self.keep = keep
         self.by_start, self.by_id = Order("stream_started_on"), Order("id")
         self.changed = Order("version")  # the changed events and the tombstones: the feed needs them
@@ -507,7 +507,7 @@ class Usage:
         self.by_start.add(events)
         self.by_id.add(events)
         self.changed.add(event for event in events if type(event) is ChangedEvent)
-        self._tell(events, 1)
+        self._record(events, 1)
         self.advance(max(map(attrgetter("version"), events), default=0))
         if self.sequence >= self.gc_frozen_at + FREEZE_EVENTS:  # none is garbage, so none is searched
             self.gc_frozen_at = self.sequence
@@ -560,11 +560,11 @@ class Usage:
         self.by_start.remove(events)
         self.by_id.remove(events)
         self.changed.remove(event for event in events if type(event) is ChangedEvent)
-        self._tell(events, -1)
+        self._record(events, -1)
 
-    def _tell(self, events: Sequence[Event], sign: int) -> None:
+    def _record(self, events: Sequence[Event], sign: int) -> None:
         self.count += sign * len(events)
-        self.on_change(events, sign)
+        self.record(events, sign)
 
 
 def matching(events: Chunk, wanted: Wanted) -> Chunk:
@@ -888,16 +888,12 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     rounding, ties in order of the name. Claims are rounded up in their last bits, so remainders that are
     equal may differ there: they are compared without the last DOUBT_BITS.
     """
-    shares: dict[str, tuple[int, int]] = {}
-    for name, claim in claims.items():
-        yield
-        shares[name] = divmod(cents * claim, whole << CLAIM_BITS)
-    left = cents - sum(share for share, _ in shares.values())
-    shared: dict[str, int] = {}
-    for name in (yield from sort_in_steps(shares, lambda name: (-(shares[name][1] >> DOUBT_BITS), name))):
-        yield
-        shared[name] = shares[name][0] + (len(shared) < left)
-    return shared
+    divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
+    shares = yield from in_steps(divided)
+    left = cents - sum(share for _, share, _ in shares)
+    in_order = yield from sort_in_steps(shares, lambda share: (-(share[2] >> DOUBT_BITS), share[0]))
+    rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
+    return dict((yield from in_steps(rounded)))
 
 
 def share_month(ledger: Ledger) -> Steps[dict[str, Line]]:
@@ -906,11 +902,8 @@ def share_month(ledger: Ledger) -> Steps[dict[str, Line]]:
     by_seconds = {label: seconds << CLAIM_BITS for label, (_, seconds) in ledger.labels.items()}
     pro_rata = yield from share_out(cents, ledger.seconds or 1, by_seconds)
     centric = yield from share_out(cents, ledger.net or 1, ledger.claims)
-    lines: dict[str, Line] = {}
-    for label, total in ledger.labels.items():
-        yield
-        lines[label] = Line(*total, pro_rata[label], centric[label])
-    return lines
+    lines = ((label, Line(*own, pro_rata[label], centric[label])) for label, own in ledger.labels.items())
+    return dict((yield from in_steps(lines)))
 
 
 @dataclass(frozen=True)
@@ -950,24 +943,24 @@ class Books:
     months: defaultdict[str, ByUser] = field(default_factory=lambda: defaultdict(dict))
     tracks: dict[str, Totals] = field(default_factory=dict)  # of each user, over all time
     closed: dict[str, Account] = field(default_factory=dict)  # in order of the month
-    copy_on_change: set[str] = field(default_factory=set)  # months whose totals others have, too
+    copy_on_record: set[str] = field(default_factory=set)  # months whose totals others have, too
 
-    def change(self, events: Sequence[Event], sign: int = 1) -> None:
-        """Count events or, with a `sign` of -1, take them away."""
+    def record(self, events: Sequence[Event], sign: int = 1) -> None:
+        """Add events to the totals or, with a `sign` of -1, take them away."""
         counted: defaultdict[str, Totals] = defaultdict(dict)
         by_month = totals_of(events, months_of(events), *values_of(events, "user_id", "label"))
         for (month, user, label), total in by_month.items():
             counted[month][user, label] = total
-        for month, changes in counted.items():
-            if month in self.copy_on_change:
+        for month, totals in counted.items():
+            if month in self.copy_on_record:
                 self.months[month] = {**self.months[month]}
-                self.copy_on_change.remove(month)
-            change_users(self.months[month], changes, sign)
-        change_users(self.tracks, totals_of(events, *values_of(events, "user_id", "track_id")), sign)
+                self.copy_on_record.remove(month)
+            record_users(self.months[month], totals, sign)
+        record_users(self.tracks, totals_of(events, *values_of(events, "user_id", "track_id")), sign)
 
     def snapshot(self) -> Books:
         """Return the books as they are now; the next change of a month copies its totals first."""
-        self.copy_on_change |= self.months.keys()
+        self.copy_on_record |= self.months.keys()
         return replace(
             self, subscriptions={**self.subscriptions}, months=self.months.copy(), tracks={**self.tracks}
         )
@@ -975,7 +968,7 @@ class Books:
     def close(self, month: str, account: Account) -> None:
         """Close the month with this account."""
         self.closed = dict(sorted({**self.closed, month: account}.items()))
-        self.copy_on_change.add(month)
+        self.copy_on_record.add(month)
 
     def reopen(self, month: str) -> None:
         """Open the month again."""
@@ -990,9 +983,7 @@ class Books:
         return next(iter(self.open_months() or map(month_after, reversed(self.closed))), "")
 
     def obstacle(self, month: str, status: str, now: float) -> str:
-        """Return what stands in the way of making a month closed or open; "" when it is so, or can be."""
-        if (month in self.closed) == (status == "closed"):
-            return ""
+        """Return what stands in the way of making an open month closed, or a closed one open, if anything."""
         if status == "open":
             return f"{max(self.closed)} is closed: open it first" if max(self.closed) > month else ""
         if month >= month_of(int(now) // DAY):
@@ -1001,14 +992,14 @@ class Books:
         return f"{first} has streams and is open: close it first" if first < month else ""
 
 
-def change_users(users: dict[str, Totals], changes: Totals, sign: int) -> None:
-    """Change the totals of users, by name. A user's are replaced: who reads them reads one moment."""
-    changed = {user: {**users.get(user, {})} for user in {user for user, _ in changes}}
-    for (user, name), total in changes.items():
+def record_users(users: dict[str, Totals], totals: Totals, sign: int) -> None:
+    """Add totals by user and name to those of `users`, each replaced: who reads one reads one moment."""
+    changed = {user: {**users.get(user, {})} for user in {user for user, _ in totals}}
+    for (user, name), total in totals.items():
         add_up(changed[user], name, total, sign)
-    for user, totals in changed.items():
-        if totals:
-            users[user] = totals
+    for user, own in changed.items():
+        if own:
+            users[user] = own
         else:
             users.pop(user, None)
 
@@ -1129,14 +1120,9 @@ def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
         for label, line in account.lines().items():
             yield
             by_label[label].append(line)
-    lines: dict[str, Line] = {}
-    for label, each in by_label.items():
-        yield
-        lines[label] = add_lines(each)
-    total, labels = add_lines(lines.values()), list[dict[str, Any]]()
-    for described in (yield from describe_lines(lines)):
-        yield
-        labels.append(described)
+    summed = yield from in_steps((label, add_lines(each)) for label, each in by_label.items())
+    labels = yield from in_steps((yield from describe_lines(dict(summed))))
+    total = add_lines(line for _, line in summed)
     return {
         "currency": CURRENCY,
         "months": list(accounts),
@@ -1439,21 +1425,21 @@ MIGRATIONS = (
     """,
 )
 
-# Each with its rows. One that ends in VALUES takes many rows at a time, any other is run for each.
+# Each with its rows. In the place of {rows} stand many at a time, any other statement is run for each.
 Statements = Sequence[tuple[str, Iterable[Any]]]
 Apply = Callable[[], None]  # makes visible what is stored
-Prepare = Callable[[], Awaitable[tuple[Statements, Apply]]]
+Decide = Callable[[], Awaitable[tuple[Statements, Apply]]]
 
 STEP_ROWS = 100  # are inserted in one step: after each the thread waits for the GIL
-INSERT_STREAMS = "INSERT INTO streams VALUES"
+INSERT_STREAMS = "INSERT INTO streams VALUES {rows}"
 CELLS = attrgetter(*FIELDS, "id", "version")  # of an event, as SQLite has them
-SET_STREAM = "INSERT OR REPLACE INTO streams VALUES"
+SET_STREAM = "INSERT OR REPLACE INTO streams VALUES {rows}"
 DELETE_STREAM = "DELETE FROM streams WHERE id = ?"
-INSERT_TOMBSTONE = "INSERT INTO tombstones VALUES"
+INSERT_TOMBSTONE = "INSERT INTO tombstones VALUES {rows}"
 SET_SEQUENCE = "UPDATE sequence SET number = ?"
-INSERT_KEY = "INSERT INTO keys VALUES"
-SET_SUBSCRIPTION = "INSERT OR REPLACE INTO subscriptions VALUES"
-INSERT_IMPORT = "INSERT INTO imports VALUES"
+INSERT_KEY = "INSERT INTO keys VALUES {rows}"
+SET_SUBSCRIPTION = "INSERT OR REPLACE INTO subscriptions VALUES {rows}"
+INSERT_IMPORT = "INSERT INTO imports VALUES {rows}"
 KEEP_REPLACED = "INSERT INTO replaced SELECT *, ? FROM subscriptions WHERE user_id = ?"
 LATEST_IMPORT = """
     SELECT id, first_id, size,
@@ -1498,7 +1484,7 @@ def store_account(month: str, account: Account) -> Statements:
         ((month, user, *astuple(subscription)) for user, subscription in account.subscriptions.items()),
         ((month, old, label, *of) for old, due in account.adjustments.items() for label, of in due.items()),
     )
-    return [*zip((f"INSERT INTO {table} VALUES" for table in CLOSED_TABLES), rows, strict=True)]
+    return [*zip((f"INSERT INTO {table} VALUES {{rows}}" for table in CLOSED_TABLES), rows, strict=True)]  # noqa: S608
 
 
 class StorageError(Exception):
@@ -1538,14 +1524,14 @@ def translate_errors() -> Iterator[None]:
 class Change:
     """What waits to be stored, up to this number of the sequence, and then made visible.
 
-    One with `prepare` is committed alone. That is called when all earlier changes are visible and none of the
+    One with `decide` is committed alone. That is called when all earlier changes are visible and none of the
     later ones, and returns the statements and what makes them visible.
     """
 
     number: int
     statements: Statements = ()
     apply: Apply | None = None
-    prepare: Prepare | None = None
+    decide: Decide | None = None
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -1645,13 +1631,13 @@ class Journal:
         self.last_commit = time.monotonic()
 
     def _execute(self, statement: str, rows: Iterable[Any]) -> None:
-        if not statement.endswith("VALUES"):
+        if "{rows}" not in statement:
             self.connection.executemany(statement, rows)
             return
         for some in batched(rows, STEP_ROWS):
             place = f"({', '.join('?' * len(some[0]))})"
             places = ", ".join([place] * len(some))
-            self.connection.execute(f"{statement} {places}", [*itertools.chain.from_iterable(some)])
+            self.connection.execute(statement.format(rows=places), [*itertools.chain.from_iterable(some)])
 
     @translate_errors()
     def take_in(self, imported: Import) -> None:
@@ -1695,7 +1681,6 @@ class Journal:
     def load(self, usage: Usage, books: Books) -> None:
         """Put into `usage` and `books` what is stored; raises StorageError."""
         execute = self.connection.execute
-        self.usage = usage
         rows = telling("loading, streams", execute("SELECT * FROM streams"))
         usage.add([Event(*row[:-1]) if row[-1] == row[-2] else ChangedEvent(*row) for row in rows])
         usage.changed.add(Tombstone(*row) for row in execute("SELECT * FROM tombstones"))
@@ -1740,15 +1725,15 @@ class Journal:
         self.wake.set()
         await asyncio.shield(change.done)
 
-    async def run(self) -> None:
-        """Store what waits, in one commit, and make it visible, until closed."""
+    async def run(self, usage: Usage) -> None:
+        """Store what waits, in one commit, and make it visible in `usage`, until closed."""
         while True:
             await self.wake.wait()
             await asyncio.sleep(GATHER_SECONDS)
             if not self.waiting:  # `close` wakes it
                 return
-            group = [*itertools.takewhile(lambda change: not change.prepare, self.waiting)]
-            group = group or self.waiting[:1]  # that one is to be prepared
+            group = [*itertools.takewhile(lambda change: not change.decide, self.waiting)]
+            group = group or self.waiting[:1]  # that one decides when it is alone
             del self.waiting[: len(group)]
             if not self.waiting and not self.closing:
                 self.wake.clear()
@@ -1762,18 +1747,18 @@ class Journal:
             for change in group:
                 if change.apply:
                     change.apply()
-                self.usage.advance(change.number)
+                usage.advance(change.number)
                 change.done.set_result(None)
                 if time.monotonic() > began + SLICE_SECONDS:
                     await asyncio.sleep(SLICE_SECONDS)  # a poll needs the event loop several times
                     began = time.monotonic()
 
     async def _store(self, group: Sequence[Change]) -> None:
-        """Store the changes; raises StorageError, or the ConflictError of its `prepare`."""
+        """Store the changes; raises StorageError, or the ConflictError of its `decide`."""
         statements: list[tuple[str, Iterable[Any]]] = []
         for change in group:
-            if change.prepare:
-                change.statements, change.apply = await change.prepare()
+            if change.decide:
+                change.statements, change.apply = await change.decide()
             statements += change.statements
         statements.append((SET_SEQUENCE, [(group[-1].number,)]))
         try:
@@ -2266,7 +2251,7 @@ class Rows:
     rows: list[Sequence[Any]]
 
     @property
-    def lines(self) -> bytes:
+    def json_lines(self) -> bytes:
         """The JSON of each row after a newline."""
         columns = zip(*self.rows, strict=True)
         cells = [map(quote, each) if isinstance(each[0], str) else each for each in columns]
@@ -2288,7 +2273,7 @@ def write_list(kind: str, columns: Sequence[str], batches: Iterable[Chunk | Rows
     opening, end = (b"[", b"]") if kind == "json" else (b"", b"\n")
     written = False
     for batch in batches:
-        lines = batch.lines.replace(b"\n", b",") if kind == "json" else batch.lines
+        lines = batch.json_lines.replace(b"\n", b",") if kind == "json" else batch.json_lines
         yield lines if written or not lines else opening + lines[1:]  # each begins with a newline
         written = written or bool(lines)
     if written or kind == "json":
@@ -2475,14 +2460,7 @@ async def get_streams(request: web.Request) -> Answer:
         totals = await finish(state, aggregate(in_time, (), None, wanted_in(asked), None))
         total = totals[0][0] if totals else 0
 
-    def find_page() -> Steps[list[Event]]:
-        found: list[Event] = []
-        for chunk in first_of(following, limit + 1):
-            yield
-            found += chunk
-        return found
-
-    page = await finish(state, find_page())
+    page: list[Event] = list(itertools.chain(*await finish(state, in_steps(first_of(following, limit + 1)))))
     listed = b",".join(event.stream for event in page[:limit])
     last_listed = encode(page[limit - 1].id if len(page) > limit else None)
     body = b'{"message":"Found Streams","data":[%b],"total":%d,"next":%b}' % (listed, total, last_listed)
@@ -2720,7 +2698,7 @@ async def put_month(request: web.Request) -> Answer:
     if status not in ("open", "closed"):
         raise InvalidError("status must be open or closed")
 
-    async def prepare() -> tuple[Statements, Callable[[], None]]:
+    async def decide() -> tuple[Statements, Callable[[], None]]:
         """Work out what is to be frozen or forgotten."""
         now = state.clock()
         if reason := state.books.obstacle(month, status, now):
@@ -2735,7 +2713,7 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            await state.journal.append(Change(state.usage.next_number(), prepare=prepare))
+            await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await finish(state, month_rows(state.books.snapshot(), month))
     return answer_success(f"Month {status.capitalize()}", encode(rows[0]))
 
@@ -2873,7 +2851,7 @@ async def own_journal(app: web.Application) -> AsyncIterator[None]:
     if not journal:
         yield
         return
-    task = asyncio.create_task(journal.run())
+    task = asyncio.create_task(journal.run(app[STATE].usage))
     task.add_done_callback(abort_if_failed)
     yield
     await journal.close(task)
@@ -2900,7 +2878,7 @@ def create_app(
     app = web.Application(middlewares=[guard], client_max_size=BODY_BYTES)
     journal = Journal(config.db) if config.db else None
     books = Books({**SUBSCRIPTIONS})
-    usage = Usage(books.change, math.inf if journal else config.keep)
+    usage = Usage(books.record, math.inf if journal else config.keep)
     if journal:
         if imported:
             journal.take_in(imported)

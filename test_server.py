@@ -202,7 +202,7 @@ async def read_answer(reader: asyncio.StreamReader, method: str = "GET") -> tupl
 
 def test_an_event_is_encoded_as_the_contract_shows_it() -> None:
     made = Event("user1", "track1", "label1", 1546421951, 1290)
-    assert server.Chunk([made]).lines == (
+    assert server.Chunk([made]).json_lines == (
         b'\n{"user_id":"user1","track_id":"track1","label":"label1",'
         b'"stream_started_on":1546421951,"seconds_streamed":1290}'
     )
@@ -210,8 +210,8 @@ def test_an_event_is_encoded_as_the_contract_shows_it() -> None:
 
 def test_names_of_any_script_come_back_from_the_json_as_they_were() -> None:
     name = 'Sigur Rós "☃" \\ 名 \u2028 <b>'
-    assert json.loads(server.Chunk([event(label=name)]).lines)["label"] == name
-    assert "☃".encode() in server.Chunk([event(label=name)]).lines
+    assert json.loads(server.Chunk([event(label=name)]).json_lines)["label"] == name
+    assert "☃".encode() in server.Chunk([event(label=name)]).json_lines
 
 
 @pytest.mark.parametrize("value", ["a", "a" * 128, "☃", " ", "'; DROP TABLE"])
@@ -362,7 +362,7 @@ def test_more_rows_than_an_answer_may_have_are_refused_and_a_limit_lets_them_in(
 def books_of(usage: Usage, subscriptions: dict[str, Subscription]) -> server.Books:
     """Make books of the totals of some usage."""
     books = server.Books(subscriptions)
-    books.change(flat(usage.by_start.chunks))
+    books.record(flat(usage.by_start.chunks))
     return books
 
 
@@ -585,7 +585,7 @@ JANUARY, FEBRUARY = 1_546_421_951, 1_549_100_000  # moments of 2019-01 and 2019-
 def example() -> server.Books:
     """Make the books of the README's example."""
     books = server.Books(dict(server.SUBSCRIPTIONS))
-    books.change([event(JANUARY, 600, "user1", label="a"), event(JANUARY, 400, "user2", label="b")])
+    books.record([event(JANUARY, 600, "user1", label="a"), event(JANUARY, 400, "user2", label="b")])
     return books
 
 
@@ -631,12 +631,12 @@ def test_a_late_stream_is_paid_as_an_adjustment_and_the_closed_month_stays_as_it
     books = example()
     close(books, "2019-01")
     before = report_of(books, "2019-01")
-    books.change([event(JANUARY, 200, "user3", label="c")])
+    books.record([event(JANUARY, 200, "user3", label="c")])
     books.subscriptions["user1"] = Subscription("premium", 10_000, "web")
     assert report_of(books, "2019-01") == before
     assert row_of(books, "2019-01")["late"] == 3
     assert [line["label"] for line in report_of(books, "2019-02")[0]["labels"]] == ["a", "b", "c"]  # by adjustments alone
-    books.change([event(FEBRUARY, 100, "user2", label="b")])
+    books.record([event(FEBRUARY, 100, "user2", label="b")])
     close(books, "2019-02")
     lines = {line["label"]: line for line in report_of(books, "2019-02")[0]["labels"]}
     assert lines["a"] == {"label": "a", "streams": 0, "seconds_streamed": 0, "share": 0.0, "amount": "0.00", "amount_user_centric": "0.00", "adjustment": "-2.63", "adjustment_user_centric": "-4.31"}
@@ -661,10 +661,10 @@ def test_the_month_of_the_readme_is_as_it_says() -> None:
         '{"month":"2019-01","status":"closed","closed_on":1549008000,"subscribers":3,"streams":2,"seconds_streamed":1000,'
         '"fees":"30.97","revenue":"26.28","distributed":"26.28","adjusted":"0.00","late":0}'
     )
-    books.change([event(JANUARY, 250, "user3", label="b")])
+    books.record([event(JANUARY, 250, "user3", label="b")])
     assert row_of(books, "2019-01")["late"] == 2
     assert figures("2019-01") == {"a": ("15.77", "9.91", "0.00", "0.00"), "b": ("10.51", "16.37", "0.00", "0.00")}
-    books.change([event(FEBRUARY, 500, "user1", label="a"), event(FEBRUARY, 500, "user3", label="b")])
+    books.record([event(FEBRUARY, 500, "user1", label="a"), event(FEBRUARY, 500, "user3", label="b")])
     february = {"a": ("13.14", "12.34", "-3.16", "-4.32"), "b": ("13.14", "13.94", "3.16", "4.32")}
     assert figures("2019-02") == february
     close(books, "2019-02")
@@ -676,7 +676,7 @@ def test_the_month_of_the_readme_is_as_it_says() -> None:
 
 def test_what_stands_in_the_way_of_closing_and_opening_is_said() -> None:
     books, now = example(), 1_549_065_600  # 2019-02-02
-    books.change([event(FEBRUARY, 1, "user1", label="a")])
+    books.record([event(FEBRUARY, 1, "user1", label="a")])
     assert books.obstacle("2019-01", "closed", 1_548_979_199) == "2019-01 is not over"
     assert books.obstacle("2019-02", "closed", now) == "2019-02 is not over"
     assert books.obstacle("2019-02", "closed", NOW) == "2019-01 has streams and is open: close it first"
@@ -717,22 +717,22 @@ def test_who_reads_in_steps_sees_one_moment() -> None:
         return [event(moment, number, f"user{number % 300}", label=rng.choice("abc")), event(moment, 7, f"user{rng.randrange(300)}", label="b")]
 
     known = [made for number in range(300) for made in make(number)]
-    books.change(known)
+    books.record(known)
     close(books, min(CLOSABLE))
     for _ in range(50):
         (wanted, _), result = report_of(books), steps_of(server.report(books.snapshot(), None))
         for number in itertools.count():  # a change after each step
             if number % 3:
                 known += (new := make(number))
-                books.change(new)
+                books.record(new)
             else:
-                books.change([known.pop(rng.randrange(len(known)))], -1)
+                books.record([known.pop(rng.randrange(len(known)))], -1)
             books.subscriptions[f"user{number % 300}"] = Subscription("p", number, "web")
             if (seen := next(result, None)) is not None:
                 assert seen == wanted
                 break
         again = server.Books(books.subscriptions, closed=books.closed)
-        again.change(known)
+        again.record(known)
         assert report_of(books) == report_of(again)  # nothing that was found out in between is remembered
 
 
@@ -808,8 +808,8 @@ class History:
     def put(self, gone: list[Event], new: list[Event]) -> None:
         """Take events away and bring others."""
         self.payroll.events = [each for each in self.payroll.events if not any(each is old for old in gone)] + new
-        self.books.change(gone, -1)
-        self.books.change(new)
+        self.books.record(gone, -1)
+        self.books.record(new)
 
     def subscribe(self, users: list[str]) -> None:
         """Set subscriptions."""
@@ -1011,7 +1011,7 @@ def test_totals_stay_right_after_any_mix_of_changes(monkeypatch: pytest.MonkeyPa
     rng = random.Random(25)
     for _ in range(150):
         books, model = server.Books({}), dict[int, Event]()
-        usage = Usage(books.change, keep=25)
+        usage = Usage(books.record, keep=25)
         for _ in range(60):
             made = random_events(rng, 1)[0]
             made.stream_started_on -= rng.choice((0, 40 * 86_400))
@@ -1032,7 +1032,7 @@ def test_totals_stay_right_after_any_mix_of_changes(monkeypatch: pytest.MonkeyPa
         assert flat(usage.by_start.chunks) == sorted(model.values(), key=attrgetter("stream_started_on", "id"))
         assert flat(usage.by_id.chunks) == sorted(model.values(), key=attrgetter("id"))
         fresh = server.Books({})
-        fresh.change(list(model.values()))
+        fresh.record(list(model.values()))
         assert {name: users for name, users in books.months.items() if users} == fresh.months
         assert books.tracks == fresh.tracks
         assert usage.count == len(model)
@@ -1478,7 +1478,7 @@ def test_a_batch_holds_1_to_5_streams_that_have_just_ended() -> None:
     rng = random.Random(6)
     batches = [server.simulate_batch(NOW, rng) for _ in range(2_000)]
     assert {len(batch) for batch in batches} == {1, 2, 3, 4, 5}
-    check_simulated((json.loads(server.Chunk([made]).lines) for made in flat(batches)), NOW)
+    check_simulated((json.loads(server.Chunk([made]).json_lines) for made in flat(batches)), NOW)
     assert all(made.stream_started_on + made.seconds_streamed == NOW for made in flat(batches))
 
 
@@ -1558,7 +1558,7 @@ async def test_a_clock_that_jumps_changes_neither_the_rhythm_nor_what_is_in_the_
         assert {made.stream_started_on + made.seconds_streamed for made in flat(usage.by_id.between(last_id + 1))} == {now}
         # What was there before the clock went back stays, and can be asked for; nothing new comes there.
         later = await (await client.get(f"/usage?from={now}")).json()
-        assert later == [json.loads(server.Chunk([made]).lines) for made in before if made.stream_started_on >= now]
+        assert later == [json.loads(server.Chunk([made]).json_lines) for made in before if made.stream_started_on >= now]
         assert now != NOW - 3_600 or later
         starts = [made["stream_started_on"] for made in await (await client.get("/usage")).json()]
         assert starts == sorted(starts)
