@@ -15,7 +15,7 @@ The map, from top to bottom. Each section uses only those above it, and the appl
     import        the three files of a royalty backend
     storage       with --db: on disk first, visible second
     simulation    events as client apps would send them
-    HTTP          requests: what is asked, and who may ask; answers: the one way out
+    HTTP          requests: what is asked, and who may ask; answers: how they are kept and sent
     handlers      one for each route; ROUTES is the index of the API
     application   what the handlers share, and who owns it
     command line  options, signals, the process
@@ -1998,8 +1998,8 @@ def check_access(request: web.Request, config: Config) -> None:
 
 
 # ── HTTP: answers ───────────────────────────────────────────────────────────────────────────────
-# One way out: a handler returns an `Answer`, and that sends itself when aiohttp calls its `prepare`: bytes
-# that are there, or pieces that are made as the client takes them. What depends on the data alone comes from
+# One way out: a handler returns an `Answer`, and its `send` writes that to the connection: bytes that are
+# there, or pieces that are made as the client takes them. What depends on the data alone comes from
 # `answer_cached`: it is made once for all who wait, and kept until the data change. What is about this
 # moment comes from `answer_now`, and what goes wrong is answered by `answer_errors`.
 
@@ -2048,7 +2048,15 @@ class Answer(web.StreamResponse):
         self.body, self.more_headers = body, headers
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        """Send all of it, and let the next request be looked at only when the client has taken enough.
+        """Send all of it: aiohttp calls this with what a handler has returned."""
+        await self.send(cast("web.Request", request))
+        return request.writer
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Send nothing more."""
+
+    async def send(self, request: web.Request) -> None:
+        """Send all of it, as fast as the client takes it.
 
         A request whose body has not been read to its end is its connection's last (RFC 9110, 15.5.9).
         """
@@ -2056,19 +2064,15 @@ class Answer(web.StreamResponse):
         self.keep_alive = request.keep_alive and request.content.is_eof()
         if not isinstance(body, bytes):
             with contextlib.closing(body):  # or an error would hold all that it is made from
-                await self._send_pieces(cast("web.Request", request), body)
-            return request.writer
+                await self._send_pieces(request, body)
+            return
         self.body_length = len(body)
         head = write_head(self.status, len(body), self.keep_alive, int(time.time()), self.more_headers)
         if request.method == hdrs.METH_HEAD:
             body = b""
-        await self._send(request, head + body[:PIECE_BYTES])
+        await self._write(request, head + body[:PIECE_BYTES])
         for at in range(PIECE_BYTES, len(body), PIECE_BYTES):  # or the connection would hold a copy of all
-            await self._send(request, body[at : at + PIECE_BYTES])
-        return request.writer
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Send nothing more."""
+            await self._write(request, body[at : at + PIECE_BYTES])
 
     async def _send_pieces(self, request: web.Request, pieces: Pieces) -> None:
         """Send `pieces` in chunks, compressed if the client likes, and yield to others in between."""
@@ -2079,26 +2083,26 @@ class Answer(web.StreamResponse):
         if chunked:
             headers += (("Transfer-Encoding", "chunked"),)
         self.keep_alive &= chunked  # without chunks only the end of the connection ends the answer
-        await self._send(request, write_head(self.status, None, self.keep_alive, int(time.time()), headers))
+        await self._write(request, write_head(self.status, None, self.keep_alive, int(time.time()), headers))
         if request.method == hdrs.METH_HEAD:
             return
         until = time.monotonic() + SLICE_SECONDS
         for part in joined(pieces):
             packed = await asyncio.to_thread(compressor.compress, part) if compressor and part else part
-            await self._send_chunk(request, packed, chunked)
+            await self._write_chunk(request, packed, chunked)
             if time.monotonic() > until:
                 await request.app[STATE].yield_to_others()
                 until = time.monotonic() + SLICE_SECONDS
-        await self._send_chunk(request, compressor.flush() if compressor else b"", chunked)
-        await self._send(request, b"0\r\n\r\n" if chunked else b"")
+        await self._write_chunk(request, compressor.flush() if compressor else b"", chunked)
+        await self._write(request, b"0\r\n\r\n" if chunked else b"")
 
-    async def _send_chunk(self, request: web.BaseRequest, data: bytes, chunked: bool) -> None:
+    async def _write_chunk(self, request: web.Request, data: bytes, chunked: bool) -> None:
         self.body_length += len(data)
         if data:
-            await self._send(request, b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+            await self._write(request, b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
 
     @staticmethod
-    async def _send(request: web.BaseRequest, data: bytes) -> None:
+    async def _write(request: web.Request, data: bytes) -> None:
         """Write, and wait until the client has taken enough; raises ConnectionResetError if it does not."""
         transport = request.transport
         if transport is None or transport.is_closing():
