@@ -278,7 +278,7 @@ def number_events(events: Iterable[Event], first_id: int) -> None:
         event.id = number
 
 
-@lru_cache(maxsize=1024, typed=True)  # typed, or a `Money` and the text that equals it were one
+@lru_cache(maxsize=1024, typed=True)  # typed: a text may equal a `Money` (below), but be written otherwise
 def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no text that a spreadsheet runs."""
     text = io.StringIO()
@@ -838,14 +838,11 @@ def seconds_of(totals: Totals) -> int:
     return sum(seconds for _, seconds in totals.values())
 
 
-# Claims are fixed-point numbers with CLAIM_BITS after the point, and sums of prices that are rounded up. So
-# the remainders that `share_out` compares are too high, but in the lowest DOUBT_BITS alone: all cents x all
-# seconds have fewer bits. Remainders that differ do so above these, unless the numbers were chosen for it.
-CLAIM_BITS, DOUBT_BITS = 512, 160
+CLAIM_BITS = 512  # of a claim, after the point: claims are sums of fractions, as fixed-point numbers
 
 
 def price_of_second(net: int, seconds: int) -> int:
-    """Return what a second is worth, rounded up in the last bit of a claim."""
+    """Return what a second is worth, as a claim, rounded up in the last bit: `share_out` says why up."""
     return -((-net << CLAIM_BITS) // (seconds or 1))
 
 
@@ -853,7 +850,7 @@ def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Le
     """Return a month's ledger: the one place where its seconds and fees are added up.
 
     A claim is the sum of prices x seconds. A second is paid twice, at its user's price and at that of the
-    silent, each rounded up in the last bit: so a claim is too high by less than twice the label's seconds.
+    silent.
     """
     fees = net = heard = listeners = 0
     for subscription in subscriptions.values():
@@ -881,12 +878,18 @@ def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Le
     )
 
 
+# Two prices that are rounded up make a claim too high by less than twice its seconds, in its last bits. Were
+# it too low, a share of just so many cents would be rounded down to one less. All cents x all seconds have
+# fewer than DOUBT_BITS, so of two remainders only these bits can be wrong. Two that are not equal differ
+# above them, unless somebody chose the numbers for it.
+DOUBT_BITS = 160
+
+
 def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[str, int]]:
     """Share out `cents` by claims on `whole`, to the last cent: by the largest remainder.
 
     Each gets its share rounded down; what is left goes, a cent each, to those who lost most by the
-    rounding, ties in order of the name. Claims are rounded up in their last bits, so remainders that are
-    equal may differ there: they are compared without the last DOUBT_BITS.
+    rounding, ties in order of the name. Remainders are compared without the last DOUBT_BITS.
     """
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
@@ -936,7 +939,7 @@ class Books:
     """What reports and users are made from. Who reads in steps needs a snapshot: others write in between.
 
     A snapshot, and a closed month's account, has the very totals of the books until these change: a change
-    copies them first. So an account whose totals are those of the books, `is`, is as it was closed.
+    copies them first. So while `account.totals is books.months[month]`, nothing has changed since the close.
     """
 
     subscriptions: dict[str, Subscription]
@@ -982,9 +985,9 @@ class Books:
         """Return the month with which adjustments are paid: the first open one, or else after the closed."""
         return next(iter(self.open_months() or map(month_after, reversed(self.closed))), "")
 
-    def obstacle(self, month: str, status: str, now: float) -> str:
-        """Return what stands in the way of making an open month closed, or a closed one open, if anything."""
-        if status == "open":
+    def obstacle(self, month: str, wanted: str, now: float) -> str:
+        """Return what stands in the way of having an open month closed, or a closed one open, if anything."""
+        if wanted == "open":
             return f"{max(self.closed)} is closed: open it first" if max(self.closed) > month else ""
         if month >= month_of(int(now) // DAY):
             return f"{month} is not over"
@@ -1049,7 +1052,7 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     for month in books.closed:
         found[month] = yield from changed_since_close(books, month)
     for account in books.closed.values():
-        for month, paid in account.adjustments.items():  # month may be open again: it gets that back
+        for month, paid in account.adjustments.items():  # of a month that is open again: it pays all itself
             found[month] = subtract(found.get(month, {}), paid)
     return {month: amounts for month, amounts in sorted(found.items()) if amounts}
 
@@ -1292,7 +1295,8 @@ class Import:
     def _add_track(self, item: object) -> None:
         if not isinstance(item, dict) or "track_id" not in item:
             raise InvalidError("track_id is missing")
-        key = min((key for key in item if key.startswith("label")), default="label")  # not label_name then
+        # A file may name it label, label_id or label_name: of several the first in this order is taken.
+        key = min((key for key in item if key.startswith("label")), default="label")
         track, label = check_text("track_id", item["track_id"]), check_text(key, item.get(key))
         if self.labels.setdefault(track, label) != label:
             raise InvalidError(f"track {track!r} is there twice, with another label")
@@ -1311,7 +1315,7 @@ class Import:
             names = [cell.strip().casefold().replace(" ", "_") for cell in cells]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            told = telling(f"reading {path.name}, lines", map(check_line, lines))
+            told = telling(f"reading {path.name}, lines", map(check_line, lines))  # ends at the first too long
             rows = csv.reader(told, delimiter=delimiter, strict=True)
             while True:
                 with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):
@@ -1460,7 +1464,7 @@ UNDO_IMPORT = (  # of the import :number, and what its subscriptions have replac
         SELECT user_id, product_type, fee, origin, import FROM replaced WHERE replaced_by = :number""",
     "DELETE FROM replaced WHERE replaced_by = :number",
     "DELETE FROM imports WHERE id = :number",
-    "UPDATE sequence SET number = :last + :size + 1",
+    "UPDATE sequence SET number = :last + :size + 1",  # one more: the subscriptions change, too
 )
 # A number that was given is in one of these, even if the stream is gone, or a table was emptied.
 LAST_NUMBER = """
@@ -1591,14 +1595,14 @@ class Journal:
             if now.st_size < self.sizes[path]:
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                self._empty_wal()  # another process may have done it, but then this works, too
+                self._empty_wal()  # raises if commits are lost, not if another process has moved them
             self.sizes[path] = now.st_size
 
     def _empty_wal(self) -> None:
-        """Move what the WAL holds into the file; raises StorageError or sqlite3.Error.
+        """Have SQLite move what it has committed into the file, and truncate the WAL.
 
-        SQLite moves what it has committed, and truncates the WAL. A commit that was refused, for its sync had
-        failed, can still be whole in there: a restart would bring it back. This fails if a part is missing.
+        A commit that was refused, for its sync had failed, can still be whole in the WAL: a restart would
+        bring it back. Raises StorageError or sqlite3.Error, also if SQLite misses something in the WAL.
         """
         busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
@@ -1869,9 +1873,10 @@ GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permu
 
 
 class Cursor(NamedTuple):
-    """How far a client has read: in this sequence, up to `after`.
+    """How far a client has read: in this sequence, up to the number `after`.
 
-    Who reads everything for the first time, in pages, began when the latest number was `began`.
+    `began` is the latest number of the moment in which it began to read everything, in pages: it had nothing
+    then, so it misses no tombstone from before.
     """
 
     sequence: str = ""
@@ -2144,9 +2149,10 @@ async def finish(state: State, work: Generator[Any, None, T], first: bool = Fals
         while True:
             until = time.monotonic() + SLICE_SECONDS
             try:
-                next(work)
-                while time.monotonic() < until:
+                while True:
                     next(work)
+                    if time.monotonic() >= until:
+                        break
             except StopIteration as end:
                 return cast("T", end.value)
             slices += 1
@@ -2201,7 +2207,8 @@ class SingleFlight:
                 is_made = flight.done() and not flight.cancelled() and not flight.exception()
                 if not is_made:
                     flight.cancel()  # nobody waits for it
-                is_kept = is_made and len(flight.result() or b"") <= KEPT_BYTES  # None, "too long", is, too
+                # None says that an answer is too long to be kept; that is kept.
+                is_kept = is_made and len(flight.result() or b"") <= KEPT_BYTES
                 if flights.get(key) is flight and not is_kept:
                     del flights[key]
 
@@ -2231,7 +2238,7 @@ async def answer_cached(
 
     `key` is what was asked for. `make` is called before anything can change, and takes what it needs of this
     moment then, not when it makes its pieces. `more` are headers. `most` is infinite where what makes the
-    pieces can fail: its error still has its status then.
+    pieces can fail, for its error still has its status then, and where the `etag` is not that of the data.
     """
     etag = etag or state.usage.etag
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
@@ -2458,7 +2465,8 @@ async def get_streams(request: web.Request) -> Answer:
     in_range = [("stream_started_on", range(since, until))] if {"from", "to"} & asked.keys() else []
     wanted = (*wanted_in(asked), *in_range)
     in_time = state.usage.by_start.between(asked.get("from", -math.inf), asked.get("to", math.inf))
-    following = (matching(chunk, wanted) for chunk in state.usage.by_id.between(cursor.after + 1))
+    later = state.usage.by_id.between(cursor.after + 1)  # both now, for the first await ends this moment
+    following = (matching(chunk, wanted) for chunk in later)
     total = state.usage.count
     if asked:
         totals = await finish(state, aggregate(in_time, (), None, wanted_in(asked), None))
@@ -2561,8 +2569,7 @@ async def delete_stream(request: web.Request) -> Answer:
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a number, each stream once, as it is now.
 
-    A client can go on if no tombstone is forgotten that it needs. Who still reads everything for the first
-    time, in pages, needs none from before it began: it had nothing then.
+    A client can go on if no tombstone is forgotten that it needs: see Cursor.
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
