@@ -176,6 +176,31 @@ def telling(what: str, items: Iterable[T]) -> Iterator[T]:
         yield item
 
 
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of `size` items; the last may be shorter."""
+    rest = iter(items)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch
+
+
+def in_steps(items: Iterable[T]) -> Steps[list[T]]:
+    """Return items that are made one after the other as a list."""
+    made = []
+    for item in items:
+        yield
+        made.append(item)
+    return made
+
+
+def sort_in_steps(items: Iterable[T], key: Callable[[T], Any]) -> Steps[Iterator[T]]:
+    """Return items in order, sorted in runs that are then merged: all at once would take too long."""
+    runs = []
+    for some in batched(items, CHUNK_EVENTS):
+        yield
+        runs.append(sorted(some, key=key))
+    return merge(*runs, key=key)
+
+
 # ── Events ──────────────────────────────────────────────────────────────────────────────────────
 # What an event is: the only place where one is checked and encoded.
 
@@ -703,31 +728,6 @@ def aggregate(
     return rows[:limit]
 
 
-def sort_in_steps(items: Iterable[T], key: Callable[[T], Any]) -> Steps[Iterator[T]]:
-    """Return items in order, sorted in runs that are then merged: all at once would take too long."""
-    runs = []
-    for some in batched(items, CHUNK_EVENTS):
-        yield
-        runs.append(sorted(some, key=key))
-    return merge(*runs, key=key)
-
-
-def in_steps(items: Iterable[T]) -> Steps[list[T]]:
-    """Return items that are made one after the other as a list."""
-    made = []
-    for item in items:
-        yield
-        made.append(item)
-    return made
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield lists of `size` items; the last may be shorter."""
-    rest = iter(items)
-    while batch := list(itertools.islice(rest, size)):
-        yield batch
-
-
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
 # Who is owed what. Money is in ints: cents, or hundredths of a cent before the revenue is rounded.
 # A month's streams and fees make a ledger, a ledger is shared out, and what comes of it is an account:
@@ -852,7 +852,7 @@ def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Le
     A claim is the sum of prices x seconds. A second is paid twice, at its user's price and at that of the
     silent.
     """
-    fees = net = heard = listeners = 0
+    fees = net = heard_net = listeners = 0
     for subscription in subscriptions.values():
         yield
         fees, net = fees + subscription.fee, net + subscription.net
@@ -863,11 +863,11 @@ def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Le
         price, seconds = 0, seconds_of(own)
         if seconds and user in subscriptions:
             price = price_of_second(subscriptions[user].net, seconds)
-            heard, listeners = heard + subscriptions[user].net, listeners + 1
+            heard_net, listeners = heard_net + subscriptions[user].net, listeners + 1
         for label, total in own.items():
             add_up(labels, label, total)
             claims[label] += price * total[1]
-    seconds, silent = seconds_of(labels), net - heard
+    seconds, silent = seconds_of(labels), net - heard_net
     price = price_of_second(silent, seconds)
     for label, total in labels.items():
         yield
@@ -1315,7 +1315,7 @@ class Import:
             names = [cell.strip().casefold().replace(" ", "_") for cell in cells]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            told = telling(f"reading {path.name}, lines", map(check_line, lines))  # ends at the first too long
+            told = telling(f"reading {path.name}, lines", map(check_line, lines))  # ends with one too long
             rows = csv.reader(told, delimiter=delimiter, strict=True)
             while True:
                 with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):
@@ -1429,7 +1429,7 @@ MIGRATIONS = (
     """,
 )
 
-# Each with its rows. In the place of {rows} stand many at a time, any other statement is run for each.
+# Each with its rows. A statement with {rows} takes many at a time, any other is run for each of them.
 Statements = Sequence[tuple[str, Iterable[Any]]]
 Apply = Callable[[], None]  # makes visible what is stored
 Decide = Callable[[], Awaitable[tuple[Statements, Apply]]]
@@ -1451,7 +1451,7 @@ LATEST_IMPORT = """
         (SELECT count(*) FROM subscriptions WHERE import = imports.id)
     FROM imports ORDER BY id DESC LIMIT 1
 """
-CLOSED_BY_IMPORT = """
+CLOSED_MONTH_OF_IMPORT = """
     SELECT month FROM closed_months JOIN streams ON id >= ? AND id < ?
     AND month = strftime('%Y-%m', stream_started_on, 'unixepoch') ORDER BY month DESC LIMIT 1
 """
@@ -1574,7 +1574,7 @@ class Journal:
         for number, migration in enumerate(MIGRATIONS[version:], version + 1):
             of_file = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number};"
             self.connection.executescript(f"BEGIN; {migration} {of_file} COMMIT;")
-        # What a kill has left in the WAL may not be on disk: it is before it is shown.
+        # What a kill has left in the WAL may not be on disk: the checkpoint puts it there, before `load`.
         self.connection.executescript(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
         )
@@ -1671,7 +1671,7 @@ class Journal:
         if not (found := execute(LATEST_IMPORT).fetchone()):
             raise StorageError("it holds none")
         number, first_id, size, streams, subscriptions = found
-        if closed := execute(CLOSED_BY_IMPORT, [first_id, first_id + size]).fetchone():
+        if closed := execute(CLOSED_MONTH_OF_IMPORT, [first_id, first_id + size]).fetchone():
             raise StorageError(f"{closed[0]} is closed: open it first")
         names = {"number": number, "first_id": first_id, "size": size, "last": self._last_number()}
         self.commit([(statement, [names]) for statement in UNDO_IMPORT])
@@ -1754,7 +1754,7 @@ class Journal:
                 usage.advance(change.number)
                 change.done.set_result(None)
                 if time.monotonic() > began + SLICE_SECONDS:
-                    await asyncio.sleep(SLICE_SECONDS)  # a poll needs the event loop several times
+                    await asyncio.sleep(SLICE_SECONDS)  # a request needs the event loop several times
                     began = time.monotonic()
 
     async def _store(self, group: Sequence[Change]) -> None:
@@ -1885,7 +1885,7 @@ class Cursor(NamedTuple):
 
 
 def parse_cursor(text: str) -> Cursor:
-    """Return the cursor NAME-AFTER, NAME-AFTER-BEGAN or AFTER; the last is an id in a page of streams."""
+    """Return the cursor NAME-AFTER, NAME-AFTER-BEGAN or AFTER; a page of streams takes an id as AFTER."""
     name, *numbers = text.split("-") if "-" in text else ("", text)
     return Cursor(name, *map(int, numbers))
 
@@ -2464,7 +2464,7 @@ async def get_streams(request: web.Request) -> Answer:
     since, until = asked.get("from", 0), asked.get("to", sys.maxsize)
     in_range = [("stream_started_on", range(since, until))] if {"from", "to"} & asked.keys() else []
     wanted = (*wanted_in(asked), *in_range)
-    in_time = state.usage.by_start.between(asked.get("from", -math.inf), asked.get("to", math.inf))
+    in_time = state.usage.by_start.between(since, until)
     later = state.usage.by_id.between(cursor.after + 1)  # both now, for the first await ends this moment
     following = (matching(chunk, wanted) for chunk in later)
     total = state.usage.count
@@ -2474,8 +2474,8 @@ async def get_streams(request: web.Request) -> Answer:
 
     page: list[Event] = list(itertools.chain(*await finish(state, in_steps(first_of(following, limit + 1)))))
     listed = b",".join(event.stream for event in page[:limit])
-    last_listed = encode(page[limit - 1].id if len(page) > limit else None)
-    body = b'{"message":"Found Streams","data":[%b],"total":%d,"next":%b}' % (listed, total, last_listed)
+    next_id = encode(page[limit - 1].id if len(page) > limit else None)
+    body = b'{"message":"Found Streams","data":[%b],"total":%d,"next":%b}' % (listed, total, next_id)
     return answer_now(200, body)
 
 
@@ -2520,7 +2520,7 @@ def find_stream(request: web.Request) -> Event:
     text = request.match_info["id"]
     if not (text.isascii() and text.isdecimal()):
         raise InvalidError("Stream ID Invalid")
-    return request.app[STATE].usage.find(int(text.lstrip("0")[:30] or "0"))
+    return request.app[STATE].usage.find(int(text.lstrip("0")[:30] or "0"))  # no id has 30 digits
 
 
 def check_version(request: web.Request, stream: Event) -> None:
@@ -2616,23 +2616,23 @@ def write_users(books: Books) -> Pieces:
     yield b"]}" if opening == b"," else opening + b"]}"
 
 
-def parse_path(request: web.Request, name: str, fault: str) -> str:
+def parse_path(request: web.Request, fault: str) -> str:
     """Return the user or label that ends the path; raises InvalidError with the `fault`."""
     try:
-        return check_text(name, unquote(request.rel_url.raw_parts[-1], errors="strict"))
-    except ValueError:
+        return check_text("", unquote(request.rel_url.raw_parts[-1], errors="strict"))
+    except ValueError:  # an InvalidError is one, too
         raise InvalidError(fault) from None
 
 
 async def get_user(request: web.Request) -> Answer:
     """Show what a user streamed and subscribes to."""
-    described = describe_user(request.app[STATE].books, parse_path(request, "user_id", "User ID Invalid"))
+    described = describe_user(request.app[STATE].books, parse_path(request, "User ID Invalid"))
     return answer_success("Found User Stream Report", encode(described))
 
 
 async def put_user(request: web.Request) -> Answer:
     """Set a user's subscription."""
-    state, user = request.app[STATE], parse_path(request, "user_id", "User ID Invalid")
+    state, user = request.app[STATE], parse_path(request, "User ID Invalid")
     value, _ = await read_json(request)
     subscription = parse_subscription(value)
     number, row = state.usage.next_number(), (user, *astuple(subscription), None)
@@ -2676,7 +2676,7 @@ async def get_report(request: web.Request) -> Answer:
 
 async def get_statement(request: web.Request) -> Answer:
     """Tell why a label is owed what it is owed for a month."""
-    label = parse_path(request, "label", "Label Invalid")
+    label = parse_path(request, "Label Invalid")
     asked = parse_query(request.rel_url.raw_query_string, "month", "format")
     if not (month := asked.get("month")):
         raise InvalidError("month is missing")
@@ -2822,7 +2822,7 @@ class State:
         return self.locks.setdefault(name, asyncio.Lock())  # it lives for as long as somebody holds it
 
     async def yield_to_others(self) -> None:
-        """Let the event loop go round. Of all that is long, one goes on each time, for one time slice."""
+        """Let the event loop go round. What is long queues here, so that each round has one time slice."""
         async with self.turn:
             await asyncio.sleep(0)
 
