@@ -429,7 +429,7 @@ class Order:
             return
         for at, group in self._by_chunk(events):
             changed = [*self.chunks[at]]
-            if self.key(group[0]) > self.key(changed[-1]):  # as most do, in order of id and version
+            if self.key(group[0]) > self.key(changed[-1]):  # all come last, as new ids and versions do
                 changed += group
             elif len(group) > len(changed) // 16:  # sorting anew is quicker than finding so many places
                 changed = sorted(changed + group, key=self.key)
@@ -445,7 +445,7 @@ class Order:
             self._replace(at, [event for event in self.chunks[at] if event not in leaving])
 
     def between(self, low: float = -math.inf, high: float = math.inf) -> deque[Chunk]:
-        """Return the events with `low <= field < high`, in order, as chunks."""
+        """Return the events with `low <= field < high`, in order, as chunks; a single one may be empty."""
         first = bisect_left(self.chunks, low, key=lambda chunk: self.value(chunk[-1]))
         end = bisect_left(self.chunks, high, key=lambda chunk: self.value(chunk[0]))
         found = deque(itertools.islice(self.chunks, first, end))
@@ -484,7 +484,7 @@ class Usage:
     """The events that are kept, by start and by id, and the number of the latest change of all data."""
 
     def __init__(self, record: Callable[[Sequence[Event], int], object], keep: float = math.inf) -> None:
-        """Keep the `keep` events that started last, and have recorded what comes (1) and goes (-1)."""
+        """Keep the `keep` events that started last, and tell `record` what comes (1) and goes (-1)."""
         self.record = record
         self.keep = keep
         self.by_start, self.by_id = Order("stream_started_on"), Order("id")
@@ -676,7 +676,6 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
         return totals_of(events, *windows, *values_of(events, *names))
 
     if (window, names) in chunk.known:
-        # None is known of those that are too many.
         return chunk.known[window, names] or totals(matching(chunk, wanted))
     found = totals(chunk)
     chunk.known[window, names] = found if len(found) <= len(chunk) // 4 else None
@@ -812,11 +811,14 @@ def add_lines(lines: Iterable[Line]) -> Line:
     return Line(*map(sum, zip(Line(), *lines, strict=True)))
 
 
+CLAIM_BITS = 512  # of a claim, after the point: claims are sums of fractions, as fixed-point numbers
+
+
 @dataclass(frozen=True)
 class Ledger:
     """What a month's streams and fees come to.
 
-    Fees and revenue are in cents, net fees and claims in hundredths of one, claims with CLAIM_BITS.
+    Fees and revenue are in cents, net fees and claims in hundredths of one.
     A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
     user; the fees of the silent, who streamed nothing, go by the seconds of all.
     """
@@ -836,9 +838,6 @@ class Ledger:
 def seconds_of(totals: Totals) -> int:
     """Add up the seconds of such totals."""
     return sum(seconds for _, seconds in totals.values())
-
-
-CLAIM_BITS = 512  # of a claim, after the point: claims are sums of fractions, as fixed-point numbers
 
 
 def price_of_second(net: int, seconds: int) -> int:
@@ -878,10 +877,10 @@ def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Le
     )
 
 
-# Two prices that are rounded up make a claim too high by less than twice its seconds, in its last bits. Were
-# it too low, a share of just so many cents would be rounded down to one less. All cents x all seconds have
-# fewer than DOUBT_BITS, so of two remainders only these bits can be wrong. Two that are not equal differ
-# above them, unless somebody chose the numbers for it.
+# Prices are rounded up, or a share of exactly n cents would be rounded down to n - 1. A claim is made of two
+# prices, so in its last bits it is too high by less than twice its seconds. It is multiplied by the cents: so
+# a remainder is too high by less than 2 x cents x seconds, which has fewer than DOUBT_BITS. Remainders that
+# really differ do so above these last bits, unless the numbers were chosen for it.
 DOUBT_BITS = 160
 
 
@@ -945,7 +944,7 @@ class Books:
     subscriptions: dict[str, Subscription]
     months: defaultdict[str, ByUser] = field(default_factory=lambda: defaultdict(dict))
     tracks: dict[str, Totals] = field(default_factory=dict)  # of each user, over all time
-    closed: dict[str, Account] = field(default_factory=dict)  # in order of the month
+    closed: dict[str, Account] = field(default_factory=dict)  # in order; replaced, for snapshots have it, too
     copy_on_record: set[str] = field(default_factory=set)  # months whose totals others have, too
 
     def record(self, events: Sequence[Event], sign: int = 1) -> None:
@@ -1052,7 +1051,8 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     for month in books.closed:
         found[month] = yield from changed_since_close(books, month)
     for account in books.closed.values():
-        for month, paid in account.adjustments.items():  # of a month that is open again: it pays all itself
+        for month, paid in account.adjustments.items():
+            # Nothing is found for a month that is open again: it pays all itself, so this is taken back.
             found[month] = subtract(found.get(month, {}), paid)
     return {month: amounts for month, amounts in sorted(found.items()) if amounts}
 
@@ -1115,9 +1115,11 @@ def describe_lines(lines: Mapping[str, Line]) -> Steps[Iterator[dict[str, Any]]]
 
 
 def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
-    """Return the report over a month, or over all with a stream or an adjustment."""
+    """Return the report over a month, or over all but those that were closed and never had a stream."""
     accounts = yield from accounts_of(books, month)
-    accounts = {name: each for name, each in accounts.items() if month or each.totals or each.adjustments}
+    if not month:
+        used = {name for name, each in accounts.items() if books.months.get(name) or each.lines()}
+        accounts = {name: account for name, account in accounts.items() if name in used}
     by_label: defaultdict[str, list[Line]] = defaultdict(list)
     for account in accounts.values():
         for label, line in account.lines().items():
@@ -1297,7 +1299,7 @@ class Import:
             raise InvalidError("track_id is missing")
         # A file may name it label, label_id or label_name: of several the first in this order is taken.
         key = min((key for key in item if key.startswith("label")), default="label")
-        track, label = check_text("track_id", item["track_id"]), check_text(key, item.get(key))
+        track, label = check_text("track_id", item["track_id"]), check_text("label", item.get(key))
         if self.labels.setdefault(track, label) != label:
             raise InvalidError(f"track {track!r} is there twice, with another label")
 
@@ -1315,13 +1317,13 @@ class Import:
             names = [cell.strip().casefold().replace(" ", "_") for cell in cells]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            told = telling(f"reading {path.name}, lines", map(check_line, lines))  # ends with one too long
-            rows = csv.reader(told, delimiter=delimiter, strict=True)
+            told = telling(f"reading {path.name}, lines", map(check_line, lines))
+            rows = csv.reader(told, delimiter=delimiter, strict=True)  # it has no more after a line too long
             while True:
                 with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):
                     if (row := next(rows, None)) is None:
                         break
-                    if not "".join(row).strip():
+                    if not "".join(row).strip() and len(row) in (0, 1, len(names)):  # an empty line
                         continue
                     if len(row) != len(names):
                         raise InvalidError(f"{len(row)} columns instead of {len(names)}")
@@ -1389,7 +1391,7 @@ async def fetch(url: str) -> bytes:
 # ── Storage ─────────────────────────────────────────────────────────────────────────────────────
 # With --db, what is written is on disk first and visible second: the usage answers, SQLite remembers.
 
-APPLICATION_ID = int.from_bytes(b"secs")  # in the file's header
+APPLICATION_ID = b"secs"  # in the file's header
 MIGRATIONS = (
     """
     CREATE TABLE streams (
@@ -1466,7 +1468,8 @@ UNDO_IMPORT = (  # of the import :number, and what its subscriptions have replac
     "DELETE FROM imports WHERE id = :number",
     "UPDATE sequence SET number = :last + :size + 1",  # one more: the subscriptions change, too
 )
-# A number that was given is in one of these, even if the stream is gone, or a table was emptied.
+# In a file of version 1 the sequence is 0, and somebody may have changed a table by hand: no number that any
+# of these knows of is given again.
 LAST_NUMBER = """
     SELECT coalesce(max(number), 0) FROM (
         SELECT number FROM sequence UNION ALL SELECT max(max(id), max(version)) FROM streams
@@ -1503,12 +1506,14 @@ def is_mounted_alone(path: str) -> bool:
     return os.path.ismount(path)
 
 
-def read_application_id(path: Path) -> int | None:
-    """Return what stands in the file's header, or None if it is no database, and touch nothing beside it."""
-    header = sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)
-    with contextlib.closing(header), contextlib.suppress(sqlite3.DatabaseError):
-        return int(header.execute("PRAGMA application_id").fetchone()[0])
-    return None
+def read_application_id(path: Path) -> bytes:
+    """Return what stands in the header of an SQLite file, or b"" for any other, and touch nothing beside it.
+
+    SQLite itself would need the WAL: after a kill the file alone may be damaged.
+    """
+    with path.open("rb") as file:
+        header = file.read(72)
+    return header[68:] if header.startswith(b"SQLite format 3\0") else b""
 
 
 @contextlib.contextmanager
@@ -1572,7 +1577,7 @@ class Journal:
         if version > len(MIGRATIONS):
             raise StorageError(f"it is of version {version}, this program is of {len(MIGRATIONS)}")
         for number, migration in enumerate(MIGRATIONS[version:], version + 1):
-            of_file = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number};"
+            of_file = f"PRAGMA application_id = 0x{APPLICATION_ID.hex()}; PRAGMA user_version = {number};"
             self.connection.executescript(f"BEGIN; {migration} {of_file} COMMIT;")
         # What a kill has left in the WAL may not be on disk: the checkpoint puts it there, before `load`.
         self.connection.executescript(
@@ -1595,7 +1600,7 @@ class Journal:
             if now.st_size < self.sizes[path]:
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                self._empty_wal()  # raises if commits are lost, not if another process has moved them
+                self._empty_wal()  # another process may have emptied it: if not, SQLite misses commits here
             self.sizes[path] = now.st_size
 
     def _empty_wal(self) -> None:
@@ -1772,7 +1777,7 @@ class Journal:
             raise
 
     async def close(self, running: asyncio.Task[None]) -> None:
-        """End `run` when nothing waits any more, and close the file."""
+        """End `run` when nothing waits any more, and close the file; `serve` does without, and just exits."""
         self.closing = True
         self.wake.set()
         await running
@@ -1876,7 +1881,7 @@ class Cursor(NamedTuple):
     """How far a client has read: in this sequence, up to the number `after`.
 
     `began` is the latest number of the moment in which it began to read everything, in pages: it had nothing
-    then, so it misses no tombstone from before.
+    then, so it needs no tombstone up to that, even while `after` is lower.
     """
 
     sequence: str = ""
@@ -1908,7 +1913,7 @@ DEFAULTS = {("order", "asc"), ("format", "json")}  # to say them is to say nothi
 
 @lru_cache(maxsize=64)
 def parse_query(query: str, *parameters: str) -> Mapping[str, Any]:
-    """Parse a query string; the values of a name, which may come more than once, are returned as a set.
+    """Parse a query string. Each of NAMES may come more than once, so their values are sets.
 
     Raises InvalidError, which names the parameter.
     """
@@ -2236,16 +2241,16 @@ async def answer_cached(
 ) -> Answer:
     """Return 304 if the client has it already, else all of it, or pieces if that is longer than `most`.
 
-    `key` is what was asked for. `make` is called before anything can change, and takes what it needs of this
-    moment then, not when it makes its pieces. `more` are headers. `most` is infinite where what makes the
-    pieces can fail, for its error still has its status then, and where the `etag` is not that of the data.
+    `key` is what was asked for. `make` is called at once, and takes what it needs of this moment then: only
+    its pieces are made later. `more` are headers. `most` is infinite where what makes the pieces can fail,
+    for its error still has its status then, and where the `etag` is not that of the data.
     """
     etag = etag or state.usage.etag
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
         return Answer(304, headers=cache_headers(etag, kind) + more)
     key = (etag, key)
     body = await state.answers.get(key, lambda: finish(state, join_up_to(most, make())))
-    if body is None:  # it is made from what there is now
+    if body is None:  # too long: it is made from what there is after this await, under the ETag of that
         return Answer(200, make(), cache_headers(state.usage.etag, kind) + more)
     headers = cache_headers(etag, kind) + more
     if len(body) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
@@ -2345,7 +2350,7 @@ async def answer_errors(state: State, request: web.Request, handler: Handler) ->
         kept = {name: text for name, text in error.headers.items() if name in KEPT_HEADERS}
         return answer_now(error.status, encode({"error": error.reason}), **kept)
     except ConnectionError:
-        return Answer(200)  # nobody gets it: the client has disconnected
+        return Answer(200)  # nobody gets it: the client disconnected before it had sent its body
     except Exception:
         log.exception("%s %r failed", request.method, request.path)
         return answer_now(500, encode({"error": "internal error"}))
@@ -2377,7 +2382,6 @@ def read_page(path: Path) -> tuple[bytes, str]:
 
 
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────
-# Each parses, asks the rules above, and answers.
 
 
 async def get_page(request: web.Request) -> Answer:
@@ -2755,7 +2759,7 @@ def resident_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-STREAM_PATH = "/api/v1/{_:streams?}/{id}"  # both spellings are in use
+STREAM_PATH = "/api/v1/{_:streams?}/{id:[^/]+}"  # both spellings are in use
 USER_PATH = "/api/v1/users/{user_id:[^/]+}"
 
 ROUTES = (
@@ -2776,7 +2780,7 @@ ROUTES = (
     web.get("/api/v1/report", get_report),
     web.get("/api/v1/report/{label:[^/]+}", get_statement),
     web.get("/api/v1/months", get_months),
-    web.put("/api/v1/months/{month}", put_month),
+    web.put("/api/v1/months/{month:[^/]+}", put_month),
 )
 
 
@@ -2857,7 +2861,7 @@ def abort_if_failed(running: asyncio.Task[None]) -> None:
 
 @contextlib.asynccontextmanager
 async def own_journal(app: web.Application) -> AsyncIterator[None]:
-    """Run the journal and, where the application is cleaned up, store what waits; `serve` just exits."""
+    """Run the journal for as long as the application lives."""
     journal = app[STATE].journal
     if not journal:
         yield

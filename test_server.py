@@ -685,6 +685,10 @@ def test_what_stands_in_the_way_of_closing_and_opening_is_said() -> None:
     assert books.obstacle("2018-05", "open", now) == "2019-01 is closed: open it first"
     for month, status in (("2018-05", "closed"), ("2019-01", "closed"), ("2019-01", "open"), ("2019-02", "open"), ("2019-02", "closed")):
         assert books.obstacle(month, status, NOW) == ""
+    assert report_of(books)[0]["months"] == ["2019-01", "2019-02"]
+    books.record([event(server.month_start("2018-05"), 1, "user1", label="a")])
+    assert report_of(books)[0]["months"] == ["2018-05", "2019-01", "2019-02"]  # a stream is there, and what was paid was nothing
+    books.record([event(server.month_start("2018-05"), 1, "user1", label="a")], -1)
     books.reopen("2019-01")
     assert report_of(books, "2019-01")[0]["status"] == "open"
     assert report_of(books)[0]["months"] == ["2019-01", "2019-02"]
@@ -1114,12 +1118,14 @@ def test_a_bad_row_is_named_with_its_line(tmp_path: Path, row: str, fault: str) 
         ({"users": USERS + "user 3;premium;1;store\n"}, "users.csv:4: origin must"),
         ({"users": USERS + "user 3;premium;-1;web\n"}, "users.csv:4: fee must"),
         ({"users": USERS + "user 3;premium\n"}, "users.csv:4: 2 columns instead of 4"),
+        ({"users": USERS + ";;;\n\n \n;;;;\n"}, "users.csv:7: 5 columns instead of 4"),
         ({"users": USERS + '"user 3'}, "users.csv:4: unexpected end of data"),
         ({"users": "user;fee\n"}, "users.csv: the first line must name the columns"),
         ({"users": ""}, "users.csv: the first line must name the columns"),
         ({"tracks": {}}, "tracks.json: it must hold a list"),
         ({"tracks": [*TRACKS, 5]}, "tracks.json, track 3: track_id is missing"),
         ({"tracks": [*TRACKS, {"track_id": "t"}]}, "tracks.json, track 3: label must"),
+        ({"tracks": [*TRACKS, {"track_id": "t", "label\nserver.py: all is well\x1b[2J": 5}]}, "tracks.json, track 3: label must"),
         ({"tracks": [*TRACKS, {"track_id": "track 1", "label": "x"}]}, "tracks.json, track 3: track 'track 1' is there twice"),
     ],
 )
@@ -2523,7 +2529,7 @@ async def test_a_body_that_has_come_leaves_the_connection_open(start: Start) -> 
 
 
 @pytest.mark.parametrize(
-    ("stream_id", "status"), [("0", 404), ("2", 404), ("1" + "0" * 30, 404), ("9" * 5_000, 404), ("0" * 99 + "2", 404), ("abc", 400), ("-1", 400), ("1.0", 400), ("٣", 400), ("1%20", 400), ("%00", 400)]
+    ("stream_id", "status"), [("0", 404), ("2", 404), ("1" + "0" * 30, 404), ("9" * 5_000, 404), ("0" * 99 + "2", 404), ("abc", 400), ("-1", 400), ("1.0", 400), ("٣", 400), ("1%20", 400), ("%00", 400), ("%7B1%7D", 400)]
 )
 async def test_an_id_that_is_none_is_4xx(start: Start, stream_id: str, status: int) -> None:
     client = await start([event()])
@@ -2924,7 +2930,7 @@ async def test_without_a_file_no_month_is_closed(start: Start) -> None:
     assert json.loads((await money(client, "report/a?month=2019-01"))[0])["data"]["line"]["amount"] == "13.14"
 
 
-@pytest.mark.parametrize("month", ["2019-13", "2019-00", "2019-1", "2019", "2019-01-01", "0000-01", "1969-12", "x", "%20", "%D9%A2%D9%A0%D9%A1%D9%A9-01", "2019-01%0A", "%FF"])
+@pytest.mark.parametrize("month", ["%7B2019-01%7D", "2019-13", "2019-00", "2019-1", "2019", "2019-01-01", "0000-01", "1969-12", "x", "%20", "%D9%A2%D9%A0%D9%A1%D9%A9-01", "2019-01%0A", "%FF"])
 async def test_a_month_that_is_none_is_400(start: Start, tmp_path: Path, month: str) -> None:
     client = await with_example(start, tmp_path)
     for path in (f"months/{month}", f"report?month={month}", f"report/a?month={month}"):
@@ -5527,6 +5533,46 @@ async def test_what_a_kill_left_in_the_log_is_synced_before_it_is_shown(tmp_path
     out, errors = await process.communicate()
     assert (process.returncode, out) == (2, b"")
     assert errors.decode() == f"server.py: cannot use the database {path}: it is damaged or in use: disk I/O error\n"
+
+
+def latest_first_page(wal: Path) -> bytes:
+    """Return the first page of a database as the frames of its WAL have it."""
+    content, page = wal.read_bytes(), 4096
+    frames = range(32, len(content) - page - 23, page + 24)
+    return [content[at + 24 : at + 24 + page] for at in frames if content[at : at + 4] == b"\0\0\0\1"][-1]
+
+
+async def test_a_kill_between_the_first_page_and_the_others_of_a_checkpoint_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        async with session.post(f"{await program.url()}/api/v1/streams", json=[STREAM | {"stream_started_on": 1}] * 1_000) as answer:
+            assert answer.status == 201
+        program.process.kill()
+        await program.process.wait()
+    with path.open("r+b") as file:  # SQLite moves the first page first: it says how many there are
+        file.write(latest_first_page(tmp_path / "usage.db-wal"))
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as file_alone, pytest.raises(sqlite3.DatabaseError):
+        file_alone.execute("PRAGMA user_version")  # without the others it is damaged
+    async with started("--db", str(path), "--no-simulation") as program:
+        assert (await get_json(f"{await program.url()}/health"))["events"] == 1_000
+
+
+async def test_a_disk_that_was_full_at_the_end_is_no_reason_not_to_start_when_there_is_room(tmp_path: Path) -> None:
+    path, disk = tmp_path / "usage.db", ["mount", "-t", "tmpfs", "-o"]
+    if subprocess.run([*disk, "size=400k", "none", str(tmp_path)], check=False, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("nothing may be mounted here")
+    try:
+        async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+            url, statuses = await program.url(), list[int]()
+            while statuses[-1:] != [503]:
+                async with session.post(f"{url}/api/v1/streams", json=[STREAM | {"stream_started_on": 1}] * 20) as answer:
+                    statuses.append(answer.status)
+            await program.stop()
+        subprocess.run([*disk, "remount,size=4m", "none", str(tmp_path)], check=True)
+        async with started("--db", str(path), "--no-simulation") as program:
+            assert (await get_json(f"{await program.url()}/health"))["events"] == 20 * statuses.count(201) > 0
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)  # noqa: S607
 
 
 @pytest.mark.parametrize(
