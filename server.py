@@ -15,7 +15,8 @@ The map, from top to bottom. Each section uses only those above it, and the appl
     import        the three files of a royalty backend
     storage       with --db: on disk first, visible second
     simulation    events as client apps would send them
-    HTTP          requests: what is asked, and who may ask; answers: how they are kept and sent
+    requests      HTTP that comes in: what is asked, and who may ask
+    answers       HTTP that goes out: how answers are made, kept and sent
     handlers      one for each route; ROUTES is the index of the API
     application   what the handlers share, and who owns it
     command line  options, signals, the process
@@ -96,13 +97,13 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field, replace
 from email.utils import formatdate
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from heapq import merge
 from http import HTTPStatus
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
-from urllib.parse import parse_qsl, unquote, urlencode
+from urllib.parse import parse_qsl, unquote
 from weakref import WeakValueDictionary
 
 try:
@@ -125,15 +126,15 @@ GZIP_BYTES = 1024  # a shorter answer is not worth compressing
 GZIP_WBITS = 31  # as zlib calls a gzip stream
 LARGE_BYTES = 512 * 1024  # for mallopt: so much memory, once it is free, goes back to the system at once
 FREEZE_EVENTS = 20_000  # a search for garbage among so many takes some milliseconds
-KEPT_BYTES = 1024 * 1024  # a longer answer is not kept, and a longer list is written in pieces
+KEPT_BYTES = 1024 * 1024  # a longer answer is not kept, and a longer list is sent in pieces as they are made
 KEPT_ANSWERS = 64
 MOST_ROWS = 100_000  # of totals, in one answer
 KNOWN_TOTALS = 8  # so many groupings a chunk remembers
 PAGE_STREAMS = 1_000
 THREADS = 4
-SHORT_SLICES = 64  # of time: work that takes more is long
+SLICE_SECONDS = 0.0005  # a time slice: how long something may keep the event loop at a stretch
+SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
-SLICE_SECONDS = 0.0005  # how long something may keep the event loop at a stretch
 WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
 LINGER_SECONDS = 1  # how long a body that nobody wants may go on before its connection is closed
 BODY_BYTES = 1024 * 1024
@@ -184,7 +185,7 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def in_steps(items: Iterable[T]) -> Steps[list[T]]:
-    """Return items that are made one after the other as a list."""
+    """Return a list of items that are made one after the other."""
     made = []
     for item in items:
         yield
@@ -214,7 +215,7 @@ TEXT_CHARACTERS = 128
 
 INTEGER = re.compile(r"-?[0-9]{1,100}")
 HIGHEST_SECONDS = 2**31 - 1
-COMMON_SECONDS = {seconds: seconds for seconds in range(7_200)}  # one object of each is enough
+COMMON_SECONDS = tuple(range(7_200))  # one object of each is enough
 CSV_END = "\r\n"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
@@ -271,7 +272,7 @@ class Event:
         )
 
     @property
-    def stream(self) -> bytes:
+    def json_with_id(self) -> bytes:
         """The JSON with the id before the five keys."""
         return f'{{"id":{self.id},{self.fields}}}'.encode()
 
@@ -320,7 +321,7 @@ def check_text(name: str, value: object) -> str:
     """
     if not isinstance(value, str) or not 1 <= len(value) <= TEXT_CHARACTERS:
         raise InvalidError(f"{name} must be a text of 1 to {TEXT_CHARACTERS} characters")
-    if not value.isprintable() and FORBIDDEN_CHARACTERS.search(value):  # the first is quick
+    if not value.isprintable() and FORBIDDEN_CHARACTERS.search(value):  # the first condition is quick
         raise InvalidError(f"{name} must not contain control characters")
     return value
 
@@ -428,15 +429,15 @@ class Order:
             self._replace(0, sorted(events, key=self.key))
             return
         for at, group in self._by_chunk(events):
-            changed = [*self.chunks[at]]
-            if self.key(group[0]) > self.key(changed[-1]):  # all come last, as new ids and versions do
-                changed += group
-            elif len(group) > len(changed) // 16:  # sorting anew is quicker than finding so many places
-                changed = sorted(changed + group, key=self.key)
+            merged = [*self.chunks[at]]
+            if self.key(group[0]) > self.key(merged[-1]):  # all come last, as new ids and versions do
+                merged += group
+            elif len(group) > len(merged) // 16:  # sorting anew is quicker than finding so many places
+                merged = sorted(merged + group, key=self.key)
             else:
                 for event in group:
-                    insort(changed, event, key=self.key)
-            self._replace(at, changed)
+                    insort(merged, event, key=self.key)
+            self._replace(at, merged)
 
     def remove(self, events: Iterable[Any]) -> None:
         """Take out events that are there."""
@@ -445,7 +446,7 @@ class Order:
             self._replace(at, [event for event in self.chunks[at] if event not in leaving])
 
     def between(self, low: float = -math.inf, high: float = math.inf) -> deque[Chunk]:
-        """Return the events with `low <= field < high`, in order, as chunks; a single one may be empty."""
+        """Return the events with `low <= field < high`, in order, as chunks, none of them empty."""
         first = bisect_left(self.chunks, low, key=lambda chunk: self.value(chunk[-1]))
         end = bisect_left(self.chunks, high, key=lambda chunk: self.value(chunk[0]))
         found = deque(itertools.islice(self.chunks, first, end))
@@ -453,16 +454,17 @@ class Order:
             found[0] = Chunk(found[0][bisect_left(found[0], low, key=self.value) :])
         if found and self.value(found[-1][-1]) >= high:
             found[-1] = Chunk(found[-1][: bisect_left(found[-1], high, key=self.value)])
-        return found
+        return deque(filter(None, found))
 
     def _by_chunk(self, events: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
-        """Yield the place of each chunk that events belong to, and these: the last first, so none moves."""
+        """Yield the place of each chunk that events belong to, and these in order.
+
+        The last chunk comes first: so the caller may put several in its place, and those before stay theirs.
+        """
         pending = sorted(events, key=self.key)
         while pending:
-            at, last = len(self.chunks) - 1, self.key(pending[-1])
-            if last < self.key(self.chunks[at][0]):
-                at = max(0, bisect_right(self.chunks, last, key=lambda chunk: self.key(chunk[0])) - 1)
-            # The first chunk takes what is lower than all, too.
+            after = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
+            at = max(0, after - 1)  # the first chunk takes what is lower than all, too
             first = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
             yield at, pending[first:]
             del pending[first:]
@@ -553,9 +555,9 @@ class Usage:
         raise MissingError(f"there is no stream {stream_id}")
 
     def changes_after(self, number: int) -> Iterator[Chunk]:
-        """Yield what was created, changed or removed after this number, in order of version, as it is now.
+        """Return what was created, changed or removed after this number, in order of version, as it is now.
 
-        A stream that was never changed is found by its id.
+        However late it is read, it is of this moment. A stream that was never changed has its id as version.
         """
         created, changed = (order.between(number + 1) for order in (self.by_id, self.changed))
         unchanged = (event for event in itertools.chain(*created) if type(event) is Event)
@@ -599,7 +601,7 @@ def matching(events: Chunk, wanted: Wanted) -> Chunk:
     return events
 
 
-def first_of(chunks: Iterable[Chunk], limit: float) -> Generator[Chunk, None, None]:
+def first_of(chunks: Iterable[Chunk], limit: float) -> Iterator[Chunk]:
     """Yield chunks until there are `limit` events."""
     for chunk in chunks:
         yield chunk if len(chunk) <= limit else Chunk(chunk[: int(limit)])
@@ -609,9 +611,9 @@ def first_of(chunks: Iterable[Chunk], limit: float) -> Generator[Chunk, None, No
 
 
 # ── Totals ──────────────────────────────────────────────────────────────────────────────────────
-# Streams and seconds under a key each, all counted by `totals_of`. A chunk's own never change, so they add up
-# to any grouping, filter and window of /usage. Those of `Books` are changed by each event: so how long a
-# report or a user takes depends on how many users, labels and tracks there are, and not on the events.
+# How many streams and seconds there are under each key, all counted by `totals_of`. A chunk's own totals
+# never change, so they add up to any grouping, filter and window of /usage. Those of `Books` change with
+# each event: so how long a report takes depends on how many users and labels there are, not on the events.
 
 Total = tuple[int, int]  # streams and seconds
 Totals = dict[Any, Total]
@@ -643,7 +645,7 @@ def add_up(totals: Totals, key: Any, total: Total, sign: int = 1) -> None:
 
 @lru_cache(maxsize=4096)
 def month_of(day: int) -> str:
-    """Return the month, as in 2019-03, in which the day with this number since 1970 lies, in UTC."""
+    """Return the month, as in 2019-03, of the day with this number since 1970, in UTC."""
     return time.strftime("%Y-%m", time.gmtime(day * DAY))
 
 
@@ -710,7 +712,7 @@ def aggregate(
     latest = 0  # window that a chunk began with
     for chunk in chunks:
         yield
-        start = windows_of(chunk[:1], window)[0] if window and chunk else latest
+        start = windows_of(chunk[:1], window)[0] if window else latest
         if start != latest:  # chunks are in order of time, so the windows before are complete
             latest = start
             yield from add_rows({key: sums.pop(key) for key in [*sums] if key[0] < start})
@@ -811,16 +813,23 @@ def add_lines(lines: Iterable[Line]) -> Line:
     return Line(*map(sum, zip(Line(), *lines, strict=True)))
 
 
-CLAIM_BITS = 512  # of a claim, after the point: claims are sums of fractions, as fixed-point numbers
+# A user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the user. It is
+# a fixed-point number with so many bits after the point. Each fraction is rounded up in the last bit, for a
+# claim to exactly n cents must not become one to n - 1. A second has a part in two fees, its user's and that
+# of the silent: so a claim is too high by less than 2 x its seconds, counted in last bits.
+CLAIM_BITS = 512
+# `share_out` multiplies claims by the cents: so a remainder is too high by less than 2 x seconds x cents,
+# which has fewer bits than this. Remainders are compared without these: those that really differ do so above
+# them, unless the numbers were chosen for it.
+DOUBT_BITS = 160
 
 
 @dataclass(frozen=True)
 class Ledger:
     """What a month's streams and fees come to.
 
-    Fees and revenue are in cents, net fees and claims in hundredths of one.
-    A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
-    user; the fees of the silent, who streamed nothing, go by the seconds of all.
+    Fees and revenue are in cents, net fees and claims in hundredths of one. The silent are the subscribers
+    without a second streamed: their fees go by the seconds of all.
     """
 
     totals: ByUser
@@ -841,15 +850,14 @@ def seconds_of(totals: Totals) -> int:
 
 
 def price_of_second(net: int, seconds: int) -> int:
-    """Return what a second is worth, as a claim, rounded up in the last bit: `share_out` says why up."""
+    """Return what each of so many seconds gets of a net fee, as a claim, rounded up."""
     return -((-net << CLAIM_BITS) // (seconds or 1))
 
 
 def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Ledger]:
     """Return a month's ledger: the one place where its seconds and fees are added up.
 
-    A claim is the sum of prices x seconds. A second is paid twice, at its user's price and at that of the
-    silent.
+    A second's part in its user's fee is its price there. Its part in the fees of the silent comes on top.
     """
     fees = net = heard_net = listeners = 0
     for subscription in subscriptions.values():
@@ -877,18 +885,11 @@ def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Le
     )
 
 
-# Prices are rounded up, or a share of exactly n cents would be rounded down to n - 1. A claim is made of two
-# prices, so in its last bits it is too high by less than twice its seconds. It is multiplied by the cents: so
-# a remainder is too high by less than 2 x cents x seconds, which has fewer than DOUBT_BITS. Remainders that
-# really differ do so above these last bits, unless the numbers were chosen for it.
-DOUBT_BITS = 160
-
-
 def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[str, int]]:
     """Share out `cents` by claims on `whole`, to the last cent: by the largest remainder.
 
     Each gets its share rounded down; what is left goes, a cent each, to those who lost most by the
-    rounding, ties in order of the name. Remainders are compared without the last DOUBT_BITS.
+    rounding, ties in order of the name.
     """
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
@@ -937,15 +938,16 @@ class Account:
 class Books:
     """What reports and users are made from. Who reads in steps needs a snapshot: others write in between.
 
-    A snapshot, and a closed month's account, has the very totals of the books until these change: a change
-    copies them first. So while `account.totals is books.months[month]`, nothing has changed since the close.
+    A snapshot, and the account of a closed month, shares the totals of months with the books. `record` never
+    changes what is shared: it first copies the month's dict, and replaces those of users. So while
+    `account.totals is books.months[month]`, nothing has changed since the month was closed.
     """
 
     subscriptions: dict[str, Subscription]
     months: defaultdict[str, ByUser] = field(default_factory=lambda: defaultdict(dict))
     tracks: dict[str, Totals] = field(default_factory=dict)  # of each user, over all time
     closed: dict[str, Account] = field(default_factory=dict)  # in order; replaced, for snapshots have it, too
-    copy_on_record: set[str] = field(default_factory=set)  # months whose totals others have, too
+    copy_on_record: set[str] = field(default_factory=set)  # months whose totals are shared
 
     def record(self, events: Sequence[Event], sign: int = 1) -> None:
         """Add events to the totals or, with a `sign` of -1, take them away."""
@@ -981,8 +983,9 @@ class Books:
         return sorted(month for month, users in self.months.items() if users and month not in self.closed)
 
     def paying_month(self) -> str:
-        """Return the month with which adjustments are paid: the first open one, or else after the closed."""
-        return next(iter(self.open_months() or map(month_after, reversed(self.closed))), "")
+        """Return the first open month, or the one after the last closed one: with it adjustments are paid."""
+        months = self.open_months() or [month_after(month) for month in [*self.closed][-1:]]
+        return months[0] if months else ""  # then nothing is to be adjusted
 
     def obstacle(self, month: str, wanted: str, now: float) -> str:
         """Return what stands in the way of having an open month closed, or a closed one open, if anything."""
@@ -1013,9 +1016,10 @@ def month_after(month: str) -> str:
 
 def describe_user(books: Books, user: str) -> dict[str, Any]:
     """Return what a user streamed, by label and by track, and subscribes to; raises MissingError."""
-    tracks, found, labels = books.tracks.get(user, {}), books.subscriptions.get(user), Counter[str]()
+    tracks, found = books.tracks.get(user, {}), books.subscriptions.get(user)
     if not (tracks or found):
         raise MissingError(f"there is no user {user!r}")
+    labels = Counter[str]()
     for users in books.months.values():
         for label, (_, seconds) in users.get(user, {}).items():
             labels[label] += seconds
@@ -1040,9 +1044,10 @@ def changed_since_close(books: Books, month: str) -> Steps[dict[str, Amounts]]:
     account, users = books.closed.get(month), books.months.get(month, {})
     if not account or account.totals is users:  # nothing has changed: see Books
         return {}
-    ledger = yield from tally(users, account.subscriptions)
-    now, then = (yield from share_month(ledger)), account.labels
-    return subtract(*({label: line.amounts for label, line in lines.items()} for lines in (now, then)))
+    now = yield from share_month((yield from tally(users, account.subscriptions)))
+    gets = {label: line.amounts for label, line in now.items()}
+    got = {label: line.amounts for label, line in account.labels.items()}
+    return subtract(gets, got)
 
 
 def unpaid(books: Books) -> Steps[Adjustments]:
@@ -1052,7 +1057,8 @@ def unpaid(books: Books) -> Steps[Adjustments]:
         found[month] = yield from changed_since_close(books, month)
     for account in books.closed.values():
         for month, paid in account.adjustments.items():
-            # Nothing is found for a month that is open again: it pays all itself, so this is taken back.
+            # A month that is open again is not in `found`: it will pay all itself, so what another has paid
+            # for it is taken back. (That can be an earlier one, if all its streams came late.)
             found[month] = subtract(found.get(month, {}), paid)
     return {month: amounts for month, amounts in sorted(found.items()) if amounts}
 
@@ -1115,11 +1121,10 @@ def describe_lines(lines: Mapping[str, Line]) -> Steps[Iterator[dict[str, Any]]]
 
 
 def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
-    """Return the report over a month, or over all but those that were closed and never had a stream."""
+    """Return the report over a month, or over all but those that were closed and have nothing in them."""
     accounts = yield from accounts_of(books, month)
     if not month:
-        used = {name for name, each in accounts.items() if books.months.get(name) or each.lines()}
-        accounts = {name: account for name, account in accounts.items() if name in used}
+        accounts = {name: each for name, each in accounts.items() if books.months.get(name) or each.lines()}
     by_label: defaultdict[str, list[Line]] = defaultdict(list)
     for account in accounts.values():
         for label, line in account.lines().items():
@@ -1143,10 +1148,10 @@ def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
 
 def report_by_month(books: Books, month: str | None) -> Steps[Iterator[tuple[Any, ...]]]:
     """Return the rows of the report as CSV: one for each month and label."""
-    rows: list[Iterable[tuple[str, dict[str, Any]]]] = []
+    by_month = []
     for name, account in (yield from accounts_of(books, month)).items():
-        rows.append(zip(itertools.repeat(name), (yield from describe_lines(account.lines()))))
-    return ((name, CURRENCY, *line.values()) for name, line in itertools.chain(*rows))
+        by_month.append((name, (yield from describe_lines(account.lines()))))
+    return ((name, CURRENCY, *line.values()) for name, lines in by_month for line in lines)
 
 
 def find_payers(ledger: Ledger, label: str) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
@@ -1177,7 +1182,7 @@ def find_payers(ledger: Ledger, label: str) -> Steps[tuple[list[dict[str, Any]],
 
 
 def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
-    """Return why a label is owed its amounts, every figure cut; raises MissingError if it has nothing."""
+    """Return why a label is owed its amounts, all decimals cut; raises MissingError if it has nothing."""
     account = yield from account_of(books, month)
     line = account.lines().get(label)
     if line is None:
@@ -1318,8 +1323,8 @@ class Import:
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
             told = telling(f"reading {path.name}, lines", map(check_line, lines))
-            rows = csv.reader(told, delimiter=delimiter, strict=True)  # it has no more after a line too long
-            while True:
+            rows = csv.reader(told, delimiter=delimiter, strict=True)
+            while True:  # a line too long ends it, too: an error ends the generator `told`
                 with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):
                     if (row := next(rows, None)) is None:
                         break
@@ -1431,7 +1436,7 @@ MIGRATIONS = (
     """,
 )
 
-# Each with its rows. A statement with {rows} takes many at a time, any other is run for each of them.
+# Statements, each with its rows. One with {rows} takes many at a time, any other is run for each of them.
 Statements = Sequence[tuple[str, Iterable[Any]]]
 Apply = Callable[[], None]  # makes visible what is stored
 Decide = Callable[[], Awaitable[tuple[Statements, Apply]]]
@@ -1533,13 +1538,13 @@ def translate_errors() -> Iterator[None]:
 class Change:
     """What waits to be stored, up to this number of the sequence, and then made visible.
 
-    One with `decide` is committed alone. That is called when all earlier changes are visible and none of the
-    later ones, and returns the statements and what makes them visible.
+    One with `decide` is committed alone. `decide` is called when all earlier changes are visible and none of
+    the later ones, and returns the statements and what makes them visible.
     """
 
     number: int
     statements: Statements = ()
-    apply: Apply | None = None
+    apply: Apply = lambda: None
     decide: Decide | None = None
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -1600,14 +1605,14 @@ class Journal:
             if now.st_size < self.sizes[path]:
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                self._empty_wal()  # another process may have emptied it: if not, SQLite misses commits here
+                self._empty_wal()  # fails, unless it was another process that has emptied it, by a checkpoint
             self.sizes[path] = now.st_size
 
     def _empty_wal(self) -> None:
-        """Have SQLite move what it has committed into the file, and truncate the WAL.
+        """Have SQLite move what it has committed from the WAL into the file, and drop the rest of the WAL.
 
-        A commit that was refused, for its sync had failed, can still be whole in the WAL: a restart would
-        bring it back. Raises StorageError or sqlite3.Error, also if SQLite misses something in the WAL.
+        The rest can be a commit that was refused because its sync had failed: a restart would bring it back.
+        Raises StorageError or sqlite3.Error, also if a commit is missing in the WAL.
         """
         busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
@@ -1691,6 +1696,7 @@ class Journal:
         """Put into `usage` and `books` what is stored; raises StorageError."""
         execute = self.connection.execute
         rows = telling("loading, streams", execute("SELECT * FROM streams"))
+        # The last two cells are the id and the version.
         usage.add([Event(*row[:-1]) if row[-1] == row[-2] else ChangedEvent(*row) for row in rows])
         usage.changed.add(Tombstone(*row) for row in execute("SELECT * FROM tombstones"))
         (usage.sequence_name,) = execute("SELECT name FROM sequence").fetchone()
@@ -1754,8 +1760,7 @@ class Journal:
                 continue
             began = time.monotonic()
             for change in group:
-                if change.apply:
-                    change.apply()
+                change.apply()
                 usage.advance(change.number)
                 change.done.set_result(None)
                 if time.monotonic() > began + SLICE_SECONDS:
@@ -1880,8 +1885,8 @@ GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permu
 class Cursor(NamedTuple):
     """How far a client has read: in this sequence, up to the number `after`.
 
-    `began` is the latest number of the moment in which it began to read everything, in pages: it had nothing
-    then, so it needs no tombstone up to that, even while `after` is lower.
+    1f2e-500-9000 is that of one who reads everything for the first time, in pages, has come to 500, and began
+    when the latest number was 9000: what was removed before need not be told, so no such tombstone is missed.
     """
 
     sequence: str = ""
@@ -1908,7 +1913,14 @@ PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "month": (r"(19[7-9]|[2-9][0-9]{2})[0-9]-(0[1-9]|1[0-2])", "a month as in 2019-03", str),
 }
 FILTERS = ("from", "to", *NAMES)
-DEFAULTS = {("order", "asc"), ("format", "json")}  # to say them is to say nothing
+
+
+def parse_value(name: str, text: str) -> Any:
+    """Return what a parameter says; raises InvalidError, which names it."""
+    pattern, kind, convert = PARAMETERS[name]
+    if not re.fullmatch(pattern, text):
+        raise InvalidError(f"{name} must be {kind}")
+    return convert(text)
 
 
 @lru_cache(maxsize=64)
@@ -1930,10 +1942,7 @@ def parse_query(query: str, *parameters: str) -> Mapping[str, Any]:
             continue
         if name in asked:
             raise InvalidError(f"{name} is given more than once")
-        pattern, kind, convert = PARAMETERS[name]
-        if not re.fullmatch(pattern, text):
-            raise InvalidError(f"{name} must be {kind}")
-        asked[name] = convert(text)
+        asked[name] = parse_value(name, text)
     return asked
 
 
@@ -2053,7 +2062,6 @@ class Answer(web.StreamResponse):
     body_length = 0  # its access log reads it
 
     def __init__(self, status: int, body: bytes | Pieces = b"", headers: Headers = ()) -> None:
-        """Put the answer together, but do not send it yet."""
         super().__init__(status=status)
         self.body, self.more_headers = body, headers
 
@@ -2191,7 +2199,8 @@ class SingleFlight:
     async def get(self, key: object, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Return what `work` returns, or raise what it raises; it is cancelled when nobody waits any more.
 
-        Only KEPT_ANSWERS are kept: a client that asks for ever other ones does not fill the memory.
+        `work` is called at once, if at all, and what it returns is awaited later. Only KEPT_ANSWERS are kept:
+        a client that asks for ever other ones does not fill the memory.
         """
         if self.moment != self.usage.sequence:
             self.moment, self.flights = self.usage.sequence, {}
@@ -2212,7 +2221,7 @@ class SingleFlight:
                 is_made = flight.done() and not flight.cancelled() and not flight.exception()
                 if not is_made:
                     flight.cancel()  # nobody waits for it
-                # None says that an answer is too long to be kept; that is kept.
+                # None, which stands for an answer that is too long, is kept, too: so nobody tries again.
                 is_kept = is_made and len(flight.result() or b"") <= KEPT_BYTES
                 if flights.get(key) is flight and not is_kept:
                     del flights[key]
@@ -2241,16 +2250,16 @@ async def answer_cached(
 ) -> Answer:
     """Return 304 if the client has it already, else all of it, or pieces if that is longer than `most`.
 
-    `key` is what was asked for. `make` is called at once, and takes what it needs of this moment then: only
-    its pieces are made later. `more` are headers. `most` is infinite where what makes the pieces can fail,
-    for its error still has its status then, and where the `etag` is not that of the data.
+    `key` is what was asked for, and `more` are headers. `make` is called before anything is awaited: it takes
+    what it needs of this moment, which the ETag names, and its pieces are made later. `most` is infinite
+    where making them can fail, for an error must come before the head, and where there is an `etag`.
     """
     etag = etag or state.usage.etag
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
         return Answer(304, headers=cache_headers(etag, kind) + more)
     key = (etag, key)
     body = await state.answers.get(key, lambda: finish(state, join_up_to(most, make())))
-    if body is None:  # too long: it is made from what there is after this await, under the ETag of that
+    if body is None:  # too long: made anew, for what there is after this await, which has another ETag
         return Answer(200, make(), cache_headers(state.usage.etag, kind) + more)
     headers = cache_headers(etag, kind) + more
     if len(body) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
@@ -2334,7 +2343,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     if request.method in (hdrs.METH_GET, hdrs.METH_HEAD):
         answer = await answering
     else:
-        answer = await asyncio.shield(asyncio.ensure_future(answering))
+        answer = await asyncio.shield(answering)
     state.requests[answer.status // 100] += 1
     return answer
 
@@ -2357,7 +2366,7 @@ async def answer_errors(state: State, request: web.Request, handler: Handler) ->
 
 
 async def add_safety_headers(_: web.Request, response: web.StreamResponse) -> None:
-    """Put them on aiohttp's own answers, too."""
+    """Put them on the answer that aiohttp gives by itself, 417 to an Expect that it does not know."""
     response.headers.update(SAFETY_HEADERS)
 
 
@@ -2426,7 +2435,8 @@ async def get_usage(request: web.Request) -> Answer:
             return write_rows(kind, columns, aggregate(chunks, by, window, wanted_in(asked), limit))
         return write_list(kind, FIELDS, first_of(select(chunks, asked), limit or math.inf))
 
-    key = "usage", frozenset(asked.items()) - DEFAULTS
+    meant_anyway = {("order", "asc"), ("format", "json")}  # who says so gets the same answer as who does not
+    key = "usage", frozenset(asked.items()) - meant_anyway
     return await answer_cached(state, request, kind, key, make, most=math.inf if grouped else KEPT_BYTES)
 
 
@@ -2438,18 +2448,12 @@ async def get_health(request: web.Request) -> Answer:
     journal = state.journal
     healthy = running == state.config.simulate and not (journal and journal.failed)
     commit_age = time.monotonic() - journal.last_commit if journal else math.inf
+    last_batch, last_commit = (round(each, 1) if each < math.inf else None for each in (age, commit_age))
     value = {
         "status": "ok" if healthy else "degraded",
         "events": state.usage.count,
-        "simulation": {
-            "running": running,
-            "last_batch_age": round(age, 1) if age < math.inf else None,
-            "errors": state.simulation.errors,
-        },
-        "storage": {
-            "durable": journal is not None,
-            "last_commit_age": round(commit_age, 1) if commit_age < math.inf else None,
-        },
+        "simulation": {"running": running, "last_batch_age": last_batch, "errors": state.simulation.errors},
+        "storage": {"durable": journal is not None, "last_commit_age": last_commit},
     }
     return answer_now(200 if healthy else 503, encode(value))
 
@@ -2465,19 +2469,18 @@ async def get_streams(request: web.Request) -> Answer:
         raise InvalidError("after must be an id")
     if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
-    since, until = asked.get("from", 0), asked.get("to", sys.maxsize)
-    in_range = [("stream_started_on", range(since, until))] if {"from", "to"} & asked.keys() else []
-    wanted = (*wanted_in(asked), *in_range)
-    in_time = state.usage.by_start.between(since, until)
-    later = state.usage.by_id.between(cursor.after + 1)  # both now, for the first await ends this moment
-    following = (matching(chunk, wanted) for chunk in later)
+    names, since, until = wanted_in(asked), asked.get("from", 0), asked.get("to", sys.maxsize)
+    # The total is that of events by start, the page is of those by id. Both now: an await ends this moment.
+    counted = state.usage.by_start.between(since, until)
+    following = state.usage.by_id.between(cursor.after + 1)
     total = state.usage.count
     if asked:
-        totals = await finish(state, aggregate(in_time, (), None, wanted_in(asked), None))
-        total = totals[0][0] if totals else 0
-
-    page: list[Event] = list(itertools.chain(*await finish(state, in_steps(first_of(following, limit + 1)))))
-    listed = b",".join(event.stream for event in page[:limit])
+        rows = await finish(state, aggregate(counted, (), None, names, None))
+        total = rows[0][0] if rows else 0  # a row of streams and seconds, as it is grouped by nothing
+    wanted = (*names, ("stream_started_on", range(since, until))) if asked else ()
+    found = first_of((matching(chunk, wanted) for chunk in following), limit + 1)
+    page: list[Event] = list(itertools.chain(*await finish(state, in_steps(found))))
+    listed = b",".join(event.json_with_id for event in page[:limit])
     next_id = encode(page[limit - 1].id if len(page) > limit else None)
     body = b'{"message":"Found Streams","data":[%b],"total":%d,"next":%b}' % (listed, total, next_id)
     return answer_now(200, body)
@@ -2508,7 +2511,7 @@ async def post_streams(request: web.Request) -> Answer:
             number_events(events, first_id)
     headers = {"Idempotent-Replayed": "true"} if known_digest else {}
     if isinstance(value, list):
-        data = b",".join(event.stream for event in events)
+        data = b",".join(event.json_with_id for event in events)
         return answer_success("Streams Created", b"[%b]" % data, 201, **headers)
     headers["Location"] = f"/api/v1/streams/{events[0].id}"
     return answer_stream("Stream Created", events[0], 201, **headers)
@@ -2516,7 +2519,7 @@ async def post_streams(request: web.Request) -> Answer:
 
 def answer_stream(message: str, stream: Event, status: int = 200, **headers: str) -> Answer:
     """Answer with one stream, under its strong ETag."""
-    return answer_success(message, stream.stream, status, ETag=f'"{stream.version}"', **headers)
+    return answer_success(message, stream.json_with_id, status, ETag=f'"{stream.version}"', **headers)
 
 
 def find_stream(request: web.Request) -> Event:
@@ -2578,9 +2581,8 @@ async def get_changes(request: web.Request) -> Answer:
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
-    after, began = cursor.after, cursor.began
-    if not after:  # a first reading begins now
-        began = usage.sequence
+    after = cursor.after
+    began = cursor.began if after else usage.sequence  # a first reading begins now
     is_known = usage.forgotten <= max(after, began) <= usage.sequence
     if cursor.sequence not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
@@ -2640,15 +2642,15 @@ async def put_user(request: web.Request) -> Answer:
     value, _ = await read_json(request)
     subscription = parse_subscription(value)
     number, row = state.usage.next_number(), (user, *astuple(subscription), None)
-    apply = partial(state.books.subscriptions.update, {user: subscription})
-    await state.store(number, [(SET_SUBSCRIPTION, [row])], apply)
+    set_it = {user: subscription}
+    await state.store(number, [(SET_SUBSCRIPTION, [row])], lambda: state.books.subscriptions.update(set_it))
     return answer_success("Subscription Set", encode(describe_user(state.books, user)))
 
 
 async def answer_money(
     request: web.Request, title: str, asked: Mapping[str, Any], make: Callable[[str, Books], Pieces]
 ) -> Answer:
-    """Answer with what `make` yields of a kind.
+    """Answer with what `make` yields in the format that is asked for.
 
     `title` is the answer's key in the cache, so it names all that is asked for; a CSV file is called so, too.
     """
@@ -2706,14 +2708,13 @@ async def get_months(request: web.Request) -> Answer:
 
 async def put_month(request: web.Request) -> Answer:
     """Close a month or open it again."""
-    state, month = request.app[STATE], request.match_info["month"]
-    parse_query(urlencode({"month": month}), "month")  # one in a path is checked as one in a query
+    state, month = request.app[STATE], parse_value("month", request.match_info["month"])
     value, _ = await read_json(request)
     status = check_keys("the month", value, {"status"})["status"]
     if status not in ("open", "closed"):
         raise InvalidError("status must be open or closed")
 
-    async def decide() -> tuple[Statements, Callable[[], None]]:
+    async def decide() -> tuple[Statements, Apply]:
         """Work out what is to be frozen or forgotten."""
         now = state.clock()
         if reason := state.books.obstacle(month, status, now):
@@ -2841,14 +2842,15 @@ class State:
     async def add(self, events: Sequence[Event], key: tuple[str, bytes] | None = None) -> None:
         """Create and keep `events`, and the idempotency key, with the body's hash, that they came with."""
         self.usage.give_ids(events)
-        keys = {key[0]: (key[1], events[0].id)} if key else {}
+        first_id, last_id = events[0].id, events[-1].id
 
         def apply() -> None:
             self.usage.add(events)
-            self.usage.keys |= keys
+            if key:
+                self.usage.keys[key[0]] = key[1], first_id
 
-        rows = [(INSERT_KEY, [(name, digest, first_id)]) for name, (digest, first_id) in keys.items()]
-        await self.store(events[-1].version, [(INSERT_STREAMS, map(CELLS, events)), *rows], apply)
+        keys = [(INSERT_KEY, [(*key, first_id)])] if key else []
+        await self.store(last_id, [(INSERT_STREAMS, map(CELLS, events)), *keys], apply)
 
 
 def abort_if_failed(running: asyncio.Task[None]) -> None:
@@ -2918,7 +2920,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 class Output(logging.Handler):
     """Standard output or error, which a thread writes to: the server never waits for who reads it.
 
-    What finds the queue full is dropped, and what cannot be written stops nothing.
+    What finds the queue full is dropped, and what cannot be written stops nothing. `logging.shutdown` flushes
+    both, as they are handlers.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -2928,7 +2931,6 @@ class Output(logging.Handler):
         threading.Thread(target=self._write, args=(descriptor,), daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line of the log."""
         self.say(f"{self.format(record)}\n")
 
     def say(self, text: str) -> None:
@@ -2937,7 +2939,7 @@ class Output(logging.Handler):
             self.texts.put_nowait(text)
 
     def flush(self) -> None:
-        """Wait until all is written, half a second at most; `logging.shutdown` calls this at the end."""
+        """Wait until all is written, half a second at most."""
         with self.texts.all_tasks_done:
             self.texts.all_tasks_done.wait_for(lambda: not self.texts.unfinished_tasks, 0.5)
 
@@ -3066,7 +3068,7 @@ def listen(parser: Parser, host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]  # and the address
         parser.error(f"cannot listen on {host}, port {port}: {reason}; --host or --port names another")
 
 
@@ -3091,7 +3093,6 @@ class FirstSignal:
     """
 
     def __init__(self) -> None:
-        """Begin to wait."""
         self.end_serving: Callable[[], object] | None = None
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         threading.Thread(target=self._wait, daemon=True).start()
