@@ -26,7 +26,10 @@ The words:
     event, stream  one play of one track by one user, in exactly five fields
     subscription   what a user pays a month, and through whom
     revenue        of a month: what is left of all fees
+    the silent     the subscribers who have not streamed a second in a month
+    adjustment     what is paid with a later month, because streams changed after their own was closed
     sequence       every change of the data takes its next number; an id and a version are such numbers
+    feed           the list of these changes, for programs that follow them
     batch          the 1 to 5 events that the simulation makes at a time
 
 Times are Unix seconds, durations are seconds, money is in cents. The limits: one process, one event
@@ -215,7 +218,7 @@ TEXT_CHARACTERS = 128
 
 INTEGER = re.compile(r"-?[0-9]{1,100}")
 HIGHEST_SECONDS = 2**31 - 1
-COMMON_SECONDS = tuple(range(7_200))  # one object of each is enough
+COMMON_SECONDS = {seconds: seconds for seconds in range(7_200)}  # one of each is enough
 CSV_END = "\r\n"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
@@ -497,7 +500,7 @@ class Usage:
         self.sequence_name = secrets.token_hex(4)
         self.last_number = 0  # the highest that was given
         self.sequence = 0  # the highest that is visible
-        self.forgotten = 0  # the version of the latest tombstone that is no longer kept
+        self.tombstones_since = 0  # this number, for all later removals
         self.gc_frozen_at = 0  # the sequence when the events were last set apart for the garbage collector
         self.warned = False
 
@@ -581,7 +584,7 @@ class Usage:
         if (over := len(self.tombstones) - int(self.keep)) > 0:  # who follows from before has to begin anew
             oldest = [self.tombstones.popleft() for _ in range(over)]
             self.changed.remove(oldest)
-            self.forgotten = oldest[-1].version
+            self.tombstones_since = oldest[-1].version
 
     def _forget(self, events: Sequence[Event]) -> None:
         self.by_start.remove(events)
@@ -813,23 +816,16 @@ def add_lines(lines: Iterable[Line]) -> Line:
     return Line(*map(sum, zip(Line(), *lines, strict=True)))
 
 
-# A user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the user. It is
-# a fixed-point number with so many bits after the point. Each fraction is rounded up in the last bit, for a
-# claim to exactly n cents must not become one to n - 1. A second has a part in two fees, its user's and that
-# of the silent: so a claim is too high by less than 2 x its seconds, counted in last bits.
-CLAIM_BITS = 512
-# `share_out` multiplies claims by the cents: so a remainder is too high by less than 2 x seconds x cents,
-# which has fewer bits than this. Remainders are compared without these: those that really differ do so above
-# them, unless the numbers were chosen for it.
-DOUBT_BITS = 160
+CLAIM_BITS = 512  # after the point: a claim is a fixed-point number
 
 
 @dataclass(frozen=True)
 class Ledger:
     """What a month's streams and fees come to.
 
-    Fees and revenue are in cents, net fees and claims in hundredths of one. The silent are the subscribers
-    without a second streamed: their fees go by the seconds of all.
+    Fees and revenue are in cents, net fees and claims in hundredths of one.
+    A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
+    user, and a part of the fees of the silent by the seconds of all.
     """
 
     totals: ByUser
@@ -850,15 +846,12 @@ def seconds_of(totals: Totals) -> int:
 
 
 def price_of_second(net: int, seconds: int) -> int:
-    """Return what each of so many seconds gets of a net fee, as a claim, rounded up."""
+    """Return what each of so many seconds gets of a net fee, as a claim: see DOUBT_BITS for its last bit."""
     return -((-net << CLAIM_BITS) // (seconds or 1))
 
 
 def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Ledger]:
-    """Return a month's ledger: the one place where its seconds and fees are added up.
-
-    A second's part in its user's fee is its price there. Its part in the fees of the silent comes on top.
-    """
+    """Return a month's ledger: the one place where its seconds and fees are added up."""
     fees = net = heard_net = listeners = 0
     for subscription in subscriptions.values():
         yield
@@ -883,6 +876,14 @@ def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Le
     return Ledger(
         totals, subscriptions, labels, claims, seconds, fees, net, (net + 50) // 100, silent, silent_users
     )
+
+
+# Each second of a claim gets something of its user's fee and something of the fees of the silent. Both are
+# rounded up in the last bit, for a claim to exactly n cents must not become one to n - 1. So claims are too
+# high by less than 2 x seconds, and remainders by less than 2 x seconds x cents, below 2**DOUBT_BITS. These
+# bits are dropped before remainders are compared: so equal ones tie, and those that differ do so in higher
+# bits, unless the numbers were chosen for it.
+DOUBT_BITS = 160
 
 
 def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[str, int]]:
@@ -983,13 +984,15 @@ class Books:
         return sorted(month for month, users in self.months.items() if users and month not in self.closed)
 
     def paying_month(self) -> str:
-        """Return the first open month, or the one after the last closed one: with it adjustments are paid."""
-        months = self.open_months() or [month_after(month) for month in [*self.closed][-1:]]
-        return months[0] if months else ""  # then nothing is to be adjusted
+        """Return the first open month, or the one after the last closed one: with it adjustments are paid.
 
-    def obstacle(self, month: str, wanted: str, now: float) -> str:
+        Without any month that is "".
+        """
+        return next(iter(self.open_months() or map(month_after, reversed(self.closed))), "")
+
+    def obstacle(self, month: str, status: str, now: float) -> str:
         """Return what stands in the way of having an open month closed, or a closed one open, if anything."""
-        if wanted == "open":
+        if status == "open":
             return f"{max(self.closed)} is closed: open it first" if max(self.closed) > month else ""
         if month >= month_of(int(now) // DAY):
             return f"{month} is not over"
@@ -1051,14 +1054,14 @@ def changed_since_close(books: Books, month: str) -> Steps[dict[str, Amounts]]:
 
 
 def unpaid(books: Books) -> Steps[Adjustments]:
-    """Return what is still to be paid for each month: what the closed would get now less what was paid."""
+    """Return what is still to be paid for each month: what has changed since the close less what was paid."""
     found: dict[str, dict[str, Amounts]] = {}
     for month in books.closed:
         found[month] = yield from changed_since_close(books, month)
     for account in books.closed.values():
         for month, paid in account.adjustments.items():
             # A month that is open again is not in `found`: it will pay all itself, so what another has paid
-            # for it is taken back. (That can be an earlier one, if all its streams came late.)
+            # for it is taken back. (An earlier month has, if it had its first streams after this was closed.)
             found[month] = subtract(found.get(month, {}), paid)
     return {month: amounts for month, amounts in sorted(found.items()) if amounts}
 
@@ -1077,7 +1080,8 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
 def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Account]]:
     """Return a month's account, or those of all that have a stream or an adjustment, or are closed."""
     found = {}
-    for name in [month] if month else sorted({*books.months, *books.closed, books.paying_month()}):
+    of_all = filter(None, {*books.months, *books.closed, books.paying_month()})
+    for name in [month] if month else sorted(of_all):
         account = yield from account_of(books, name)
         if month or account.totals or account.adjustments or account.status == "closed":
             found[name] = account
@@ -1492,9 +1496,9 @@ def store_account(month: str, account: Account) -> Statements:
     rows: tuple[Iterable[Any], ...] = (
         [(month, account.closed_on, account.fees, account.revenue)],
         ((month, label, *line[:4]) for label, line in account.labels.items()),
-        ((month, user, label, *of) for user, own in account.totals.items() for label, of in own.items()),
+        ((month, user, name, *total) for user, own in account.totals.items() for name, total in own.items()),
         ((month, user, *astuple(subscription)) for user, subscription in account.subscriptions.items()),
-        ((month, old, label, *of) for old, due in account.adjustments.items() for label, of in due.items()),
+        ((month, of, name, *cents) for of, due in account.adjustments.items() for name, cents in due.items()),
     )
     return [*zip((f"INSERT INTO {table} VALUES {{rows}}" for table in CLOSED_TABLES), rows, strict=True)]  # noqa: S608
 
@@ -1588,8 +1592,20 @@ class Journal:
         self.connection.executescript(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
         )
-        self.opened = {self.path: opened, **{path: path.stat() for path in (self.wal, Path(f"{real}-shm"))}}
+        self.opened = {self.path: opened, **{file: file.stat() for file in (self.wal, Path(f"{real}-shm"))}}
         self.sizes = {path: found.st_size for path, found in self.opened.items()}  # as they were last
+
+    def _empty_wal(self) -> None:
+        """Have SQLite move what it has committed from the WAL into the file, and drop the rest of the WAL.
+
+        The rest can be a commit that was refused because its sync had failed: a restart would bring it back.
+        Raises StorageError or sqlite3.Error, also if a commit is missing in the WAL.
+        """
+        busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise StorageError("another process reads the file")
+        self.in_doubt = False
+        self.sizes[self.wal] = 0
 
     def _check_files(self) -> None:
         """Raise a StorageError unless all files are those that were opened, and none is shorter than it was.
@@ -1605,20 +1621,8 @@ class Journal:
             if now.st_size < self.sizes[path]:
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                self._empty_wal()  # fails, unless it was another process that has emptied it, by a checkpoint
+                self._empty_wal()  # raises, unless it was by a checkpoint that another process has emptied it
             self.sizes[path] = now.st_size
-
-    def _empty_wal(self) -> None:
-        """Have SQLite move what it has committed from the WAL into the file, and drop the rest of the WAL.
-
-        The rest can be a commit that was refused because its sync had failed: a restart would bring it back.
-        Raises StorageError or sqlite3.Error, also if a commit is missing in the WAL.
-        """
-        busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        if busy:
-            raise StorageError("another process reads the file")
-        self.in_doubt = False
-        self.sizes[self.wal] = 0
 
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
@@ -1628,7 +1632,7 @@ class Journal:
                 self._empty_wal()
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")
-                self._check_files()  # from here on no other process may empty the WAL
+                self._check_files()  # anew: only from here on no other process may empty the WAL
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
                 self.in_doubt = True  # the commit comes next, as this block ends: if it fails, this stays
@@ -1886,7 +1890,7 @@ class Cursor(NamedTuple):
     """How far a client has read: in this sequence, up to the number `after`.
 
     1f2e-500-9000 is that of one who reads everything for the first time, in pages, has come to 500, and began
-    when the latest number was 9000: what was removed before need not be told, so no such tombstone is missed.
+    when the latest number was 9000: it has nothing that was removed before, so it needs no tombstone of then.
     """
 
     sequence: str = ""
@@ -2245,22 +2249,22 @@ async def answer_cached(
     key: object,
     make: Callable[[], Pieces],
     *more: tuple[str, str],
-    etag: str | None = None,
+    own_etag: str | None = None,
     most: float = KEPT_BYTES,
 ) -> Answer:
     """Return 304 if the client has it already, else all of it, or pieces if that is longer than `most`.
 
     `key` is what was asked for, and `more` are headers. `make` is called before anything is awaited: it takes
     what it needs of this moment, which the ETag names, and its pieces are made later. `most` is infinite
-    where making them can fail, for an error must come before the head, and where there is an `etag`.
+    where making them can fail: so an error comes before the head of an answer, with a status of its own.
     """
-    etag = etag or state.usage.etag
+    etag = own_etag or state.usage.etag
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
         return Answer(304, headers=cache_headers(etag, kind) + more)
     key = (etag, key)
     body = await state.answers.get(key, lambda: finish(state, join_up_to(most, make())))
-    if body is None:  # too long: made anew, for what there is after this await, which has another ETag
-        return Answer(200, make(), cache_headers(state.usage.etag, kind) + more)
+    if body is None:  # too long: made anew from what there is now, after this await
+        return Answer(200, make(), cache_headers(own_etag or state.usage.etag, kind) + more)
     headers = cache_headers(etag, kind) + more
     if len(body) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
         plain, headers = body, (*headers, ("Content-Encoding", "gzip"))
@@ -2270,7 +2274,7 @@ async def answer_cached(
 
 @dataclass
 class Rows:
-    """Rows of texts and ints, which are written as the events of a chunk are."""
+    """Rows that are written as the events of a chunk are: as CSV whatever is in them, else texts and ints."""
 
     template: str
     rows: list[Sequence[Any]]
@@ -2306,7 +2310,7 @@ def write_list(kind: str, columns: Sequence[str], batches: Iterable[Chunk | Rows
 
 
 def write_rows(kind: str, columns: Sequence[str], work: Steps[Iterable[Sequence[Any]]]) -> Pieces:
-    """Yield the rows of texts and ints that `work` returns as json, ndjson or csv."""
+    """Yield the rows that `work` returns as csv or, if they are of texts and ints, as json or ndjson."""
     template = "\n{" + ",".join(f'"{column}":%s' for column in columns) + "}"
     rows = yield from work
     yield from write_list(kind, columns, (Rows(template, some) for some in batched(rows, CHUNK_EVENTS)))
@@ -2405,7 +2409,7 @@ async def get_page(request: web.Request) -> Answer:
         yield page
 
     headers = ("Content-Security-Policy", policy)
-    return await answer_cached(state, request, "html", "page", make, headers, etag=etag, most=math.inf)
+    return await answer_cached(state, request, "html", "page", make, headers, own_etag=etag, most=math.inf)
 
 
 def select(chunks: deque[Chunk], asked: Mapping[str, Any]) -> Iterator[Chunk]:
@@ -2469,15 +2473,15 @@ async def get_streams(request: web.Request) -> Answer:
         raise InvalidError("after must be an id")
     if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
-    names, since, until = wanted_in(asked), asked.get("from", 0), asked.get("to", sys.maxsize)
+    by_name, since, until = wanted_in(asked), asked.get("from", 0), asked.get("to", sys.maxsize)
     # The total is that of events by start, the page is of those by id. Both now: an await ends this moment.
     counted = state.usage.by_start.between(since, until)
     following = state.usage.by_id.between(cursor.after + 1)
     total = state.usage.count
     if asked:
-        rows = await finish(state, aggregate(counted, (), None, names, None))
+        rows = await finish(state, aggregate(counted, (), None, by_name, None))
         total = rows[0][0] if rows else 0  # a row of streams and seconds, as it is grouped by nothing
-    wanted = (*names, ("stream_started_on", range(since, until))) if asked else ()
+    wanted = (*by_name, ("stream_started_on", range(since, until))) if asked else ()
     found = first_of((matching(chunk, wanted) for chunk in following), limit + 1)
     page: list[Event] = list(itertools.chain(*await finish(state, in_steps(found))))
     listed = b",".join(event.json_with_id for event in page[:limit])
@@ -2576,14 +2580,14 @@ async def delete_stream(request: web.Request) -> Answer:
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a number, each stream once, as it is now.
 
-    A client can go on if no tombstone is forgotten that it needs: see Cursor.
+    A client can go on while all tombstones that it needs are kept: see Cursor.
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
     after = cursor.after
     began = cursor.began if after else usage.sequence  # a first reading begins now
-    is_known = usage.forgotten <= max(after, began) <= usage.sequence
+    is_known = usage.tombstones_since <= max(after, began) <= usage.sequence
     if cursor.sequence not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     number = usage.sequence
@@ -3068,7 +3072,7 @@ def listen(parser: Parser, host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]  # and the address
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]  # attempting ...)
         parser.error(f"cannot listen on {host}, port {port}: {reason}; --host or --port names another")
 
 
