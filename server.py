@@ -460,10 +460,7 @@ class Order:
         return deque(filter(None, found))
 
     def _by_chunk(self, events: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
-        """Yield the place of each chunk that events belong to, and these in order.
-
-        The last chunk comes first: so the caller may put several in its place, and those before stay theirs.
-        """
+        """Yield the place of each chunk that events belong to, the last first, and these events in order."""
         pending = sorted(events, key=self.key)
         while pending:
             after = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
@@ -500,7 +497,7 @@ class Usage:
         self.sequence_name = secrets.token_hex(4)
         self.last_number = 0  # the highest that was given
         self.sequence = 0  # the highest that is visible
-        self.tombstones_since = 0  # this number, for all later removals
+        self.tombstones_since = 0  # all removals after this number still have theirs
         self.gc_frozen_at = 0  # the sequence when the events were last set apart for the garbage collector
         self.warned = False
 
@@ -712,7 +709,7 @@ def aggregate(
             yield
             rows.extend((*key, *total) for key, total in some)
 
-    latest = 0  # window that a chunk began with
+    latest = 0  # the window in which the latest chunk began
     for chunk in chunks:
         yield
         start = windows_of(chunk[:1], window)[0] if window else latest
@@ -846,7 +843,7 @@ def seconds_of(totals: Totals) -> int:
 
 
 def price_of_second(net: int, seconds: int) -> int:
-    """Return what each of so many seconds gets of a net fee, as a claim: see DOUBT_BITS for its last bit."""
+    """Return what each of so many seconds gets of a net fee, as a claim, rounded up in the last bit."""
     return -((-net << CLAIM_BITS) // (seconds or 1))
 
 
@@ -990,9 +987,9 @@ class Books:
         """
         return next(iter(self.open_months() or map(month_after, reversed(self.closed))), "")
 
-    def obstacle(self, month: str, status: str, now: float) -> str:
-        """Return what stands in the way of having an open month closed, or a closed one open, if anything."""
-        if status == "open":
+    def obstacle(self, month: str, new_status: str, now: float) -> str:
+        """Return why a closed month cannot be opened again, or an open one closed, or "" if it can."""
+        if new_status == "open":
             return f"{max(self.closed)} is closed: open it first" if max(self.closed) > month else ""
         if month >= month_of(int(now) // DAY):
             return f"{month} is not over"
@@ -1060,8 +1057,8 @@ def unpaid(books: Books) -> Steps[Adjustments]:
         found[month] = yield from changed_since_close(books, month)
     for account in books.closed.values():
         for month, paid in account.adjustments.items():
-            # A month that is open again is not in `found`: it will pay all itself, so what another has paid
-            # for it is taken back. (An earlier month has, if it had its first streams after this was closed.)
+            # What was paid for a month that is open again is taken back, for it pays all itself. (March is
+            # closed; February gets its first stream, is closed and pays for March; March is opened again.)
             found[month] = subtract(found.get(month, {}), paid)
     return {month: amounts for month, amounts in sorted(found.items()) if amounts}
 
@@ -1488,7 +1485,7 @@ LAST_NUMBER = """
 
 # What was paid stays to the cent, whatever a later version would work out.
 CLOSED_TABLES = ("closed_months", "closed_labels", "closed_totals", "closed_subscriptions", "adjustments")
-OPEN_MONTH = tuple(f"DELETE FROM {table} WHERE month = ?" for table in CLOSED_TABLES)  # noqa: S608
+REOPEN_MONTH = tuple(f"DELETE FROM {table} WHERE month = ?" for table in CLOSED_TABLES)  # noqa: S608
 
 
 def store_account(month: str, account: Account) -> Statements:
@@ -1608,7 +1605,7 @@ class Journal:
         self.sizes[self.wal] = 0
 
     def _check_files(self) -> None:
-        """Raise a StorageError unless all files are those that were opened, and none is shorter than it was.
+        """Note the sizes of the files; raises StorageError if one is another than was opened, or is shorter.
 
         SQLite would go on in files that nobody finds again.
         """
@@ -1621,7 +1618,7 @@ class Journal:
             if now.st_size < self.sizes[path]:
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                self._empty_wal()  # raises, unless it was by a checkpoint that another process has emptied it
+                self._empty_wal()  # raises, unless it was a checkpoint of another process that emptied it
             self.sizes[path] = now.st_size
 
     def commit(self, statements: Statements) -> None:
@@ -1832,7 +1829,7 @@ async def tick(state: State, now: float, rng: random.Random) -> None:
 
 
 async def simulate_history(state: State) -> None:
-    """Add the batches of the `history` days before now, at the rate of the simulation."""
+    """Add the batches of the `history` days before now, at the rate of the simulation, to an empty file."""
     config, now = state.config, state.clock()
     if state.journal and state.usage.count:
         return
@@ -2274,7 +2271,7 @@ async def answer_cached(
 
 @dataclass
 class Rows:
-    """Rows that are written as the events of a chunk are: as CSV whatever is in them, else texts and ints."""
+    """Rows that are written as a chunk is: as CSV any cells, as JSON columns of texts and columns of ints."""
 
     template: str
     rows: list[Sequence[Any]]
@@ -2395,7 +2392,7 @@ def read_page(path: Path) -> tuple[bytes, str]:
 
 
 # ── Handlers ────────────────────────────────────────────────────────────────────────────────────
-
+# One for each route: it parses what is asked, has the sections above do it, and answers.
 
 async def get_page(request: web.Request) -> Answer:
     """Show the page as it is on disk, or as it last was."""
@@ -2720,14 +2717,14 @@ async def put_month(request: web.Request) -> Answer:
 
     async def decide() -> tuple[Statements, Apply]:
         """Work out what is to be frozen or forgotten."""
-        now = state.clock()
-        if reason := state.books.obstacle(month, status, now):
+        now, books = state.clock(), state.books
+        if reason := books.obstacle(month, status, now):
             raise ConflictError(reason)
         if status == "open":
-            return [(statement, [(month,)]) for statement in OPEN_MONTH], lambda: state.books.reopen(month)
-        work = account_of(state.books.snapshot(), month, int(now))
+            return [(statement, [(month,)]) for statement in REOPEN_MONTH], lambda: books.reopen(month)
+        work = account_of(books.snapshot(), month, int(now))
         account = await finish(state, work, first=True)  # all other writes wait for it
-        return store_account(month, account), lambda: state.books.close(month, account)
+        return store_account(month, account), lambda: books.close(month, account)
 
     async with state.lock("months"):
         if (month in state.books.closed) != (status == "closed"):
@@ -2790,6 +2787,7 @@ ROUTES = (
 
 
 # ── The application ─────────────────────────────────────────────────────────────────────────────
+# What the handlers share, made from a Config alone, and the tasks that live as long as it does.
 
 PAGE = Path(__file__).with_name("index.html")
 
@@ -2917,6 +2915,7 @@ def create_app(
 
 
 # ── Command line ────────────────────────────────────────────────────────────────────────────────
+# The process: its options, its outputs, its signals, and how it starts and ends.
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 
@@ -3072,7 +3071,7 @@ def listen(parser: Parser, host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]  # attempting ...)
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while attempting to bind")[0]
         parser.error(f"cannot listen on {host}, port {port}: {reason}; --host or --port names another")
 
 
@@ -3144,7 +3143,7 @@ async def serve(
 async def finish_requests(server: web.Server) -> None:
     """Wait for the requests under way to be answered, and for the answers to be sent, but not for long."""
     transports = [connection.transport for connection in server.connections]
-    await asyncio.sleep(0)  # what has come is under way
+    await asyncio.sleep(0)  # lets the requests that have come begin
     server.pre_shutdown()
     await server.shutdown(SHUTDOWN_SECONDS)
     for _ in range(50):  # half a second

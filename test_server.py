@@ -5847,7 +5847,7 @@ async def test_each_change_is_in_a_close_or_late_and_there_is_no_third_kind(tmp_
 
 async def test_a_close_or_an_open_that_is_killed_is_done_with_all_that_it_froze_or_not_done(tmp_path: Path) -> None:
     path, rng, seen = tmp_path / "usage.db", random.Random(42), Counter[bool]()
-    tables = [statement.split()[2] for statement in server.OPEN_MONTH]
+    tables = [statement.split()[2] for statement in server.REOPEN_MONTH]
     paths = ["report?month=2019-02", "report?month=2019-02&format=csv", "report/label1?month=2019-02", "report/label1?month=2019-02&format=csv"]
     made = [
         STREAM | {"user_id": f"user{number % 700}", "label": f"label{rng.randrange(9)}", "stream_started_on": started, "seconds_streamed": rng.randrange(999)}
