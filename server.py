@@ -6,7 +6,7 @@
 
     python server.py            then open http://127.0.0.1:8080, or curl http://127.0.0.1:8080/usage
 
-The map, from top to bottom. Each section uses only those above it, and the application's State:
+The map, from top to bottom. Each section uses only those above it, and the application's State and Config:
 
     events        what an event is: the one place where one is checked and written
     usage         the events that are kept, in chunks that are never changed
@@ -27,7 +27,7 @@ The words:
     subscription   what a user pays a month, and through whom
     revenue        of a month: what is left of all fees
     the silent     the subscribers who have not streamed a second in a month
-    adjustment     what is paid with a later month, because streams changed after their own was closed
+    adjustment     what is paid with a later month, because streams of a month changed after it was closed
     sequence       every change of the data takes its next number; an id and a version are such numbers
     feed           the list of these changes, for programs that follow them
     batch          the 1 to 5 events that the simulation makes at a time
@@ -486,7 +486,10 @@ class Usage:
     """The events that are kept, by start and by id, and the number of the latest change of all data."""
 
     def __init__(self, record: Callable[[Sequence[Event], int], object], keep: float = math.inf) -> None:
-        """Keep the `keep` events that started last, and tell `record` what comes (1) and goes (-1)."""
+        """Keep the `keep` events that started last, and tell `record` what comes (1) and goes (-1).
+
+        What is dropped is not stored: with a journal `keep` is infinite.
+        """
         self.record = record
         self.keep = keep
         self.by_start, self.by_id = Order("stream_started_on"), Order("id")
@@ -534,7 +537,7 @@ class Usage:
         self.by_start.add(events)
         self.by_id.add(events)
         self.changed.add(event for event in events if type(event) is ChangedEvent)
-        self._record(events, 1)
+        self._count(events, 1)
         self.advance(max(map(attrgetter("version"), events), default=0))
         if self.sequence >= self.gc_frozen_at + FREEZE_EVENTS:  # none is garbage, so none is searched
             self.gc_frozen_at = self.sequence
@@ -587,9 +590,9 @@ class Usage:
         self.by_start.remove(events)
         self.by_id.remove(events)
         self.changed.remove(event for event in events if type(event) is ChangedEvent)
-        self._record(events, -1)
+        self._count(events, -1)
 
-    def _record(self, events: Sequence[Event], sign: int) -> None:
+    def _count(self, events: Sequence[Event], sign: int) -> None:
         self.count += sign * len(events)
         self.record(events, sign)
 
@@ -876,10 +879,10 @@ def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Le
 
 
 # Each second of a claim gets something of its user's fee and something of the fees of the silent. Both are
-# rounded up in the last bit, for a claim to exactly n cents must not become one to n - 1. So claims are too
-# high by less than 2 x seconds, and remainders by less than 2 x seconds x cents, below 2**DOUBT_BITS. These
-# bits are dropped before remainders are compared: so equal ones tie, and those that differ do so in higher
-# bits, unless the numbers were chosen for it.
+# rounded up in the last bit, for a claim to exactly n cents must not become one to n - 1. So a claim is too
+# high by less than 2 x seconds. A remainder is what cents x claim leaves when it is divided: so it is too
+# high by less than 2 x seconds x cents, which is below 2**DOUBT_BITS. These bits are dropped before they are
+# compared: equal ones tie, and those that differ do so in higher bits, unless numbers were chosen for it.
 DOUBT_BITS = 160
 
 
@@ -1057,8 +1060,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
         found[month] = yield from changed_since_close(books, month)
     for account in books.closed.values():
         for month, paid in account.adjustments.items():
-            # What was paid for a month that is open again is taken back, for it pays all itself. (March is
-            # closed; February gets its first stream, is closed and pays for March; March is opened again.)
+            # A month that is open again is not in `found`: what was paid for it is taken back, for it pays
+            # all itself. (March is closed, then February, which had no stream before, with what March owes
+            # since. Now March is opened again.)
             found[month] = subtract(found.get(month, {}), paid)
     return {month: amounts for month, amounts in sorted(found.items()) if amounts}
 
@@ -1077,8 +1081,8 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
 def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Account]]:
     """Return a month's account, or those of all that have a stream or an adjustment, or are closed."""
     found = {}
-    of_all = filter(None, {*books.months, *books.closed, books.paying_month()})
-    for name in [month] if month else sorted(of_all):
+    all_months = filter(None, {*books.months, *books.closed, books.paying_month()})
+    for name in [month] if month else sorted(all_months):
         account = yield from account_of(books, name)
         if month or account.totals or account.adjustments or account.status == "closed":
             found[name] = account
@@ -1102,7 +1106,7 @@ def month_rows(books: Books, only: str | None = None) -> Steps[list[dict[str, An
             "revenue": euros(account.revenue),
             "distributed": euros(line.amount),
             "adjusted": euros(line.adjustment),
-            "late": len((yield from changed_since_close(books, month))),
+            "late": len((yield from changed_since_close(books, month))),  # labels, whether paid since or not
         })
     return rows
 
@@ -1326,7 +1330,7 @@ class Import:
             told = telling(f"reading {path.name}, lines", map(check_line, lines))
             rows = csv.reader(told, delimiter=delimiter, strict=True)
             while True:  # a line too long ends it, too: an error ends the generator `told`
-                with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):
+                with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):  # the header is line 1
                     if (row := next(rows, None)) is None:
                         break
                     if not "".join(row).strip() and len(row) in (0, 1, len(names)):  # an empty line
@@ -1618,7 +1622,8 @@ class Journal:
             if now.st_size < self.sizes[path]:
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                self._empty_wal()  # raises, unless it was a checkpoint of another process that emptied it
+                # A checkpoint of another process may have emptied the WAL: if not, commits are missing in it.
+                self._empty_wal()
             self.sizes[path] = now.st_size
 
     def commit(self, statements: Statements) -> None:
@@ -1629,7 +1634,8 @@ class Journal:
                 self._empty_wal()
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")
-                self._check_files()  # anew: only from here on no other process may empty the WAL
+                # From here on no other process may empty the WAL. If one just has, this commit is refused.
+                self._check_files()
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
                 self.in_doubt = True  # the commit comes next, as this block ends: if it fails, this stays
@@ -1742,7 +1748,10 @@ class Journal:
         await asyncio.shield(change.done)
 
     async def run(self, usage: Usage) -> None:
-        """Store what waits, in one commit, and make it visible in `usage`, until closed."""
+        """Store what waits, in one commit, and make it visible in `usage`, until closed.
+
+        What nobody expects to go wrong ends it, and with it the process: see `abort_if_failed`.
+        """
         while True:
             await self.wake.wait()
             await asyncio.sleep(GATHER_SECONDS)
@@ -1783,7 +1792,7 @@ class Journal:
             raise
 
     async def close(self, running: asyncio.Task[None]) -> None:
-        """End `run` when nothing waits any more, and close the file; `serve` does without, and just exits."""
+        """End `run` when nothing waits any more, and close the file; `serve` does not wait for that."""
         self.closing = True
         self.wake.set()
         await running
@@ -1829,7 +1838,7 @@ async def tick(state: State, now: float, rng: random.Random) -> None:
 
 
 async def simulate_history(state: State) -> None:
-    """Add the batches of the `history` days before now, at the rate of the simulation, to an empty file."""
+    """Add the batches of the `history` days before now, but not to a file that holds events."""
     config, now = state.config, state.clock()
     if state.journal and state.usage.count:
         return
@@ -1887,12 +1896,13 @@ class Cursor(NamedTuple):
     """How far a client has read: in this sequence, up to the number `after`.
 
     1f2e-500-9000 is that of one who reads everything for the first time, in pages, has come to 500, and began
-    when the latest number was 9000: it has nothing that was removed before, so it needs no tombstone of then.
+    when the latest number was 9000. What was removed before that it is never shown: so it needs only the
+    tombstones after 9000.
     """
 
     sequence: str = ""
     after: int = 0
-    began: int = 0
+    began: int = 0  # 0: the first reading is over
 
 
 def parse_cursor(text: str) -> Cursor:
@@ -2577,14 +2587,14 @@ async def delete_stream(request: web.Request) -> Answer:
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a number, each stream once, as it is now.
 
-    A client can go on while all tombstones that it needs are kept: see Cursor.
+    A client can go on while all tombstones that it needs are kept.
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
     after = cursor.after
     began = cursor.began if after else usage.sequence  # a first reading begins now
-    is_known = usage.tombstones_since <= max(after, began) <= usage.sequence
+    is_known = usage.tombstones_since <= max(after, began) <= usage.sequence  # see Cursor
     if cursor.sequence not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     number = usage.sequence
