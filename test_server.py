@@ -7026,7 +7026,7 @@ async def test_the_wall_has_no_controls_and_the_screen_is_kept_awake(page: Any) 
         assert await page.evaluate("[Boolean(document.fullscreenElement), locks]") == [False, []]
 
 
-@pytest.mark.parametrize(("width", "height"), [(768, 1_024), (1_080, 1_920), (1_280, 800)])
+@pytest.mark.parametrize(("width", "height"), [(768, 1_024), (1_080, 1_920), (1_280, 800), (1_200, 1_920), (1_440, 2_560), (2_160, 3_840)])
 async def test_the_wall_fills_the_screen_lying_or_upright_names_each_label_and_says_when_it_is_stale(page: Any, width: int, height: int) -> None:
     await page.set_viewport_size({"width": width, "height": height})
     async with started("--no-simulation", "--history=0.5") as program:
@@ -7041,6 +7041,8 @@ async def test_the_wall_fills_the_screen_lying_or_upright_names_each_label_and_s
         assert seen[0] == height
         assert height - 20 < seen[1] <= height
         assert seen[2] > 20
+        cut = "[...document.querySelectorAll('.ranking')].filter(each => each.scrollHeight > each.clientHeight + 1).length"
+        assert [len(await page.query_selector_all(by_testid(f"{kind}-row"))) for kind in ("label", "track")] + [await page.evaluate(cut)] == [3, 3, 0]
         await program.stop()
         await page.wait_for_selector(f'{by_testid("status")}:has-text("Stale since")')
         assert await page.evaluate("document.documentElement.scrollHeight") == height
@@ -7519,6 +7521,174 @@ async def test_a_page_that_becomes_stale_moves_nothing(page: Any, moment: Moment
     assert before[-1] == after[-1]
 
 
+MINUTELY = [event(NOW + 3_600 - 60 * number) for number in range(1, 60 * 75)]  # three days of one stream a minute
+DOUBLED = [*MINUTELY, *(one for one in MINUTELY if one.stream_started_on < NOW - 86_400)]
+HOURLY = [event(NOW - 3_600 * number) for number in range(1, 24 * 110)]
+
+
+@pytest.mark.parametrize(("events", "query", "said"), [
+    (MINUTELY, "range=24h", "+0 % against the 24 h before"),
+    (DOUBLED, "range=24h", "−50 % against the 24 h before"),
+    (MINUTELY, "range=1h", "+0 % so far against the hour before"),
+    (MINUTELY, "range=15m", "+0 % so far against the 15 min before"),
+    (MINUTELY, "bucket=2027-01-15T08", "+0 % so far against as much of the hour before"),
+    (MINUTELY, "bucket=2027-01-15", "+0 % so far against as much of the day before"),
+    (DOUBLED, "bucket=2027-01-15", "−50 % so far against as much of the day before"),
+    (MINUTELY, "bucket=2027-01-14", "+0 % against the day before"),
+    (HOURLY, "bucket=2027-01", "+0 % so far against as much of the 31 days before"),
+    (HOURLY, "bucket=2026-11", "+0 % against the 30 days before"),
+])
+async def test_a_change_is_against_a_period_of_the_same_length(page: Any, moment: Moment, events: list[Event], query: str, said: str) -> None:
+    moment.now += 3_470
+    await moment.open([one for one in events if one.stream_started_on < moment.now], f"/?{query}")
+    assert (await page.text_content(by_testid("beneath"))).rpartition(" · ")[2] == said
+
+
+async def test_what_arrives_is_what_came_and_not_what_is_more_than_before(page: Any, moment: Moment) -> None:
+    await page.emulate_media(reduced_motion="reduce")
+    client = await moment.open([event(NOW - 899, 200), event(NOW - 100, 500)], "/?range=15m")
+    for _ in range(11):
+        await moment.poll()
+    await client.app[server.STATE].add([event(NOW - 10, 300)])
+    await moment.poll()
+    assert await page.text_content(by_testid("total-seconds")) == "800"
+    assert await page.text_content(by_testid("arrived")) == "+300 s"
+
+
+async def test_a_time_of_another_year_is_told_with_its_year(page: Any, moment: Moment) -> None:
+    client = await moment.open([event(1_551_398_400)])
+    assert "2019" in (await texts(page, by_testid("event-row")))[0]
+    await page.goto(str(client.make_url("/?bucket=2019-03-01")))
+    await page.wait_for_selector(by_testid("event-row"))
+    await page.press(by_testid("chart"), "Home")
+    assert "2019" in await page.text_content(by_testid("tip"))
+
+
+async def test_a_page_that_is_paused_while_it_is_stale_says_so_and_promises_no_try(page: Any, moment: Moment) -> None:
+    client = await moment.open([event()])
+    await client.server.close()
+    await page.clock.run_for(5_000)
+    await page.wait_for_selector(f'{by_testid("status")}:has-text("retrying in")')
+    await page.keyboard.press("p")
+    await page.wait_for_selector(f'{by_testid("status")}:text-matches("Stale since .* · paused$")')
+    await page.clock.run_for(120_000)
+    assert (await page.text_content(by_testid("status"))).endswith("paused")
+    await page.keyboard.press("p")
+    await page.wait_for_selector(f'{by_testid("status")}:has-text("retrying in")')
+
+
+@pytest.mark.parametrize("query", [
+    "range=constructor", "range=__proto__", "range=toString", "bucket=9999-12-31", "bucket=9999-12", "bucket=2030-01-01", "bucket=2027-01-15T09",
+    f"label={'x' * 129}", "label=%00", f"track={'%F0%9F%98%80' * 129}", f"label={'%F0%9F%98%80' * 128}", "view=money&month=1969-12", "view=money&month=0001-01",
+    "view=money&month=9999-12", "view=money&wall", f"view=money&label={'x' * 129}",
+])
+async def test_an_address_that_means_nothing_is_shown_all_the_same(page: Any, moment: Moment, query: str) -> None:
+    await moment.open([event()], f"/?{query}")
+    assert len(await page.query_selector_all(by_testid("bucket"))) <= 2
+    assert await page.is_visible(by_testid("pause"))
+    await moment.poll()
+
+
+@pytest.mark.parametrize(("years", "width"), [(45, 1_280), (45, 390), (5, 390), (8, 3_840), (200 / 365, 320)])
+async def test_ticks_of_time_never_run_into_one_another(page: Any, moment: Moment, years: float, width: int) -> None:
+    await page.set_viewport_size({"width": width, "height": 800})
+    await moment.open(event(int(NOW - 365 * 86_400 * years * part / 50)) for part in range(50))
+    ticks = await page.evaluate("""() => [...document.querySelectorAll('.plot > svg > text')].map(each => {
+        const box = each.getBoundingClientRect()
+        return [box.left, box.right]
+    })""")
+    assert len(ticks) > 1
+    assert [pair for pair in itertools.pairwise(ticks) if pair[0][1] >= pair[1][0]] == []
+
+
+async def test_the_wall_says_what_it_shows(page: Any, moment: Moment) -> None:
+    client = await moment.open([event()], "/?wall&range=24h&label=label1")
+    assert "24 h" in await page.text_content("#total-heading")
+    assert "label1" in await page.text_content("#total-heading")
+    await page.goto(str(client.make_url("/?wall")))
+    await page.wait_for_selector(by_testid("total-seconds"))
+    assert await page.text_content("#total-heading") == "Total seconds streamed"
+    await page.goto(str(client.make_url("/?view=money")))
+    await page.wait_for_selector(by_testid("money-row"))
+    await page.keyboard.press("f")  # money is for no wall
+    await moment.poll()
+    assert await page.is_visible(by_testid("pause"))
+
+
+async def test_escape_leads_from_a_minute_back_to_its_hour(page: Any, moment: Moment) -> None:
+    await moment.open([event(NOW - 60 * number) for number in range(600)])
+    addresses = [page.url]
+    for _ in range(2):
+        await page.press(by_testid("chart"), "Home")
+        await page.press(by_testid("chart"), "Enter")
+        addresses.append(page.url)
+        await page.wait_for_selector("#app main:not([aria-busy=true])")
+    assert [len(address.partition("bucket=")[2]) for address in addresses] == [0, 13, 16]
+    for address in (addresses[1], addresses[0]):
+        await page.keyboard.press("Escape")
+        assert page.url == address
+
+
+async def test_each_answer_may_take_10_seconds(page: Any, moment: Moment) -> None:
+    held = list[Any]()
+
+    async def hold(route: Any) -> None:
+        held.append(route)
+
+    async def pass_on(seconds: int) -> None:
+        async with asyncio.timeout(10):
+            while not held:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        moment.now += seconds
+        await page.clock.run_for(1_000 * seconds)
+        for route in [held.pop() for _ in range(len(held))]:
+            await route.continue_()
+
+    await page.route("**/usage?*", hold)
+    opening = asyncio.create_task(moment.open([event()]))
+    for _ in range(3):  # where the streams begin, the sums, the rest
+        await pass_on(6)
+    await asyncio.wait_for(opening, 10)
+    assert (await figures(page))[0] == 60
+
+
+@pytest.mark.parametrize(("width", "height"), [(1_280, 720), (1_366, 768), (1_536, 730), (1_280, 780)])
+async def test_on_a_lower_screen_nothing_is_cut_off(page: Any, moment: Moment, width: int, height: int) -> None:
+    await page.set_viewport_size({"width": width, "height": height})
+    await moment.open(event(NOW - 60 * number, label=f"label {number % 12}") for number in range(60))
+    assert await page.evaluate("""() => [...document.querySelectorAll('.panel')].filter(each =>
+        each.scrollHeight > each.clientHeight + 1 || each.getBoundingClientRect().bottom > document.documentElement.scrollHeight
+        || [...each.children].some(child => child.getBoundingClientRect().bottom > each.getBoundingClientRect().bottom)).map(each => each.className)""") == []
+
+
+async def test_the_table_of_the_chart_names_its_columns_whatever_labels_are_called(page: Any, moment: Moment) -> None:
+    seconds = {f"label {number}": number for number in range(1, 12)} | {"5 other labels": 12}  # as the last layer is called
+    client = await moment.open(event(seconds=number, label=name) for name, number in seconds.items())
+    for number, name in enumerate(("label 3", "label 9", "5 other labels", "label 1")):
+        await client.app[server.STATE].add([event(seconds=50, label=name), event(seconds=1, label=f"new {number}")])
+        await moment.poll()
+        seconds[name] += 50
+        best = sorted(seconds, key=lambda label: (-seconds[label], label))[:7]
+        columns = await page.evaluate("""() => ['thead th', 'tbody tr:first-child > *'].map(each =>
+            [...document.querySelectorAll(`.chart .hidden ${each}`)].map(cell => cell.textContent))""")
+        heads, cells = (column[2:] for column in columns)
+        assert (heads, [int(cell) for cell in cells[:7]]) == ([*best, f"{6 + number} other labels"], [seconds[label] for label in best])
+
+
+async def test_without_a_tag_nothing_is_taken_for_unchanged(page: Any, moment: Moment) -> None:
+    async def strip(route: Any) -> None:
+        answer = await route.fetch()
+        await route.fulfill(response=answer, headers={name: text for name, text in answer.headers.items() if name != "etag"})
+
+    await page.route("**/usage?*", strip)
+    await page.emulate_media(reduced_motion="reduce")
+    client = await moment.open([event()])
+    await client.app[server.STATE].add([event(seconds=7)])
+    await moment.poll()
+    assert (await figures(page))[0] == 67
+
+
 async def test_the_download_holds_what_the_page_shows(page: Any, moment: Moment) -> None:
     rng = random.Random(3)
     await moment.open([event(NOW - rng.randrange(9_000), label=f"label{rng.randrange(3)}") for _ in range(200)], "/?range=1h&label=label1")
@@ -7928,6 +8098,114 @@ async def test_both_models_are_explained_beside_the_money_whose_csv_is_money(pag
     files = [await (await client.get(URL(href).path_qs)).text() for href in await page.eval_on_selector_all("a[download]", "links => links.map(link => link.href)")]
     explained = [re.search(sentence, shown) is not None for sentence in (r"Pro rata\b.* all seconds", r"By listener\b.* subscriber")]
     assert [any("amount_user_centric" in file for file in files), *explained] == [True] * 3
+
+
+async def test_the_footer_compares_with_all_of_the_month_before_also_with_labels_that_are_gone(page: Any, moment: Moment) -> None:
+    december, january = (int(datetime(*month, 5, tzinfo=UTC).timestamp()) for month in ((2026, 12), (2027, 1)))
+    await moment.open([event(december, label="gone"), event(december, label="stays"), event(january, label="stays")], "/?view=money&month=2027-01")
+    assert (await texts(page, f"{by_testid('money-foot')} td"))[-1] == "+0.0 %"
+    await page.fill(by_testid("search"), "stay")
+    assert (await texts(page, f"{by_testid('money-foot')} td"))[-1] == "+0.0 %"  # nothing is hidden by this search
+
+
+async def test_a_stream_of_1970_bars_nothing(page: Any, moment: Moment, tmp_path: Path) -> None:
+    await moment.open([event(0), event(NOW - 40 * 86_400)], "/?view=money", db=tmp_path / "usage.db")
+    await page.click(by_testid("month-row", month="1970-01"))
+    await page.wait_for_selector(f'{by_testid("month-row", month="1970-01")}[aria-current="true"]')
+    await page.click(f'{by_testid("close-month")}:not([disabled])')
+    await page.fill(by_testid("typed-month"), "1970-01")
+    await page.click(by_testid("confirm-close"))
+    await page.wait_for_selector(f'{by_testid("month-row", month="1970-01")}:has-text("Closed since")')
+
+
+async def test_the_table_has_rows_whatever_page_another_month_was_on(page: Any, moment: Moment) -> None:
+    january = [event(NOW - 60, label=f"label {number}") for number in range(120)]
+    await moment.open([*january, event(NOW - 20 * 86_400)], "/?view=money&month=2027-01")
+    await page.click("text=Next")
+    await page.click("text=Next")
+    assert len(await page.query_selector_all(by_testid("money-row"))) == 20
+    await page.click(by_testid("month-row", month="2026-12"))
+    await page.wait_for_selector(by_testid("money-row", label="label1"))
+
+
+async def test_a_printed_month_has_all_its_labels(page: Any, moment: Moment) -> None:
+    await moment.open([event(label=f"label {number}") for number in range(120)], "/?view=money")
+    assert len(await page.query_selector_all(by_testid("money-row"))) == 50
+    await page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert len(await page.query_selector_all(by_testid("money-row"))) == 120
+    await page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert len(await page.query_selector_all(by_testid("money-row"))) == 50
+
+
+async def test_a_month_that_is_closed_while_the_page_is_paused_is_shown_closed(page: Any, moment: Moment, tmp_path: Path) -> None:
+    await moment.open([event(NOW - 20 * 86_400)], "/?view=money&month=2026-12", db=tmp_path / "usage.db")
+    await page.keyboard.press("p")
+    await page.click(f'{by_testid("close-month")}:not([disabled])')
+    await page.fill(by_testid("typed-month"), "2026-12")
+    await page.click(by_testid("confirm-close"))
+    await page.wait_for_selector(f'{by_testid("month-row", month="2026-12")}:has-text("Closed since")')
+    assert await page.text_content(by_testid("status")) == "Paused"
+
+
+async def test_a_month_can_be_closed_as_soon_as_it_is_over(page: Any, moment: Moment, tmp_path: Path) -> None:
+    moment.now = datetime(2027, 1, 31, 23, 59, 50, tzinfo=UTC).timestamp()
+    await moment.open([event()], "/?view=money&month=2027-01", db=tmp_path / "usage.db")
+    assert "1 Feb" in await page.text_content(by_testid("why-open"))
+    for _ in range(3):
+        await moment.poll()
+    await page.wait_for_selector(f'{by_testid("close-month")}:not([disabled])')
+
+
+async def test_a_server_that_is_started_again_with_a_file_lets_months_be_closed(page: Any, tmp_path: Path) -> None:
+    async with started("--no-simulation", "--history=60", "--interval=600") as program:
+        url = await program.url()
+        month = (await get_json(f"{url}/api/v1/months"))["data"][1]["month"]
+        await page.goto(f"{url}/?view=money&month={month}")
+        await page.wait_for_selector(f'{by_testid("why-open")}:has-text("--db")')
+        await program.stop()
+    async with started("--no-simulation", "--history=60", "--interval=600", f"--db={tmp_path / 'usage.db'}", f"--port={url.rsplit(':')[-1]}") as program:
+        await program.url()
+        await page.wait_for_function("!document.querySelector('[data-testid=why-open]')?.textContent.includes('--db')", timeout=30_000)
+
+
+async def test_a_statement_of_a_name_that_no_address_can_hold_or_that_has_nothing_is_told_as_that(page: Any, moment: Moment) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "/api/" in request.url else None)
+    client = await moment.open([event(label=".")], "/?view=money&label=.")
+    assert "address" in await page.inner_text(by_testid("statement"))
+    assert "has nothing" not in await page.inner_text(by_testid("statement"))
+    asked.clear()
+    await page.goto(str(client.make_url("/?view=money&label=nobody")))
+    await page.wait_for_selector("text=has nothing")
+    assert len(asked) <= 4
+
+
+async def test_a_statement_without_a_second_is_told_in_words_and_both_adjustments_are(page: Any, moment: Moment, tmp_path: Path) -> None:
+    december = int(datetime(2026, 12, 5, tzinfo=UTC).timestamp())
+    client = await moment.open([event(december, 100, label="a"), event(december, 300, "user2", label="b")], "/?view=money", db=tmp_path / "usage.db")
+    assert (await client.put("/api/v1/months/2026-12", json={"status": "closed"})).status == 200
+    await client.app[server.STATE].add([event(december, 50, "user2", label="a")])
+    line = (await (await client.get("/api/v1/report?month=2027-01")).json())["data"]["labels"][0]
+    await page.goto(str(client.make_url(f"/?view=money&month=2027-01&label={line['label']}")))
+    await page.wait_for_selector(by_testid("statement-adjustment"))
+    said = await page.inner_text(by_testid("statement"))
+    assert "÷ 0" not in said
+    assert line["adjustment"] != line["adjustment_user_centric"]
+    shown = [shown_euros(each.partition("\n")[2]) for each in await texts(page, f"{by_testid('statement')} .flow > div") if each.startswith("Adjustment")]
+    assert shown == [line["adjustment"], line["adjustment_user_centric"]]
+    await page.goto(str(client.make_url("/?view=money&month=2026-12&label=a")))
+    await page.wait_for_selector(by_testid("statement-row"))
+    assert "in 1 stream." in await page.inner_text(by_testid("statement"))
+
+
+@pytest.mark.parametrize("width", [320, 360, 390])
+async def test_a_long_name_leaves_room_for_the_money_on_a_phone(page: Any, moment: Moment, width: int) -> None:
+    await page.set_viewport_size({"width": width, "height": 800})
+    await moment.open([event(label="Universal Music Group International 1"), event(label="b")], "/?view=money")
+    name, amount, box = await page.evaluate("""['.shares tbody th', '[data-testid=money-amount]', '.shares .scroll'].map(each =>
+        document.querySelector(each).getBoundingClientRect()).map(box => [box.width, box.right])""")
+    assert name[0] + amount[0] < box[0]  # both are seen at once, wherever it is scrolled to
+    assert name[0] < box[0] / 2
 
 
 async def test_a_statement_is_printed_whole_and_light_and_nothing_else_is(page: Any, moment: Moment) -> None:
