@@ -27,7 +27,7 @@ The words:
     subscription   what a user pays a month, and through whom
     revenue        of a month: what is left of all fees
     the silent     the subscribers who have not streamed a second in a month
-    adjustment     what is paid with a later month, because streams of a month changed after it was closed
+    adjustment     what is paid with another month, because streams of a month changed after it was closed
     sequence       every change of the data takes its next number; an id and a version are such numbers
     feed           the list of these changes, for programs that follow them
     batch          the 1 to 5 events that the simulation makes at a time
@@ -817,6 +817,7 @@ def add_lines(lines: Iterable[Line]) -> Line:
 
 
 CLAIM_BITS = 512  # after the point: a claim is a fixed-point number
+DOUBT_BITS = 160  # the last ones of a remainder: in these it may be wrong
 
 
 @dataclass(frozen=True)
@@ -846,7 +847,12 @@ def seconds_of(totals: Totals) -> int:
 
 
 def price_of_second(net: int, seconds: int) -> int:
-    """Return what each of so many seconds gets of a net fee, as a claim, rounded up in the last bit."""
+    """Return what each of so many seconds gets of a net fee, as a claim.
+
+    It is rounded up in the last bit, for a claim to exactly n cents must not become one to n - 1. Seconds get
+    something twice, of their user's fee and of the fees of the silent: so a label's claim is too high by less
+    than 2 x its seconds, in last bits.
+    """
     return -((-net << CLAIM_BITS) // (seconds or 1))
 
 
@@ -878,14 +884,6 @@ def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Le
     )
 
 
-# Each second of a claim gets something of its user's fee and something of the fees of the silent. Both are
-# rounded up in the last bit, for a claim to exactly n cents must not become one to n - 1. So a claim is too
-# high by less than 2 x seconds. A remainder is what cents x claim leaves when it is divided: so it is too
-# high by less than 2 x seconds x cents, which is below 2**DOUBT_BITS. These bits are dropped before they are
-# compared: equal ones tie, and those that differ do so in higher bits, unless numbers were chosen for it.
-DOUBT_BITS = 160
-
-
 def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[str, int]]:
     """Share out `cents` by claims on `whole`, to the last cent: by the largest remainder.
 
@@ -895,6 +893,8 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
+    # A remainder is too high by less than 2 x seconds x cents: see `price_of_second`. That is below
+    # 2**DOUBT_BITS. Without these bits equal remainders tie, and others differ, unless chosen not to.
     in_order = yield from sort_in_steps(shares, lambda share: (-(share[2] >> DOUBT_BITS), share[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -1061,8 +1061,8 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     for account in books.closed.values():
         for month, paid in account.adjustments.items():
             # A month that is open again is not in `found`: what was paid for it is taken back, for it pays
-            # all itself. (March is closed, then February, which had no stream before, with what March owes
-            # since. Now March is opened again.)
+            # all itself. (March is closed while February has no stream. Streams of both come late: February
+            # is closed, and pays March's adjustment. Now March is opened again.)
             found[month] = subtract(found.get(month, {}), paid)
     return {month: amounts for month, amounts in sorted(found.items()) if amounts}
 
@@ -1179,7 +1179,7 @@ def find_payers(ledger: Ledger, label: str) -> Steps[tuple[list[dict[str, Any]],
             add_payer(*terms, net=found.net, seconds=seconds, of_seconds=seconds_of(own))
         elif seconds:
             others.append(seconds)
-    payers = [*(yield from sort_in_steps(payers, lambda payer: (-payer[0], payer[1])))]
+    payers[:] = yield from sort_in_steps(payers, lambda payer: (-payer[0], payer[1]))
     if ledger.silent_users:
         seconds = ledger.labels.get(label, (0, 0))[1]
         add_payer(None, None, None, None, net=ledger.silent_net, seconds=seconds, of_seconds=ledger.seconds)
@@ -1329,7 +1329,7 @@ class Import:
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
             told = telling(f"reading {path.name}, lines", map(check_line, lines))
             rows = csv.reader(told, delimiter=delimiter, strict=True)
-            while True:  # a line too long ends it, too: an error ends the generator `told`
+            while True:  # a line too long ends the loop, too, for an error ends the generator `told`
                 with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):  # the header is line 1
                     if (row := next(rows, None)) is None:
                         break
@@ -1634,7 +1634,8 @@ class Journal:
                 self._empty_wal()
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")
-                # From here on no other process may empty the WAL. If one just has, this commit is refused.
+                # From here on no other process may empty the WAL. If one just has, `_empty_wal` fails, for in
+                # a transaction no checkpoint is possible: so this commit is refused.
                 self._check_files()
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
@@ -1896,8 +1897,8 @@ class Cursor(NamedTuple):
     """How far a client has read: in this sequence, up to the number `after`.
 
     1f2e-500-9000 is that of one who reads everything for the first time, in pages, has come to 500, and began
-    when the latest number was 9000. What was removed before that it is never shown: so it needs only the
-    tombstones after 9000.
+    when the latest number was 9000. Streams that were removed before then are never shown to this client: so
+    it needs only the tombstones after 9000.
     """
 
     sequence: str = ""
@@ -2416,7 +2417,7 @@ async def get_page(request: web.Request) -> Answer:
         yield page
 
     headers = ("Content-Security-Policy", policy)
-    return await answer_cached(state, request, "html", "page", make, headers, own_etag=etag, most=math.inf)
+    return await answer_cached(state, request, "html", "page", make, headers, own_etag=etag)
 
 
 def select(chunks: deque[Chunk], asked: Mapping[str, Any]) -> Iterator[Chunk]:
@@ -2439,7 +2440,7 @@ async def get_usage(request: web.Request) -> Answer:
     if asked.get("from", 0) > state.clock():
         return Answer(400)  # with an empty body: the challenge wants it so
 
-    def make() -> Pieces:
+    def make() -> Pieces:  # no generator: the chunks are those of now
         chunks = state.usage.by_start.between(asked.get("from", -math.inf), asked.get("to", math.inf))
         if grouped:
             columns = (*(["window_start"] if window else []), *by, "events", "seconds_streamed")
@@ -2486,7 +2487,7 @@ async def get_streams(request: web.Request) -> Answer:
     following = state.usage.by_id.between(cursor.after + 1)
     total = state.usage.count
     if asked:
-        rows = await finish(state, aggregate(counted, (), None, by_name, None))
+        rows = await finish(state, aggregate(counted, by=(), window=None, wanted=by_name, limit=None))
         total = rows[0][0] if rows else 0  # a row of streams and seconds, as it is grouped by nothing
     wanted = (*by_name, ("stream_started_on", range(since, until))) if asked else ()
     found = first_of((matching(chunk, wanted) for chunk in following), limit + 1)
@@ -2839,7 +2840,7 @@ class State:
         return self.locks.setdefault(name, asyncio.Lock())  # it lives for as long as somebody holds it
 
     async def yield_to_others(self) -> None:
-        """Let the event loop go round. What is long queues here, so that each round has one time slice."""
+        """Let the event loop go round. Long work queues here, so that each round has one time slice."""
         async with self.turn:
             await asyncio.sleep(0)
 
