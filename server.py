@@ -488,7 +488,7 @@ class Usage:
     def __init__(self, record: Callable[[Sequence[Event], int], object], keep: float = math.inf) -> None:
         """Keep the `keep` events that started last, and tell `record` what comes (1) and goes (-1).
 
-        What is dropped is not stored: with a journal `keep` is infinite.
+        That events are dropped is not written to disk: with --db `keep` is infinite.
         """
         self.record = record
         self.keep = keep
@@ -893,8 +893,9 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # A remainder is too high by less than 2 x seconds x cents: see `price_of_second`. That is below
-    # 2**DOUBT_BITS. Without these bits equal remainders tie, and others differ, unless chosen not to.
+    # Claims are too high by less than 2 x seconds: so remainders are by less than 2 x seconds x cents, which is
+    # below 2**DOUBT_BITS. These bits are dropped: equal remainders tie then, and the name decides. Others
+    # still differ, unless somebody makes up fees and seconds so that they do not.
     in_order = yield from sort_in_steps(shares, lambda share: (-(share[2] >> DOUBT_BITS), share[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -1622,8 +1623,8 @@ class Journal:
             if now.st_size < self.sizes[path]:
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                # A checkpoint of another process may have emptied the WAL: if not, commits are missing in it.
-                self._empty_wal()
+                # Another process may have emptied the WAL by a checkpoint, which does no harm.
+                self._empty_wal()  # it raises if commits are missing
             self.sizes[path] = now.st_size
 
     def commit(self, statements: Statements) -> None:
@@ -1634,8 +1635,8 @@ class Journal:
                 self._empty_wal()
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")
-                # From here on no other process may empty the WAL. If one just has, `_empty_wal` fails, for in
-                # a transaction no checkpoint is possible: so this commit is refused.
+                # From here on no other process may empty the WAL. If one just has, this raises, for no
+                # checkpoint is possible in a transaction.
                 self._check_files()
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
@@ -1793,7 +1794,7 @@ class Journal:
             raise
 
     async def close(self, running: asyncio.Task[None]) -> None:
-        """End `run` when nothing waits any more, and close the file; `serve` does not wait for that."""
+        """End `run` when nothing waits any more, and close the file. `serve` ends the process before."""
         self.closing = True
         self.wake.set()
         await running
@@ -1813,7 +1814,7 @@ LABELS = ("label1", "label2", "label3")
 def simulate_batch(now: int, rng: random.Random) -> list[Event]:
     """Make 1 to 5 streams of 30 to 1,800 s that end at `now`: they start out of order, as in life.
 
-    None starts before 1970, not even by a clock that has been reset to it: there they are shorter.
+    None starts before 1970: where a clock says that it is not yet 00:30 there, they are shorter.
     """
     events = []
     for _ in range(rng.randint(1, 5)):
@@ -2282,7 +2283,7 @@ async def answer_cached(
 
 @dataclass
 class Rows:
-    """Rows that are written as a chunk is: as CSV any cells, as JSON columns of texts and columns of ints."""
+    """Rows, in the place of a chunk: of any cells for CSV, of columns of texts or of ints for JSON."""
 
     template: str
     rows: list[Sequence[Any]]
@@ -2595,7 +2596,8 @@ async def get_changes(request: web.Request) -> Answer:
     cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
     after = cursor.after
     began = cursor.began if after else usage.sequence  # a first reading begins now
-    is_known = usage.tombstones_since <= max(after, began) <= usage.sequence  # see Cursor
+    needed_since = max(after, began)  # what was removed before a first reading began is never shown in it
+    is_known = usage.tombstones_since <= needed_since <= usage.sequence
     if cursor.sequence not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     number = usage.sequence
@@ -2654,8 +2656,8 @@ async def put_user(request: web.Request) -> Answer:
     value, _ = await read_json(request)
     subscription = parse_subscription(value)
     number, row = state.usage.next_number(), (user, *astuple(subscription), None)
-    set_it = {user: subscription}
-    await state.store(number, [(SET_SUBSCRIPTION, [row])], lambda: state.books.subscriptions.update(set_it))
+    update = {user: subscription}
+    await state.store(number, [(SET_SUBSCRIPTION, [row])], lambda: state.books.subscriptions.update(update))
     return answer_success("Subscription Set", encode(describe_user(state.books, user)))
 
 
