@@ -456,8 +456,10 @@ class Order:
         if found and self.value(found[0][0]) < low:
             found[0] = Chunk(found[0][bisect_left(found[0], low, key=self.value) :])
         if found and self.value(found[-1][-1]) >= high:
-            found[-1] = Chunk(found[-1][: bisect_left(found[-1], high, key=self.value)])
-        return deque(filter(None, found))
+            last = found.pop()
+            if end_of_last := bisect_left(last, high, key=self.value):
+                found.append(Chunk(last[:end_of_last]))
+        return found
 
     def _by_chunk(self, events: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
         """Yield the place of each chunk that events belong to, the last first, and these events in order."""
@@ -893,7 +895,7 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # Claims are too high by less than 2 x seconds: so remainders are by less than 2 x seconds x cents, which is
+    # Claims are too high by less than 2 x seconds, so remainders by less than 2 x seconds x cents, and that is
     # below 2**DOUBT_BITS. These bits are dropped: equal remainders tie then, and the name decides. Others
     # still differ, unless somebody makes up fees and seconds so that they do not.
     in_order = yield from sort_in_steps(shares, lambda share: (-(share[2] >> DOUBT_BITS), share[0]))
