@@ -895,9 +895,9 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # Claims are too high by less than 2 x seconds, so remainders by less than 2 x seconds x cents, and that is
-    # below 2**DOUBT_BITS. These bits are dropped: equal remainders tie then, and the name decides. Others
-    # still differ, unless somebody makes up fees and seconds so that they do not.
+    # Claims are too high by less than 2 x seconds, so remainders by less than 2 x seconds x cents: less than
+    # 2**DOUBT_BITS. These bits are dropped: equal remainders tie then, and the name decides. Others still
+    # differ, unless somebody makes up fees and seconds so that they do not.
     in_order = yield from sort_in_steps(shares, lambda share: (-(share[2] >> DOUBT_BITS), share[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -1063,9 +1063,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
         found[month] = yield from changed_since_close(books, month)
     for account in books.closed.values():
         for month, paid in account.adjustments.items():
-            # A month that is open again is not in `found`: what was paid for it is taken back, for it pays
-            # all itself. (March is closed while February has no stream. Streams of both come late: February
-            # is closed, and pays March's adjustment. Now March is opened again.)
+            # An earlier month may have paid for a later one: March was closed while February had no stream,
+            # streams of both came late, and February was closed and paid for both. When March is opened again
+            # it is not in `found`: it will pay all itself, so what was paid for it is taken back.
             found[month] = subtract(found.get(month, {}), paid)
     return {month: amounts for month, amounts in sorted(found.items()) if amounts}
 
@@ -1637,8 +1637,8 @@ class Journal:
                 self._empty_wal()
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")
-                # From here on no other process may empty the WAL. If one just has, this raises, for no
-                # checkpoint is possible in a transaction.
+                # From here on no other process may empty the WAL. If one just has, this raises, for it would
+                # have to checkpoint, which is not possible in a transaction.
                 self._check_files()
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
@@ -1796,7 +1796,7 @@ class Journal:
             raise
 
     async def close(self, running: asyncio.Task[None]) -> None:
-        """End `run` when nothing waits any more, and close the file. `serve` ends the process before."""
+        """End `run` when nothing waits any more, and close the file; but `serve` just ends the process."""
         self.closing = True
         self.wake.set()
         await running
@@ -2419,8 +2419,8 @@ async def get_page(request: web.Request) -> Answer:
     def make() -> Pieces:
         yield page
 
-    headers = ("Content-Security-Policy", policy)
-    return await answer_cached(state, request, "html", "page", make, headers, own_etag=etag)
+    header = ("Content-Security-Policy", policy)
+    return await answer_cached(state, request, "html", "page", make, header, own_etag=etag)
 
 
 def select(chunks: deque[Chunk], asked: Mapping[str, Any]) -> Iterator[Chunk]:
@@ -2598,7 +2598,8 @@ async def get_changes(request: web.Request) -> Answer:
     cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
     after = cursor.after
     began = cursor.began if after else usage.sequence  # a first reading begins now
-    needed_since = max(after, began)  # what was removed before a first reading began is never shown in it
+    # A first reading can do without the tombstone of a stream that was removed before it began.
+    needed_since = max(after, began)
     is_known = usage.tombstones_since <= needed_since <= usage.sequence
     if cursor.sequence not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
