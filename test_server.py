@@ -7689,6 +7689,92 @@ async def test_without_a_tag_nothing_is_taken_for_unchanged(page: Any, moment: M
     assert (await figures(page))[0] == 67
 
 
+@pytest.mark.parametrize("query", ["bucket=2027-01-15", "bucket=2027-01-15T07", "range=1h", "range=24h"])
+async def test_while_it_is_paused_or_stale_what_is_said_of_the_last_numbers_stays(page: Any, moment: Moment, query: str) -> None:
+    moment.now -= 1_800
+    await moment.open([one for one in MINUTELY if one.stream_started_on < moment.now], f"/?{query}")
+    before = await page.text_content(by_testid("beneath")), len(await buckets(page))
+    assert "+0 %" in before[0]
+    await page.keyboard.press("p")
+    await page.clock.run_for(40 * 60_000)
+    assert (await page.text_content(by_testid("beneath")), len(await buckets(page))) == before
+
+
+async def test_of_an_hour_that_has_just_ended_it_says_that_it_is_not_complete(page: Any, moment: Moment) -> None:
+    moment.now += 3_660
+    await moment.open([one for one in MINUTELY if one.stream_started_on < NOW + 1_800], "/?bucket=2027-01-15T08")
+    assert (await page.text_content(by_testid("beneath"))).endswith("−50 % so far against the hour before")
+
+
+async def test_all_tracks_are_all_however_many_there_are(page: Any, moment: Moment) -> None:
+    await moment.open((event(track_id=f"track {number}") for number in range(1_500)), "/?all=track")
+    await page.wait_for_selector("text=1 to 50 of 1,500")
+    await page.fill(f"dialog {by_testid('search')}", "track 149")
+    assert len(await page.query_selector_all(by_testid("all-track"))) == 11
+
+
+@pytest.mark.parametrize(("width", "height"), [(1_280, 720), (1_366, 768), (1_920, 720), (1_024, 700), (1_280, 800), (1_080, 1_920)])
+@pytest.mark.parametrize("count", [3, 12, 300])
+async def test_a_wall_of_any_height_names_the_most_popular_track(page: Any, moment: Moment, width: int, height: int, count: int) -> None:
+    await page.set_viewport_size({"width": width, "height": height})
+    await moment.open((event(NOW - 60 * number, 60 + number, label=f"label {number}", track_id=f"track {number}") for number in range(count)), "/?wall")
+    seen = await page.evaluate("""() => [document.documentElement.scrollHeight, ...['.leader', '.lead', '.plot'].map(each => document.querySelector(each).clientHeight),
+        ...[...document.querySelectorAll('.panel')].filter(each => each.checkVisibility() && each.scrollHeight > each.clientHeight + 1).map(each => each.className)]""")
+    assert (seen[0], seen[4:]) == (height, [])
+    assert seen[1] >= 20
+    assert seen[2] >= 15
+    assert seen[3] >= 100
+
+
+@pytest.mark.parametrize(("width", "height"), [(1_280, 800), (1_080, 1_920), (768, 1_024), (390, 844)])
+async def test_the_wall_writes_nothing_over_its_state(page: Any, moment: Moment, width: int, height: int) -> None:
+    await page.set_viewport_size({"width": width, "height": height})
+    label, track = "a label of fifty-five characters, as labels may well be", "a track whose name is even longer than that, as tracks may well be"
+    client = await moment.open([event(label=label, track_id=track)], f"/?{urlencode({'range': '24h', 'label': label, 'track': track})}&wall")
+    await client.server.close()
+    await page.clock.run_for(5_000)
+    await page.wait_for_selector(f'{by_testid("status")}:has-text("retrying in")')
+    heading, status = await page.evaluate("""['#total-heading', '[data-testid=status]'].map(each => document.querySelector(each).getBoundingClientRect())
+        .map(({ left, right, top, bottom }) => [left, right, top, bottom])""")
+    assert heading[1] <= status[0] or heading[2] >= status[3]
+
+
+@pytest.mark.parametrize(("width", "height"), [(1_280, 800), (1_400, 800), (1_152, 800), (1_366, 800), (1_920, 1_080)])
+async def test_live_is_one_screen_whatever_is_filtered_and_however_stale_it_is(page: Any, moment: Moment, width: int, height: int) -> None:
+    await page.set_viewport_size({"width": width, "height": height})
+    names = {"label": "nineteen characters", "track": "a track of the same"}
+    client = await moment.open([event(NOW - 60 * number, label=names["label"], track_id=names["track"]) for number in range(60)])
+    stale = "document.querySelector('[data-testid=chart]').getBoundingClientRect().bottom > innerHeight || document.documentElement.scrollHeight > innerHeight"
+    for query in (names, names | {"bucket": "2027-01-15T07"}, {"bucket": "2026-01-15"}, {"range": "15m", "label": "nobody"}):
+        await page.goto(str(client.make_url(f"/?{urlencode(query)}")))
+        await page.wait_for_selector(f'{by_testid("status")}:has-text("updated 0 s ago")')
+        assert (query, await page.evaluate(stale)) == (query, False)
+    await client.server.close()
+    await page.clock.run_for(5_000)
+    await page.wait_for_selector(f'{by_testid("status")}:has-text("retrying in")')
+    assert not await page.evaluate(stale)
+
+
+async def test_what_has_arrived_is_said_beside_no_other_total(page: Any, moment: Moment) -> None:
+    client = await moment.open([event(), event(label="label2")])
+    await client.app[server.STATE].add([event(seconds=77)])
+    await moment.poll()
+    assert await page.text_content(by_testid("arrived")) == "+77 s"
+    await page.click(f"{by_testid('label-row', label='label2')} button")
+    await page.wait_for_selector("#app main:not([aria-busy=true])")
+    assert await page.query_selector(by_testid("arrived")) is None
+
+
+async def test_a_bucket_that_no_calendar_has_is_none_and_an_hour_is_told_from_its_first_minute(page: Any, moment: Moment) -> None:
+    client = await moment.open([event()], "/?bucket=2027-02-31")
+    assert await page.query_selector(by_testid("clear")) is None
+    chips = list[str]()
+    for bucket in ("2027-01-15T07", "2027-01-15T07:00"):
+        await page.goto(str(client.make_url(f"/?bucket={bucket}")))
+        chips.append(await page.inner_text(by_testid("clear")))
+    assert len(set(chips)) == 2
+
+
 async def test_the_download_holds_what_the_page_shows(page: Any, moment: Moment) -> None:
     rng = random.Random(3)
     await moment.open([event(NOW - rng.randrange(9_000), label=f"label{rng.randrange(3)}") for _ in range(200)], "/?range=1h&label=label1")
@@ -8168,12 +8254,42 @@ async def test_a_server_that_is_started_again_with_a_file_lets_months_be_closed(
         await page.wait_for_function("!document.querySelector('[data-testid=why-open]')?.textContent.includes('--db')", timeout=30_000)
 
 
+async def test_money_says_that_it_is_stale_when_health_does_not_answer(page: Any, moment: Moment) -> None:
+    await moment.open([event()])
+    asked = asyncio.Event()
+    await page.route("**/health", lambda _: asked.set())
+    await page.keyboard.press("m")
+    await asyncio.wait_for(asked.wait(), 10)
+    await page.clock.run_for(10_000)
+    await page.wait_for_selector(f'{by_testid("status")}:has-text("retrying in")')
+
+
+async def test_money_is_shown_without_a_tag_and_while_health_is_503(page: Any, moment: Moment) -> None:
+    async def strip(route: Any) -> None:
+        answer = await route.fetch()
+        status = 503 if route.request.url.endswith("/health") else answer.status
+        await route.fulfill(response=answer, status=status, headers={name: text for name, text in answer.headers.items() if name != "etag"})
+
+    await page.route(re.compile("/health|/api/"), strip)
+    await moment.open([event(NOW - 20 * 86_400)], "/?view=money&month=2026-12")
+    assert "--db" in await page.text_content(by_testid("why-open"))
+
+
+async def test_another_month_begins_with_its_first_page(page: Any, moment: Moment) -> None:
+    await moment.open([event(start, label=f"label {number}") for number in range(120) for start in (NOW - 60, NOW - 20 * 86_400)], "/?view=money&month=2027-01")
+    await page.click("text=Next")
+    await page.wait_for_selector("text=51 to 100 of 120")
+    await page.click(by_testid("month-row", month="2026-12"))
+    await page.wait_for_selector("text=1 to 50 of 120")
+
+
 async def test_a_statement_of_a_name_that_no_address_can_hold_or_that_has_nothing_is_told_as_that(page: Any, moment: Moment) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url) if "/api/" in request.url else None)
     client = await moment.open([event(label=".")], "/?view=money&label=.")
     assert "address" in await page.inner_text(by_testid("statement"))
     assert "has nothing" not in await page.inner_text(by_testid("statement"))
+    assert [href for href in await page.eval_on_selector_all(f"{by_testid('statement')} a", "links => links.map(link => link.href)") if "undefined" in href] == []
     asked.clear()
     await page.goto(str(client.make_url("/?view=money&label=nobody")))
     await page.wait_for_selector("text=has nothing")
