@@ -7026,7 +7026,7 @@ async def test_the_wall_has_no_controls_and_the_screen_is_kept_awake(page: Any) 
         assert await page.evaluate("[Boolean(document.fullscreenElement), locks]") == [False, []]
 
 
-@pytest.mark.parametrize(("width", "height"), [(768, 1_024), (1_080, 1_920), (1_280, 800), (1_200, 1_920), (1_440, 2_560), (2_160, 3_840)])
+@pytest.mark.parametrize(("width", "height"), [(768, 1_024), (1_080, 1_920), (1_280, 800), (1_200, 1_920)])
 async def test_the_wall_fills_the_screen_lying_or_upright_names_each_label_and_says_when_it_is_stale(page: Any, width: int, height: int) -> None:
     await page.set_viewport_size({"width": width, "height": height})
     async with started("--no-simulation", "--history=0.5") as program:
@@ -7577,16 +7577,18 @@ async def test_a_page_that_is_paused_while_it_is_stale_says_so_and_promises_no_t
     await page.wait_for_selector(f'{by_testid("status")}:has-text("retrying in")')
 
 
-@pytest.mark.parametrize("query", [
-    "range=constructor", "range=__proto__", "range=toString", "bucket=9999-12-31", "bucket=9999-12", "bucket=2030-01-01", "bucket=2027-01-15T09",
-    f"label={'x' * 129}", "label=%00", f"track={'%F0%9F%98%80' * 129}", f"label={'%F0%9F%98%80' * 128}", "view=money&month=1969-12", "view=money&month=0001-01",
-    "view=money&month=9999-12", "view=money&wall", f"view=money&label={'x' * 129}",
-])
-async def test_an_address_that_means_nothing_is_shown_all_the_same(page: Any, moment: Moment, query: str) -> None:
-    await moment.open([event()], f"/?{query}")
-    assert len(await page.query_selector_all(by_testid("bucket"))) <= 2
-    assert await page.is_visible(by_testid("pause"))
-    await moment.poll()
+async def test_an_address_that_means_nothing_is_shown_all_the_same(page: Any, moment: Moment) -> None:
+    client = await moment.open([event()])
+    for query in (
+        "range=constructor", "range=__proto__", "range=toString", "bucket=9999-12-31", "bucket=9999-12", "bucket=2030-01-01", "bucket=2027-01-15T09",
+        f"label={'x' * 129}", "label=%00", f"track={'%F0%9F%98%80' * 129}", f"label={'%F0%9F%98%80' * 128}", "view=money&month=1969-12", "view=money&month=0001-01",
+        "view=money&month=9999-12", "view=money&wall", f"view=money&label={'x' * 129}",
+    ):
+        await page.goto(str(client.make_url(f"/?{query}")))
+        await page.wait_for_selector(f'{by_testid("status")}:has-text("updated 0 s ago")')
+        assert (query, len(await page.query_selector_all(by_testid("bucket"))) <= 2) == (query, True)
+        assert await page.is_visible(by_testid("pause"))
+        await moment.poll()
 
 
 @pytest.mark.parametrize(("years", "width"), [(45, 1_280), (45, 390), (5, 390), (8, 3_840), (200 / 365, 320)])
@@ -7713,8 +7715,8 @@ async def test_all_tracks_are_all_however_many_there_are(page: Any, moment: Mome
     assert len(await page.query_selector_all(by_testid("all-track"))) == 11
 
 
-@pytest.mark.parametrize(("width", "height"), [(1_280, 720), (1_366, 768), (1_920, 720), (1_024, 700), (1_280, 800), (1_080, 1_920)])
-@pytest.mark.parametrize("count", [3, 12, 300])
+@pytest.mark.parametrize(("width", "height"), [(1_280, 720), (1_920, 720), (1_024, 700), (1_080, 1_920)])
+@pytest.mark.parametrize("count", [3, 300])
 async def test_a_wall_of_any_height_names_the_most_popular_track(page: Any, moment: Moment, width: int, height: int, count: int) -> None:
     await page.set_viewport_size({"width": width, "height": height})
     await moment.open((event(NOW - 60 * number, 60 + number, label=f"label {number}", track_id=f"track {number}") for number in range(count)), "/?wall")
