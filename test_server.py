@@ -6563,8 +6563,10 @@ async def test_ranges_are_picked_by_click_key_and_url_and_back_undoes_them(page:
             await settle(page, url, f"from={since}")
             assert (f"range={picked}" in page.url) == (picked != "all")
             if size:
-                before = sum(sums(await get_json(f"{url}/usage?from={since - seconds}&to={since}"), "label").values())
-                percent = (await figures(page))[0] / before * 100 - 100
+                before, now = [
+                    sum(sums(await get_json(f"{url}/usage?from={start}&to={start + seconds}"), "label").values()) for start in (since - seconds, since)
+                ]
+                percent = now / before * 100 - 100  # of as many whole hours or minutes
                 found = re.search(r"([+−])([\d,]+) % (so far )?against the .* before", await page.text_content(by_testid("beneath")))
                 assert found
                 assert abs(percent - float(found[1].replace("−", "-") + found[2])) < 0.6
