@@ -7680,12 +7680,15 @@ async def test_the_table_of_the_chart_names_its_columns_whatever_labels_are_call
         assert (heads, [int(cell) for cell in cells[:7]]) == ([*best, f"{6 + number} other labels"], [seconds[label] for label in best])
 
 
-async def test_without_a_tag_nothing_is_taken_for_unchanged(page: Any, moment: Moment) -> None:
-    async def strip(route: Any) -> None:
-        answer = await route.fetch()
-        await route.fulfill(response=answer, headers={name: text for name, text in answer.headers.items() if name != "etag"})
+async def answer_without_a_tag(route: Any) -> None:
+    """Pass on what the server says without its ETag, as some proxies do, and say of its health that it is none."""
+    answer = await route.fetch()
+    status = 503 if route.request.url.endswith("/health") else answer.status
+    await route.fulfill(response=answer, status=status, headers={name: text for name, text in answer.headers.items() if name != "etag"})
 
-    await page.route("**/usage?*", strip)
+
+async def test_without_a_tag_nothing_is_taken_for_unchanged(page: Any, moment: Moment) -> None:
+    await page.route("**/usage?*", answer_without_a_tag)
     await page.emulate_media(reduced_motion="reduce")
     client = await moment.open([event()])
     await client.app[server.STATE].add([event(seconds=7)])
@@ -8270,12 +8273,7 @@ async def test_money_says_that_it_is_stale_when_health_does_not_answer(page: Any
 
 
 async def test_money_is_shown_without_a_tag_and_while_health_is_503(page: Any, moment: Moment) -> None:
-    async def strip(route: Any) -> None:
-        answer = await route.fetch()
-        status = 503 if route.request.url.endswith("/health") else answer.status
-        await route.fulfill(response=answer, status=status, headers={name: text for name, text in answer.headers.items() if name != "etag"})
-
-    await page.route(re.compile("/health|/api/"), strip)
+    await page.route(re.compile("/health|/api/"), answer_without_a_tag)
     await moment.open([event(NOW - 20 * 86_400)], "/?view=money&month=2026-12")
     assert "--db" in await page.text_content(by_testid("why-open"))
 
