@@ -1569,7 +1569,6 @@ class Journal:
         self.waiting: list[Change] = []
         self.wake = asyncio.Event()
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
-        self.closing = False
         self.failed = False
         self.in_doubt = False  # whether the WAL may hold a commit that was refused
         self.last_commit = -math.inf
@@ -1751,58 +1750,63 @@ class Journal:
         self.wake.set()
         await asyncio.shield(change.done)
 
-    async def run(self, usage: Usage) -> None:
-        """Store what waits, in one commit, and make it visible in `usage`, until closed.
+    @contextlib.asynccontextmanager
+    async def running(self, usage: Usage) -> AsyncIterator[None]:
+        """Store what is appended and, at the end, close the file; but `serve` just ends the process."""
+        task = asyncio.create_task(self._run(usage))
+        task.add_done_callback(abort_if_failed)
+        yield
+        await asyncio.gather(*(change.done for change in self.waiting), return_exceptions=True)
+        task.cancel()
+        self.thread.shutdown()
+        self.connection.close()
+        self.lock.close()
+
+    async def _run(self, usage: Usage) -> None:
+        """Store what waits, in one commit, and make it visible in `usage`.
 
         What nobody expects to go wrong ends it, and with it the process: see `abort_if_failed`.
         """
         while True:
             await self.wake.wait()
             await asyncio.sleep(GATHER_SECONDS)
-            if not self.waiting:  # `close` wakes it
-                return
-            group = [*itertools.takewhile(lambda change: not change.decide, self.waiting)]
-            group = group or self.waiting[:1]  # that one decides when it is alone
-            del self.waiting[: len(group)]
-            if not self.waiting and not self.closing:
-                self.wake.clear()
-            try:
-                await self._store(group)
-            except (StorageError, ConflictError) as error:
-                for change in group:
-                    change.done.set_exception(error)
-                continue
-            began = time.monotonic()
-            for change in group:
-                change.apply()
-                usage.advance(change.number)
-                change.done.set_result(None)
-                if time.monotonic() > began + SLICE_SECONDS:
-                    await asyncio.sleep(SLICE_SECONDS)  # a request needs the event loop several times
-                    began = time.monotonic()
+            self.wake.clear()
+            batch = [*self.waiting]
+            for _, group in itertools.groupby(batch, key=attrgetter("decide")):  # one that decides is alone
+                await self._store([*group], usage)
+            del self.waiting[: len(batch)]
 
-    async def _store(self, group: Sequence[Change]) -> None:
-        """Store the changes; raises StorageError, or the ConflictError of its `decide`."""
-        statements: list[tuple[str, Iterable[Any]]] = []
-        for change in group:
-            if change.decide:
-                change.statements, change.apply = await change.decide()
-            statements += change.statements
-        statements.append((SET_SEQUENCE, [(group[-1].number,)]))
+    async def _store(self, group: Sequence[Change], usage: Usage) -> None:
+        """Store the changes and make them visible, or have each raise why they are not stored."""
         try:
+            for change in group:
+                if change.decide:
+                    change.statements, change.apply = await change.decide()
+            statements = [statement for change in group for statement in change.statements]
+            statements.append((SET_SEQUENCE, [(group[-1].number,)]))
             await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, statements)
-        except StorageError as error:
-            log.error("%s", error)
-            raise
+        except (StorageError, ConflictError) as error:
+            if isinstance(error, StorageError):
+                log.error("%s", error)
+            for change in group:
+                change.done.set_exception(error)
+            return
+        began = time.monotonic()
+        for change in group:
+            change.apply()
+            usage.advance(change.number)
+            change.done.set_result(None)
+            if time.monotonic() > began + SLICE_SECONDS:
+                await asyncio.sleep(SLICE_SECONDS)  # a request needs the event loop several times
+                began = time.monotonic()
 
-    async def close(self, running: asyncio.Task[None]) -> None:
-        """End `run` when nothing waits any more, and close the file; but `serve` just ends the process."""
-        self.closing = True
-        self.wake.set()
-        await running
-        self.thread.shutdown()
-        self.connection.close()
-        self.lock.close()
+
+def abort_if_failed(running: asyncio.Task[None]) -> None:
+    """End the process as a kill does: what is stored and what is visible could differ from now on."""
+    if not running.cancelled() and (error := running.exception()):
+        log.critical("the journal has failed; start again, nothing stored is lost", exc_info=error)
+        logging.shutdown()
+        os.abort()
 
 
 # ── Simulation ──────────────────────────────────────────────────────────────────────────────────
@@ -2871,27 +2875,6 @@ class State:
         await self.store(last_id, [(INSERT_STREAMS, map(CELLS, events)), *keys], apply)
 
 
-def abort_if_failed(running: asyncio.Task[None]) -> None:
-    """End the process as a kill does: what is stored and what is visible could differ from now on."""
-    if not running.cancelled() and (error := running.exception()):
-        log.critical("the journal has failed; start again, nothing stored is lost", exc_info=error)
-        logging.shutdown()
-        os.abort()
-
-
-@contextlib.asynccontextmanager
-async def own_journal(app: web.Application) -> AsyncIterator[None]:
-    """Run the journal for as long as the application lives."""
-    journal = app[STATE].journal
-    if not journal:
-        yield
-        return
-    task = asyncio.create_task(journal.run(app[STATE].usage))
-    task.add_done_callback(abort_if_failed)
-    yield
-    await journal.close(task)
-
-
 @contextlib.asynccontextmanager
 async def own_simulation(app: web.Application) -> AsyncIterator[None]:
     """Fill in the history, then run the simulation for as long as the application lives."""
@@ -2926,7 +2909,9 @@ def create_app(
     app[STATE] = State(config, usage, books, simulation, journal, page, clock, SingleFlight(usage))
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_safety_headers)
-    app.cleanup_ctx.extend((own_journal, own_simulation))
+    if journal:
+        app.cleanup_ctx.append(lambda _: journal.running(usage))
+    app.cleanup_ctx.append(own_simulation)
     return app
 
 
