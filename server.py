@@ -2718,13 +2718,10 @@ async def get_statement(request: web.Request) -> Answer:
 
 async def get_months(request: web.Request) -> Answer:
     """List the months, the latest first."""
-    parse_query(request.rel_url.raw_query_string)
-    state = request.app[STATE]
-
-    def make() -> Pieces:
-        return write_success("Found Months", month_rows(state.books.snapshot()))
-
-    return await answer_cached(state, request, "json", "months", make, most=math.inf)
+    asked = parse_query(request.rel_url.raw_query_string)
+    return await answer_money(
+        request, "months", asked, lambda _, books: write_success("Found Months", month_rows(books))
+    )
 
 
 async def put_month(request: web.Request) -> Answer:
