@@ -1863,29 +1863,20 @@ async def simulate_history(state: State) -> None:
         await state.add(events)
 
 
-def next_due(due: float, now: float, interval: float) -> float:
-    """Return when the batch after the one at `due` comes: in rhythm, whenever `now` is.
-
-    What a process has missed that was stopped for an hour does not come all at once.
-    """
-    return due + interval * max(1, math.ceil((now - due) / interval))
-
-
 async def run_simulation(state: State) -> None:
     """Make a batch at once and then one every `interval` seconds, without drift.
 
-    A batch that fails is logged and counted, and the next one comes.
+    A batch that fails is logged and counted, and the next one comes. What a process has missed that was
+    stopped for an hour does not come all at once.
     """
-    interval, monotonic = state.config.interval, asyncio.get_running_loop().time
-    due = monotonic()
+    interval, began = state.config.interval, time.monotonic()
     while True:
         try:
             await tick(state, state.clock(), state.simulation.rng)
         except Exception:
             state.simulation.errors += 1
             log.exception("a simulated batch failed")
-        due = next_due(due, monotonic(), interval)
-        await asyncio.sleep(due - monotonic())
+        await asyncio.sleep(interval - (time.monotonic() - began) % interval)
 
 
 # ── HTTP: requests ──────────────────────────────────────────────────────────────────────────────

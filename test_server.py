@@ -1533,16 +1533,39 @@ async def test_a_simulation_whose_batches_all_fail_is_degraded(
     assert (await answer.json())["simulation"]["running"] is False
 
 
-@pytest.mark.parametrize(("now", "due"), [(100, 110), (100.4, 110), (109.9, 110), (110.1, 120), (125, 130), (3_700, 3_700)])
-def test_batches_keep_their_rhythm_however_late_one_is(now: float, due: float) -> None:
-    assert server.next_due(100, now, 10) == due
+async def begin_batches(monkeypatch: pytest.MonkeyPatch, lasting: Iterable[float]) -> list[float]:
+    """Return when batches of which each lasts so long begin, one every 10 s from 100 on, in a time that need not pass."""
+    now, began, each = 100.0, list[float](), iter(lasting)
+
+    async def tick(*_: Any) -> None:
+        nonlocal now
+        began.append(now)
+        if (seconds := next(each, None)) is None:
+            raise asyncio.CancelledError
+        now += seconds
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        assert seconds > 0
+        now += seconds
+
+    monkeypatch.setattr(server, "tick", tick)
+    monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(server, "asyncio", SimpleNamespace(sleep=sleep))
+    with pytest.raises(asyncio.CancelledError):
+        await server.run_simulation(cast("server.State", Mock(config=Config(interval=10))))
+    return began
 
 
-def test_an_hour_has_360_batches() -> None:
-    due, rng = 0.0, random.Random(17)
-    for _ in range(360):
-        due = server.next_due(due, due + rng.random() * 9, 10)
-    assert due == 3_600
+@pytest.mark.parametrize(("now", "due"), [(100, 110), (100.4, 110), (109.9, 110), (110.1, 120), (125, 130), (3_699.9, 3_700), (3_700.1, 3_710)])
+async def test_batches_keep_their_rhythm_however_late_one_is(monkeypatch: pytest.MonkeyPatch, now: float, due: float) -> None:
+    assert await begin_batches(monkeypatch, [now - 100, 0]) == pytest.approx([100, due, due + 10])
+
+
+async def test_an_hour_has_360_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(17)
+    began = await begin_batches(monkeypatch, [rng.random() * 9 for _ in range(360)])
+    assert began == pytest.approx([100 + 10 * number for number in range(361)])
 
 
 async def test_a_clock_that_jumps_changes_neither_the_rhythm_nor_what_is_in_the_future(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
