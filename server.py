@@ -1864,13 +1864,13 @@ async def simulate_history(state: State) -> None:
 
 
 async def run_simulation(state: State) -> None:
-    """Make a batch at once and then one every `interval` seconds, without drift.
+    """If it is to simulate, make a batch at once and then one every `interval` seconds, without drift.
 
     A batch that fails is logged and counted, and the next one comes. What a process has missed that was
     stopped for an hour does not come all at once.
     """
     interval, began = state.config.interval, time.monotonic()
-    while True:
+    while state.config.simulate:
         try:
             await tick(state, state.clock(), state.simulation.rng)
         except Exception:
@@ -2868,12 +2868,9 @@ async def own_simulation(app: web.Application) -> AsyncIterator[None]:
     """Fill in the history, then run the simulation for as long as the application lives."""
     state = app[STATE]
     await simulate_history(state)
-    task = asyncio.create_task(run_simulation(state)) if state.config.simulate else None
+    task = asyncio.create_task(run_simulation(state))
     yield
-    if task:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    task.cancel()
 
 
 def create_app(
