@@ -1830,19 +1830,10 @@ def simulate_batch(now: int, rng: random.Random) -> list[Event]:
     return events
 
 
-@dataclass
-class Simulation:
-    """The random generator, and what `/health` tells; `last_batch` is in monotonic seconds."""
-
-    rng: random.Random
-    last_batch: float = -math.inf
-    errors: int = 0
-
-
 async def tick(state: State, now: float, rng: random.Random) -> None:
     """Add a batch that ends at `now`."""
     await state.add(simulate_batch(int(now), rng))
-    state.simulation.last_batch = time.monotonic()
+    state.last_batch = time.monotonic()
 
 
 async def simulate_history(state: State) -> None:
@@ -1857,7 +1848,7 @@ async def simulate_history(state: State) -> None:
         if len(events) >= state.usage.keep:
             log.warning("--keep ends the history after %.1f days", number * config.interval / DAY)
             break
-        events += simulate_batch(int(now - number * config.interval), state.simulation.rng)
+        events += simulate_batch(int(now - number * config.interval), state.rng)
     if events:
         events.reverse()
         await state.add(events)
@@ -1872,9 +1863,9 @@ async def run_simulation(state: State) -> None:
     interval, began = state.config.interval, time.monotonic()
     while state.config.simulate:
         try:
-            await tick(state, state.clock(), state.simulation.rng)
+            await tick(state, state.clock(), state.rng)
         except Exception:
-            state.simulation.errors += 1
+            state.batch_errors += 1
             log.exception("a simulated batch failed")
         await asyncio.sleep(interval - (time.monotonic() - began) % interval)
 
@@ -2453,7 +2444,7 @@ async def get_usage(request: web.Request) -> Answer:
 async def get_health(request: web.Request) -> Answer:
     """Tell whether all is well: 503 when the simulation has stopped or the last write failed."""
     state = request.app[STATE]
-    age = time.monotonic() - state.simulation.last_batch
+    age = time.monotonic() - state.last_batch
     running = state.config.simulate and age < max(LATE_SECONDS, 3 * state.config.interval)
     journal = state.journal
     healthy = running == state.config.simulate and not (journal and journal.failed)
@@ -2462,7 +2453,7 @@ async def get_health(request: web.Request) -> Answer:
     value = {
         "status": "ok" if healthy else "degraded",
         "events": state.usage.count,
-        "simulation": {"running": running, "last_batch_age": last_batch, "errors": state.simulation.errors},
+        "simulation": {"running": running, "last_batch_age": last_batch, "errors": state.batch_errors},
         "storage": {"durable": journal is not None, "last_commit_age": last_commit},
     }
     return answer_now(200 if healthy else 503, encode(value))
@@ -2754,7 +2745,7 @@ async def get_metrics(request: web.Request) -> Answer:
     tell("usage_events", "gauge", "Events that are kept.", f" {state.usage.count}")
     tell("usage_sequence", "counter", "Number of the latest change.", f" {state.usage.sequence}")
     tell("usage_requests_total", "counter", "Requests that were answered.", *statuses)
-    tell("usage_simulation_errors_total", "counter", "Batches that failed.", f" {state.simulation.errors}")
+    tell("usage_simulation_errors_total", "counter", "Batches that failed.", f" {state.batch_errors}")
     tell("process_resident_memory_bytes", "gauge", "Resident memory.", f" {resident_memory()}")
     if state.journal and (age := time.monotonic() - state.journal.last_commit) < math.inf:
         tell("usage_last_commit_age_seconds", "gauge", "Seconds since the last commit.", f" {age:.3f}")
@@ -2822,11 +2813,13 @@ class State:
     config: Config
     usage: Usage
     books: Books
-    simulation: Simulation
+    rng: random.Random  # of the simulation
     journal: Journal | None
     page: tuple[bytes, str]  # and its policy
     clock: Callable[[], float]
     answers: SingleFlight
+    last_batch: float = -math.inf  # of the simulation, in monotonic seconds
+    batch_errors: int = 0
     requests: Counter[int] = field(default_factory=Counter)  # answered, by the status' first digit
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LONG_WORK))
@@ -2890,8 +2883,8 @@ def create_app(
         books.subscriptions = {**imported.subscriptions}
         usage.give_ids(imported.events)
         usage.add(imported.events)
-    simulation = Simulation(random.Random(config.random_seed))  # noqa: S311 - no secret comes of it
-    app[STATE] = State(config, usage, books, simulation, journal, page, clock, SingleFlight(usage))
+    rng = random.Random(config.random_seed)  # noqa: S311 - no secret comes of it
+    app[STATE] = State(config, usage, books, rng, journal, page, clock, SingleFlight(usage))
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_safety_headers)
     if journal:

@@ -1510,7 +1510,7 @@ async def test_a_batch_that_fails_is_counted_and_the_next_one_comes(start: Start
     state = client.app[server.STATE]
     state.clock = Mock(side_effect=itertools.chain([OSError("no clock"), ZeroDivisionError()], itertools.repeat(NOW)))
     async with asyncio.timeout(10):
-        while state.simulation.errors < 2:
+        while state.batch_errors < 2:
             await asyncio.sleep(0.01)
         count = state.usage.count
         while state.usage.count == count:
@@ -7372,7 +7372,7 @@ async def test_a_poll_asks_for_three_answers_at_most_and_for_one_when_nothing_ha
             counts.append(len(asked))
             asked.clear()
             if number % 2 == 0:
-                await server.tick(state, moment.now, state.simulation.rng)
+                await server.tick(state, moment.now, state.rng)
             await moment.poll()
         assert (query, counts, len(asked)) == (query, [first, 3, 1, 3], 1)
 
@@ -7427,7 +7427,7 @@ async def test_numbers_change_without_a_shift_the_total_counts_up_and_no_motion_
     client = await moment.open([event(NOW - 60 * number) for number in range(1, 14)], random_seed=1)
     state = client.app[server.STATE]
     for _ in range(3):  # until all three labels and tracks are there: a row more is a row more
-        await server.tick(state, moment.now, state.simulation.rng)
+        await server.tick(state, moment.now, state.rng)
         await moment.poll()
     await page.clock.run_for(3_000)
     moment.now += 3
@@ -7439,7 +7439,7 @@ async def test_numbers_change_without_a_shift_the_total_counts_up_and_no_motion_
     for _ in range(12):
         before, labels, _ = await figures(page)
         orders.add(tuple(labels))
-        await server.tick(state, moment.now, state.simulation.rng)
+        await server.tick(state, moment.now, state.rng)
         after = sum(row["seconds_streamed"] for row in await (await client.get("/usage")).json())
         await moment.poll(5)
         moving = await page.evaluate("document.getAnimations().length")
@@ -7913,7 +7913,7 @@ async def test_a_page_left_open_holds_its_memory_and_asks_for_three_small_answer
         if number % 2:
             same.append(await poll())
         else:
-            await server.tick(state, moment.now, state.simulation.rng)
+            await server.tick(state, moment.now, state.rng)
             changed.append(await poll())
     after = await held()
     answers = list(itertools.chain.from_iterable([*changed[WARM // 2 :], *same[WARM // 2 :]]))
