@@ -1519,16 +1519,6 @@ def is_mounted_alone(path: str) -> bool:
     return os.path.ismount(path)
 
 
-def read_application_id(path: Path) -> bytes:
-    """Return what stands in the header of an SQLite file, or b"" for any other, and touch nothing beside it.
-
-    SQLite itself would need the WAL: after a kill the file alone may be damaged.
-    """
-    with path.open("rb") as file:
-        header = file.read(72)
-    return header[68:] if header.startswith(b"SQLite format 3\0") else b""
-
-
 @contextlib.contextmanager
 def translate_errors() -> Iterator[None]:
     """Raise a StorageError for whatever makes the file unusable, damaged contents included."""
@@ -1582,7 +1572,9 @@ class Journal:
             raise StorageError("it must be a plain file with one name (no hard links)")
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
-        if opened.st_size and read_application_id(self.path) != APPLICATION_ID:
+        # SQLite itself would write beside it, and need the WAL: after a kill the file alone may be damaged.
+        header = os.pread(self.lock.fileno(), 72, 0)
+        if header and (header[:16] != b"SQLite format 3\0" or header[68:] != APPLICATION_ID):
             raise StorageError("it is no database of this program")
         self.connection = sqlite3.connect(self.path, check_same_thread=False, timeout=BUSY_SECONDS)
         (version,) = self.connection.execute("PRAGMA user_version").fetchone()
