@@ -1746,7 +1746,6 @@ class Journal:
     async def running(self, usage: Usage) -> AsyncIterator[None]:
         """Store what is appended and, at the end, close the file; but `serve` just ends the process."""
         task = asyncio.create_task(self._run(usage))
-        task.add_done_callback(abort_if_failed)
         yield
         await asyncio.gather(*(change.done for change in self.waiting), return_exceptions=True)
         task.cancel()
@@ -1755,18 +1754,21 @@ class Journal:
         self.lock.close()
 
     async def _run(self, usage: Usage) -> None:
-        """Store what waits, in one commit, and make it visible in `usage`.
-
-        What nobody expects to go wrong ends it, and with it the process: see `abort_if_failed`.
-        """
-        while True:
-            await self.wake.wait()
-            await asyncio.sleep(GATHER_SECONDS)
-            self.wake.clear()
-            batch = [*self.waiting]
-            for _, group in itertools.groupby(batch, key=attrgetter("decide")):  # one that decides is alone
-                await self._store([*group], usage)
-            del self.waiting[: len(batch)]
+        """Store what waits, in one commit, and make it visible in `usage`."""
+        try:
+            while True:
+                await self.wake.wait()
+                await asyncio.sleep(GATHER_SECONDS)
+                self.wake.clear()
+                batch = [*self.waiting]
+                for _, group in itertools.groupby(batch, key=attrgetter("decide")):  # who decides is alone
+                    await self._store([*group], usage)
+                del self.waiting[: len(batch)]
+        except Exception:
+            # As a kill does, end the process: what is stored and what is visible could differ from now on.
+            log.critical("the journal has failed; start again, nothing stored is lost", exc_info=True)
+            logging.shutdown()
+            os.abort()
 
     async def _store(self, group: Sequence[Change], usage: Usage) -> None:
         """Store the changes and make them visible, or have each raise why they are not stored."""
@@ -1791,14 +1793,6 @@ class Journal:
             if time.monotonic() > began + SLICE_SECONDS:
                 await asyncio.sleep(SLICE_SECONDS)  # a request needs the event loop several times
                 began = time.monotonic()
-
-
-def abort_if_failed(running: asyncio.Task[None]) -> None:
-    """End the process as a kill does: what is stored and what is visible could differ from now on."""
-    if not running.cancelled() and (error := running.exception()):
-        log.critical("the journal has failed; start again, nothing stored is lost", exc_info=error)
-        logging.shutdown()
-        os.abort()
 
 
 # ── Simulation ──────────────────────────────────────────────────────────────────────────────────
