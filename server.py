@@ -1447,7 +1447,6 @@ MIGRATIONS = (
 # Statements, each with its rows. One with {rows} takes many at a time, any other is run for each of them.
 Statements = Sequence[tuple[str, Iterable[Any]]]
 Apply = Callable[[], None]  # makes visible what is stored
-Decide = Callable[[], Awaitable[tuple[Statements, Apply]]]
 
 STEP_ROWS = 100  # are inserted in one step: after each the thread waits for the GIL
 INSERT_STREAMS = "INSERT INTO streams VALUES {rows}"
@@ -1543,7 +1542,7 @@ class Change:
     number: int
     statements: Statements = ()
     apply: Apply = lambda: None
-    decide: Decide | None = None
+    decide: Callable[[], Awaitable[tuple[Statements, Apply]]] | None = None
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -2481,22 +2480,21 @@ async def post_streams(request: web.Request) -> Answer:
         raise InvalidError("Idempotency-Key must be 1 to 255 printable ASCII characters")
     value, body = await read_json(request)
     digest = hashlib.sha256(body).digest()
-    # A retry of what is stored is not in the future, even if the clock has been set back since.
-    is_retry = digest == state.usage.keys.get(key or "", (None, 0))[0]
-    events = await finish(state, parse_events(value, sys.maxsize if is_retry else state.clock()))
     async with state.lock("key", key) if key else contextlib.nullcontext():
-        known_digest, first_id = state.usage.keys.get(key or "", (None, 0))
-        if known_digest is None:
+        known, first_id = state.usage.keys.get(key or "", (None, 0))
+        # A retry of what is stored is not in the future, even if the clock has been set back since.
+        events = await finish(state, parse_events(value, sys.maxsize if known == digest else state.clock()))
+        if known is None:
             if len(body) > PIECE_BYTES:
                 await state.yield_to_others()  # so that several such bodies are not added at a stretch
             if state.usage.is_too_old(events):
                 raise ConflictError("a stream is older than all that --keep keeps")
             await state.add(events, (key, digest) if key else None)
-        elif known_digest != digest:
+        elif known != digest:
             raise web.HTTPUnprocessableEntity(reason="this Idempotency-Key came with another body before")
         else:  # the first answer is made again, whatever became of them
             number_events(events, first_id)
-    headers = {"Idempotent-Replayed": "true"} if known_digest else {}
+    headers = {"Idempotent-Replayed": "true"} if known else {}
     if isinstance(value, list):
         data = b",".join(event.json_with_id for event in events)
         return answer_success("Streams Created", b"[%b]" % data, 201, **headers)
@@ -2567,13 +2565,11 @@ async def get_changes(request: web.Request) -> Answer:
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
-    cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
-    after = cursor.after
-    began = cursor.began if after else usage.sequence  # a first reading begins now
+    (name, after, began), limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
+    began = began if after else usage.sequence  # a first reading begins now
     # A first reading can do without the tombstone of a stream that was removed before it began.
-    needed_since = max(after, began)
-    is_known = usage.tombstones_since <= needed_since <= usage.sequence
-    if cursor.sequence not in ("", usage.sequence_name) or not is_known:
+    is_known = usage.tombstones_since <= max(after, began) <= usage.sequence
+    if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     number = usage.sequence
     chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
@@ -2604,11 +2600,10 @@ async def get_users(request: web.Request) -> Answer:
 def write_users(books: Books) -> Pieces:
     """Yield the users, in order of id."""
     users = yield from sort_in_steps(books.tracks.keys() | books.subscriptions.keys(), str)
-    opening = b'{"message":"Found Users","data":['
-    for user in users:
-        yield opening + encode(describe_user(books, user))
-        opening = b","
-    yield b"]}" if opening == b"," else opening + b"]}"
+    yield b'{"message":"Found Users","data":['
+    for number, user in enumerate(users):
+        yield (b"," if number else b"") + encode(describe_user(books, user))
+    yield b"]}"
 
 
 def parse_path(request: web.Request, fault: str) -> str:
