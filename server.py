@@ -1556,7 +1556,7 @@ class Journal:
         The mode "r+b" makes no new file.
         """
         self.waiting: list[Change] = []
-        self.wake = asyncio.Event()
+        self.storing: asyncio.Task[None] | None = None
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.failed = False
         self.in_doubt = False  # whether the WAL may hold a commit that was refused
@@ -1694,7 +1694,8 @@ class Journal:
 
     @translate_errors()
     def load(self, usage: Usage, books: Books) -> None:
-        """Put into `usage` and `books` what is stored; raises StorageError."""
+        """Put into `usage` and `books` what is stored, and from now on what is; raises StorageError."""
+        self.usage = usage
         execute = self.connection.execute
         rows = telling("loading, streams", execute("SELECT * FROM streams"))
         # The last two cells are the id and the version.
@@ -1738,30 +1739,18 @@ class Journal:
         First in, first out: what a follower of the sequence has seen has nothing missing before it.
         """
         self.waiting.append(change)
-        self.wake.set()
+        if len(self.waiting) == 1:
+            self.storing = asyncio.create_task(self._store_waiting())
         await asyncio.shield(change.done)
 
-    @contextlib.asynccontextmanager
-    async def running(self, usage: Usage) -> AsyncIterator[None]:
-        """Store what is appended and, at the end, close the file; but `serve` just ends the process."""
-        task = asyncio.create_task(self._run(usage))
-        yield
-        await asyncio.gather(*(change.done for change in self.waiting), return_exceptions=True)
-        task.cancel()
-        self.thread.shutdown()
-        self.connection.close()
-        self.lock.close()
-
-    async def _run(self, usage: Usage) -> None:
-        """Store what waits, in one commit, and make it visible in `usage`."""
+    async def _store_waiting(self) -> None:
+        """Store what waits, in one commit, and make it visible, until nothing waits any more."""
         try:
-            while True:
-                await self.wake.wait()
+            while self.waiting:
                 await asyncio.sleep(GATHER_SECONDS)
-                self.wake.clear()
                 batch = [*self.waiting]
                 for _, group in itertools.groupby(batch, key=attrgetter("decide")):  # who decides is alone
-                    await self._store([*group], usage)
+                    await self._store([*group])
                 del self.waiting[: len(batch)]
         except Exception:
             # As a kill does, end the process: what is stored and what is visible could differ from now on.
@@ -1769,7 +1758,7 @@ class Journal:
             logging.shutdown()
             os.abort()
 
-    async def _store(self, group: Sequence[Change], usage: Usage) -> None:
+    async def _store(self, group: Sequence[Change]) -> None:
         """Store the changes and make them visible, or have each raise why they are not stored."""
         try:
             for change in group:
@@ -1787,11 +1776,19 @@ class Journal:
         began = time.monotonic()
         for change in group:
             change.apply()
-            usage.advance(change.number)
+            self.usage.advance(change.number)
             change.done.set_result(None)
             if time.monotonic() > began + SLICE_SECONDS:
                 await asyncio.sleep(SLICE_SECONDS)  # a request needs the event loop several times
                 began = time.monotonic()
+
+    async def close(self) -> None:
+        """Close the file once nothing waits any more; but `serve` just ends the process."""
+        if self.storing:
+            await self.storing
+        self.thread.shutdown()
+        self.connection.close()
+        self.lock.close()
 
 
 # ── Simulation ──────────────────────────────────────────────────────────────────────────────────
@@ -2869,7 +2866,7 @@ def create_app(
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_safety_headers)
     if journal:
-        app.cleanup_ctx.append(lambda _: journal.running(usage))
+        app.on_cleanup.append(lambda _: journal.close())
     app.cleanup_ctx.append(own_simulation)
     return app
 
