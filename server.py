@@ -1858,6 +1858,7 @@ async def run_simulation(state: State) -> None:
 NUMBER = "[0-9]{1,100}"
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?")  # RFC 3986: the port may be empty
 HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+READING = (hdrs.METH_GET, hdrs.METH_HEAD)  # any other method writes
 JSON_TYPES = ("application/json",)
 PATCH_TYPES = (*JSON_TYPES, "application/merge-patch+json")
 
@@ -1987,7 +1988,7 @@ def check_access(request: web.Request, config: Config) -> None:
     host = request.headers.get(hdrs.HOST, "")
     if not is_own_name(host, config.allow_host):
         raise web.HTTPMisdirectedRequest(reason="this Host is unknown here; --allow-host NAME makes it known")
-    if request.method in (hdrs.METH_GET, hdrs.METH_HEAD):
+    if request.method in READING:
         return
     site, origin = request.headers.get("Sec-Fetch-Site", "none"), request.headers.get(hdrs.ORIGIN)
     if site not in ("same-origin", "none") or (origin and origin.partition("://")[2].lower() != host.lower()):
@@ -2088,7 +2089,7 @@ class Answer(web.StreamResponse):
         if request.method == hdrs.METH_HEAD:
             return
         until = time.monotonic() + SLICE_SECONDS
-        for part in joined(pieces):
+        for part in joined(pieces, PIECE_BYTES):
             packed = await asyncio.to_thread(compressor.compress, part) if compressor and part else part
             await self._write_chunk(request, packed, chunked)
             if time.monotonic() > until:
@@ -2118,20 +2119,30 @@ class Answer(web.StreamResponse):
                 raise ConnectionResetError from None
 
 
-def joined(pieces: Pieces) -> Iterator[bytes]:
-    """Yield `pieces`, those that are shorter than PIECE_BYTES together; b"" where others may go on."""
+def joined(pieces: Pieces, least: float) -> Iterator[bytes]:
+    """Yield `pieces` in parts of at least so many bytes, and the rest; b"" where others may go on."""
     ready: list[bytes] = []
     size = 0
     for piece in pieces:
         if piece:
             ready.append(piece)
             size += len(piece)
-        if size < PIECE_BYTES:
+        if size < least:
             yield b""
         else:
             yield b"".join(ready)
             ready, size = [], 0
     yield b"".join(ready)
+
+
+def join_up_to(most: float, pieces: Pieces) -> Steps[bytes | None]:
+    """Return `pieces` as one, or None if they are longer than `most` bytes."""
+    part = b""
+    for part in joined(pieces, most + 1):
+        yield
+        if part:
+            break
+    return part if len(part) <= most else None
 
 
 async def finish(state: State, work: Generator[Any, None, T], first: bool = False) -> T:
@@ -2155,18 +2166,6 @@ async def finish(state: State, work: Generator[Any, None, T], first: bool = Fals
             if slices == SHORT_SLICES and not first:
                 await held.enter_async_context(state.long_work)
             await state.yield_to_others()
-
-
-def join_up_to(most: float, pieces: Pieces) -> Steps[bytes | None]:
-    """Return `pieces` as one, or None if they are longer than `most` bytes."""
-    made, size = list[bytes](), 0
-    for piece in pieces:
-        yield
-        made.append(piece or b"")
-        size += len(made[-1])
-        if size > most:
-            return None
-    return b"".join(made)
 
 
 class SingleFlight:
@@ -2323,10 +2322,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Have every request answered, and a write that has begun go on when its client disconnects."""
     state = request.app[STATE]
     answering = answer_errors(state, request, handler)
-    if request.method in (hdrs.METH_GET, hdrs.METH_HEAD):
-        answer = await answering
-    else:
-        answer = await asyncio.shield(answering)
+    answer = await (answering if request.method in READING else asyncio.shield(answering))
     state.requests[answer.status // 100] += 1
     return answer
 
