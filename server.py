@@ -1525,10 +1525,10 @@ def translate_errors() -> Iterator[None]:
         yield
     except BlockingIOError:
         raise StorageError("another process uses it") from None
-    except OSError as error:
-        raise StorageError(error.strerror or str(error)) from None
+    except (OSError, sqlite3.OperationalError) as error:  # such as a full disk, or another process's lock
+        raise StorageError(getattr(error, "strerror", None) or str(error)) from None
     except (sqlite3.Error, TypeError, ValueError, LookupError) as error:
-        raise StorageError(f"it is damaged or in use: {error}") from None
+        raise StorageError(f"it is damaged: {error}") from None
 
 
 @dataclass
@@ -1768,8 +1768,6 @@ class Journal:
             statements.append((SET_SEQUENCE, [(group[-1].number,)]))
             await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, statements)
         except (StorageError, ConflictError) as error:
-            if isinstance(error, StorageError):
-                log.error("%s", error)
             for change in group:
                 change.done.set_exception(error)
             return
@@ -1846,9 +1844,9 @@ async def run_simulation(state: State) -> None:
     while state.config.simulate:
         try:
             await tick(state, state.clock(), state.rng)
-        except Exception:
+        except Exception as error:
             state.batch_errors += 1
-            log.exception("a simulated batch failed")
+            log.error("a simulated batch failed: %s", error, exc_info=not isinstance(error, StorageError))
         await asyncio.sleep(interval - (time.monotonic() - began) % interval)
 
 
@@ -2333,6 +2331,8 @@ async def answer_errors(state: State, request: web.Request, handler: Handler) ->
         check_access(request, state.config)
         return await handler(request)
     except tuple(STATUSES) as error:
+        if isinstance(error, StorageError):
+            log.error("%s %r failed: %s", request.method, request.path, error)
         return answer_now(STATUSES[type(error)], encode({"error": str(error)}))
     except web.HTTPException as error:
         kept = {name: text for name, text in error.headers.items() if name in KEPT_HEADERS}
@@ -3085,6 +3085,8 @@ async def serve(
     site = web.SockSite(runner, listener, backlog=1)
     await site.start()
     listener.listen(BACKLOG)
+    # Or the system would hold megabytes for a client that reads slowly, and say for a minute that it is full.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PIECE_BYTES)
     output(1).say(f"Listening on {url}\n")
     await signalled.wait()
     await site.stop()
@@ -3133,7 +3135,8 @@ def main() -> None:
     listener = listen(parser, options.host, options.port)
     imported = read_import(parser, options.directory, options.tracks) if options.directory else None
     names = ("interval", "simulate", "history", "random_seed", "keep", "db", "token")
-    config = Config(allow_host=tuple(options.allow_host), **{name: getattr(options, name) for name in names})
+    own_names = (options.host.lower(), *options.allow_host)  # or the URL that is printed would not work
+    config = Config(allow_host=own_names, **{name: getattr(options, name) for name in names})
     address, port, *_ = listener.getsockname()
     if not options.token and not ipaddress.ip_address(address).is_loopback:
         log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
