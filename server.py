@@ -299,6 +299,7 @@ class Tombstone:
 
     id: int
     version: int
+    fields = '"deleted":true'  # in the place of an event's
 
 
 def number_events(events: Iterable[Event], first_id: int) -> None:
@@ -400,12 +401,7 @@ class Chunk(list[Any]):
     @property
     def feed_lines(self) -> bytes:
         """The lines of the feed."""
-        lines = [
-            f'{{"version":{each.version},"id":{each.id},{each.fields}}}\n'
-            if isinstance(each, Event)
-            else f'{{"version":{each.version},"id":{each.id},"deleted":true}}\n'
-            for each in self
-        ]
+        lines = [f'{{"version":{each.version},"id":{each.id},{each.fields}}}\n' for each in self]
         return "".join(lines).encode()
 
     @cached_property
