@@ -424,12 +424,9 @@ class Order:
 
     def add(self, events: Iterable[Any]) -> None:
         """Put each event in its place."""
-        if not self.chunks:
-            self._replace(0, sorted(events, key=self.key))
-            return
         for at, group in self._by_chunk(events):
-            merged = [*self.chunks[at]]
-            if self.key(group[0]) > self.key(merged[-1]):  # all come last, as new ids and versions do
+            merged = [*self.chunks[at]] if self.chunks else []
+            if not merged or self.key(group[0]) > self.key(merged[-1]):  # new ids and versions come last
                 merged += group
             elif len(group) > len(merged) // 16:  # sorting anew is quicker than finding so many places
                 merged = sorted(merged + group, key=self.key)
@@ -469,12 +466,9 @@ class Order:
 
     def _replace(self, at: int, events: list[Any]) -> None:
         """Put `events`, if any, in the place of the chunk there, cut into chunks of about equal length."""
-        parts = math.ceil(len(events) / CHUNK_EVENTS)
-        if self.chunks and parts == 1:
-            self.chunks[at] = Chunk(events)
-            return
         if self.chunks:
             del self.chunks[at]
+        parts = math.ceil(len(events) / CHUNK_EVENTS)
         for part in reversed(range(parts)):
             first, end = len(events) * part // parts, len(events) * (part + 1) // parts
             self.chunks.insert(at, Chunk(events[first:end]))
