@@ -615,18 +615,15 @@ Totals = dict[Any, Total]
 WINDOWS = {"minute": 60, "hour": 3_600, "day": DAY}  # and month, which has no fixed length
 
 
-def totals_of(events: Sequence[Event], *keys: Iterable[Any]) -> Totals:
-    """Return the totals of `events` by keys: columns, each with a value for each event."""
+def totals_of(events: Sequence[Event], names: Sequence[str], window: str | None = None) -> Totals:
+    """Return the totals of `events` by the start of the window, if there is one, and these fields."""
+    columns: list[Iterable[Any]] = [windows_of(events, window)] if window else []
+    columns += [map(attrgetter(name), events) for name in names]  # read in C, for there are many events
+    keys = zip(*columns, strict=True) if columns else itertools.repeat(())
     seconds: defaultdict[Any, list[int]] = defaultdict(list)
-    each_key = zip(*keys, strict=True) if keys else itertools.repeat(())
-    for key, streamed in zip(each_key, map(attrgetter("seconds_streamed"), events), strict=False):
+    for key, streamed in zip(keys, map(attrgetter("seconds_streamed"), events), strict=False):
         seconds[key].append(streamed)
     return {key: (len(each), sum(each)) for key, each in seconds.items()}
-
-
-def values_of(events: Iterable[Event], *names: str) -> list[Iterable[Any]]:
-    """Return the columns of these fields for `totals_of`, read in C, for there are many events."""
-    return [map(attrgetter(name), events) for name in names]
 
 
 def add_up(totals: Totals, key: Any, total: Total, sign: int = 1) -> None:
@@ -650,15 +647,10 @@ def month_start(month: str) -> int:
     return calendar.timegm(time.strptime(month, "%Y-%m"))
 
 
-def months_of(events: Iterable[Event]) -> list[str]:
-    """Return the month of each event."""
-    return [month_of(event.stream_started_on // DAY) for event in events]
-
-
 def windows_of(events: Iterable[Event], window: str) -> list[int]:
     """Return when the minute, hour, day or month in UTC of each event began."""
     if window == "month":
-        return [month_start(month) for month in months_of(events)]
+        return [month_start(month_of(event.stream_started_on // DAY)) for event in events]
     return [event.stream_started_on - event.stream_started_on % WINDOWS[window] for event in events]
 
 
@@ -667,14 +659,9 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
 
     A chunk remembers totals that are few. Where they are many, to filter before counting saves work.
     """
-
-    def totals(events: Chunk) -> Totals:
-        windows = [windows_of(events, window)] if window else []
-        return totals_of(events, *windows, *values_of(events, *names))
-
     if (window, names) in chunk.known:
-        return chunk.known[window, names] or totals(matching(chunk, wanted))
-    found = totals(chunk)
+        return chunk.known[window, names] or totals_of(matching(chunk, wanted), names, window)
+    found = totals_of(chunk, names, window)
     chunk.known[window, names] = found if len(found) <= len(chunk) // 4 else None
     if len(chunk.known) > KNOWN_TOTALS:
         del chunk.known[next(iter(chunk.known))]
@@ -945,16 +932,15 @@ class Books:
 
     def record(self, events: Sequence[Event], sign: int = 1) -> None:
         """Add events to the totals or, with a `sign` of -1, take them away."""
-        counted: defaultdict[str, Totals] = defaultdict(dict)
-        by_month = totals_of(events, months_of(events), *values_of(events, "user_id", "label"))
-        for (month, user, label), total in by_month.items():
-            counted[month][user, label] = total
-        for month, totals in counted.items():
+        by_month: defaultdict[str, list[Event]] = defaultdict(list)
+        for event in events:
+            by_month[month_of(event.stream_started_on // DAY)].append(event)
+        for month, of_month in by_month.items():
             if month in self.copy_on_record:
                 self.months[month] = {**self.months[month]}
                 self.copy_on_record.remove(month)
-            record_users(self.months[month], totals, sign)
-        record_users(self.tracks, totals_of(events, *values_of(events, "user_id", "track_id")), sign)
+            record_users(self.months[month], of_month, "label", sign)
+        record_users(self.tracks, events, "track_id", sign)
 
     def snapshot(self) -> Books:
         """Return the books as they are now; the next change of a month copies its totals first."""
@@ -993,11 +979,12 @@ class Books:
         return f"{first} has streams and is open: close it first" if first < month else ""
 
 
-def record_users(users: dict[str, Totals], totals: Totals, sign: int) -> None:
-    """Add totals by user and name to those of `users`, each replaced: who reads one reads one moment."""
+def record_users(users: dict[str, Totals], events: Sequence[Event], name: str, sign: int) -> None:
+    """Count events by user and a field in `users`, each replaced: who reads one reads one moment."""
+    totals = totals_of(events, ("user_id", name))
     changed = {user: {**users.get(user, {})} for user in {user for user, _ in totals}}
-    for (user, name), total in totals.items():
-        add_up(changed[user], name, total, sign)
+    for (user, value), total in totals.items():
+        add_up(changed[user], value, total, sign)
     for user, own in changed.items():
         if own:
             users[user] = own
