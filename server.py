@@ -670,7 +670,7 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
 
 def aggregate(
     chunks: Iterable[Chunk], by: tuple[str, ...], window: str | None, wanted: Wanted, limit: int | None
-) -> Steps[list[tuple[Any, ...]]]:
+) -> Steps[Iterator[tuple[Any, ...]]]:
     """Return rows of window start, names, streams and seconds: in order of time, then most seconds first.
 
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
@@ -678,37 +678,30 @@ def aggregate(
     names = (*by, *(name for name, _ in wanted if name not in by))
     windowed = 1 if window else 0  # so many cells of a key stand before its names
     filters = [(windowed + names.index(name), values) for name, values in wanted]
-    rows: list[tuple[Any, ...]] = []
-    sums: Totals = {}
+    sums: Totals = {}  # in order of time, as the chunks are
+    parts, count = list[Iterable[tuple[Any, Total]]](), 0  # totals of windows that are over, in order
 
     def place(item: tuple[tuple[Any, ...], Total]) -> tuple[Any, ...]:
         key, (_, seconds) = item
         return key[:windowed], -seconds, key
 
-    def add_rows(complete: Totals) -> Steps[None]:
-        in_order = yield from sort_in_steps(complete.items(), place)
-        for some in batched(itertools.islice(in_order, limit), CHUNK_EVENTS):
-            yield
-            rows.extend((*key, *total) for key, total in some)
-
-    latest = 0  # the window in which the latest chunk began
     for chunk in chunks:
         yield
-        start = windows_of(chunk[:1], window)[0] if window else latest
-        if start != latest:  # chunks are in order of time, so the windows before are complete
-            latest = start
-            yield from add_rows({key: sums.pop(key) for key in [*sums] if key[0] < start})
-            if limit and len(rows) >= limit:
-                return rows[:limit]
+        if window and sums and next(iter(sums))[0] < (start := windows_of(chunk[:1], window)[0]):
+            over = {key: sums.pop(key) for key in [*sums] if key[0] < start}
+            parts.append((yield from sort_in_steps(over.items(), place)))
+            count += len(over)
+            if limit and count >= limit:
+                break
         totals = count_chunk(chunk, window, names, wanted)
         for at, values in filters:
             totals = {key: total for key, total in totals.items() if key[at] in values}
         for key, total in totals.items():
             add_up(sums, key[: windowed + len(by)], total)
-        if len(rows) + len(sums) > MOST_ROWS and not limit:
+        if count + len(sums) > MOST_ROWS and not limit:
             raise InvalidError(f"there are more than {MOST_ROWS:,} rows: narrow the query, or pass limit")
-    yield from add_rows(sums)
-    return rows[:limit]
+    parts.append((yield from sort_in_steps(sums.items(), place)))
+    return ((*key, *total) for key, total in itertools.islice(itertools.chain(*parts), limit))
 
 
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
@@ -2432,7 +2425,7 @@ async def get_streams(request: web.Request) -> Answer:
     total = state.usage.count
     if asked:
         rows = await finish(state, aggregate(counted, by=(), window=None, wanted=by_name, limit=None))
-        total = rows[0][0] if rows else 0  # a row of streams and seconds, as it is grouped by nothing
+        total, _ = next(rows, (0, 0))  # streams and seconds, as it is grouped by nothing
     wanted = (*by_name, ("stream_started_on", range(since, until))) if asked else ()
     found = first_of((matching(chunk, wanted) for chunk in following), limit + 1)
     page: list[Event] = list(itertools.chain(*await finish(state, in_steps(found))))

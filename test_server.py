@@ -292,9 +292,9 @@ def test_groups_come_by_seconds_and_then_by_name() -> None:
         event(seconds=5, label="c", track_id="track2"), event(seconds=0, label="d"),
     ]
     chunks = [server.Chunk(events[:2]), server.Chunk(events[2:])]
-    rows = result(server.aggregate(chunks, ("label",), None, (), None))
+    rows = [*result(server.aggregate(chunks, ("label",), None, (), None))]
     assert rows == [("c", 2, 14), ("a", 1, 5), ("b", 1, 5), ("d", 1, 0)]
-    rows = result(server.aggregate(chunks, ("track_id", "label"), None, (), None))
+    rows = [*result(server.aggregate(chunks, ("track_id", "label"), None, (), None))]
     assert [row[:2] for row in rows] == [
         ("track1", "c"), ("track1", "a"), ("track1", "b"), ("track2", "c"), ("track1", "d"),
     ]
@@ -325,7 +325,7 @@ def test_groups_and_windows_add_up_to_what_a_naive_sum_finds(
     chunks = [server.Chunk(events[:40]), *(server.Chunk(events[at : at + 100]) for at in range(40, 900, 100))]
     values = tuple((name, frozenset((f"{name}0", f"{name}2"))) for name in wanted)
     for _ in range(2):  # the second time the chunks know their totals
-        rows = result(server.aggregate(chunks, by, window, values, limit))
+        rows = [*result(server.aggregate(chunks, by, window, values, limit))]
     naive: dict[tuple[Any, ...], list[int]] = {}
     for made in events:
         if any(getattr(made, name) == f"{name}1" for name in wanted):
@@ -351,9 +351,9 @@ def test_more_rows_than_an_answer_may_have_are_refused_and_a_limit_lets_them_in(
             with pytest.raises(InvalidError, match=r"100 rows.*limit"):
                 result(server.aggregate(chunks, ("user_id",), None, (), None))
         else:
-            assert len(result(server.aggregate(chunks, ("user_id",), None, (), None))) == 100
-        assert result(server.aggregate(chunks, ("user_id",), None, (), 3)) == [("user0", 1, 60), ("user1", 1, 60), ("user10", 1, 60)]
-        assert result(server.aggregate(chunks, ("user_id",), None, (("user_id", {"user7"}),), None)) == [("user7", 1, 60)]
+            assert len([*result(server.aggregate(chunks, ("user_id",), None, (), None))]) == 100
+        assert [*result(server.aggregate(chunks, ("user_id",), None, (), 3))] == [("user0", 1, 60), ("user1", 1, 60), ("user10", 1, 60)]
+        assert [*result(server.aggregate(chunks, ("user_id",), None, (("user_id", {"user7"}),), None))] == [("user7", 1, 60)]
 
 
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
@@ -2031,7 +2031,7 @@ def test_a_chunk_remembers_a_few_groupings_and_not_all_that_are_asked_for() -> N
     chunk = server.Chunk(sorted(random_events(random.Random(47), 1_000), key=attrgetter("stream_started_on")))
     for by in [(), *(by for size in (1, 2, 3) for by in itertools.permutations(server.NAMES, size))]:
         for window in (None, "minute", "hour", "day", "month"):
-            first, again = (result(server.aggregate([chunk], by, window, (), None)) for _ in range(2))
+            first, again = ([*result(server.aggregate([chunk], by, window, (), None))] for _ in range(2))
             assert first == again
     assert len(chunk.known) <= server.KNOWN_TOTALS
 
