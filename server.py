@@ -801,8 +801,6 @@ class Ledger:
     user, and a part of the fees of the silent by the seconds of all.
     """
 
-    totals: ByUser
-    subscriptions: Mapping[str, Subscription]
     labels: Totals
     claims: Counter[str]
     seconds: int
@@ -830,10 +828,11 @@ def price_of_second(net: int, seconds: int) -> int:
 
 def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Ledger]:
     """Return a month's ledger: the one place where its seconds and fees are added up."""
-    fees = net = heard_net = listeners = 0
+    fees = net = 0
     for subscription in subscriptions.values():
         yield
         fees, net = fees + subscription.fee, net + subscription.net
+    silent_net, silent_users = net, len(subscriptions)  # until they are found to have streamed
     labels: Totals = {}
     claims = Counter[str]()
     for user, own in totals.items():
@@ -841,19 +840,16 @@ def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Le
         price, seconds = 0, seconds_of(own)
         if seconds and user in subscriptions:
             price = price_of_second(subscriptions[user].net, seconds)
-            heard_net, listeners = heard_net + subscriptions[user].net, listeners + 1
+            silent_net, silent_users = silent_net - subscriptions[user].net, silent_users - 1
         for label, total in own.items():
             add_up(labels, label, total)
             claims[label] += price * total[1]
-    seconds, silent = seconds_of(labels), net - heard_net
-    price = price_of_second(silent, seconds)
+    seconds = seconds_of(labels)
+    price = price_of_second(silent_net, seconds)
     for label, total in labels.items():
         yield
         claims[label] += price * total[1]
-    silent_users = len(subscriptions) - listeners
-    return Ledger(
-        totals, subscriptions, labels, claims, seconds, fees, net, (net + 50) // 100, silent, silent_users
-    )
+    return Ledger(labels, claims, seconds, fees, net, (net + 50) // 100, silent_net, silent_users)
 
 
 def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[str, int]]:
@@ -1132,7 +1128,9 @@ def report_by_month(books: Books, month: str | None) -> Steps[Iterator[tuple[Any
     return ((name, CURRENCY, *line.values()) for name, lines in by_month for line in lines)
 
 
-def find_payers(ledger: Ledger, label: str) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
+def find_payers(
+    account: Account, ledger: Ledger, label: str
+) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
     """Return a statement's rows, and the seconds of each listener who does not subscribe.
 
     A row is for who subscribes and streamed the label, highest part first; the last is for the silent.
@@ -1144,10 +1142,10 @@ def find_payers(ledger: Ledger, label: str) -> Steps[tuple[list[dict[str, Any]],
         part = 100 * net * seconds // (of_seconds or 1)
         payers.append((part, (*terms, euros(100 * net, 6), seconds, of_seconds, euros(part, 6))))
 
-    for user, own in ledger.totals.items():
+    for user, own in account.totals.items():
         yield
         _, seconds = own.get(label, (0, 0))
-        if seconds and (found := ledger.subscriptions.get(user)):
+        if seconds and (found := account.subscriptions.get(user)):
             terms = user, found.product_type, euros(found.fee), found.origin
             add_payer(*terms, net=found.net, seconds=seconds, of_seconds=seconds_of(own))
         elif seconds:
@@ -1166,7 +1164,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
     if line is None:
         raise MissingError(f"there is nothing for the label {label!r} in {month}")
     ledger = yield from tally(account.totals, account.subscriptions)
-    payers, others = yield from find_payers(ledger, label)
+    payers, others = yield from find_payers(account, ledger, label)
     revenue, claim = account.revenue, ledger.claims[label]
 
     def rounded(exact: int, paid: int) -> dict[str, Any]:  # from millionths of a euro, to cents
