@@ -721,7 +721,7 @@ PAYER_COLUMNS = ("user_id", "product_type", "fee", "origin", "net", "seconds_str
 
 ByUser = dict[str, Totals]  # user -> label
 Amounts = tuple[int, int]  # in cents: pro rata, user-centric
-Adjustments = Mapping[str, Mapping[str, Amounts]]  # month that they are for -> label
+Adjustments = Mapping[tuple[str, str], Amounts]  # by the month that they are for, and the label
 
 
 @dataclass(frozen=True, slots=True)
@@ -899,7 +899,7 @@ class Account:
     def lines(self) -> dict[str, Line]:
         """Return each label's line with the sums of its adjustments."""
         lines = {**self.labels}
-        for label, cents in itertools.chain(*(of_month.items() for of_month in self.adjustments.values())):
+        for (_, label), cents in self.adjustments.items():
             lines[label] = add_lines([lines.get(label, Line()), Line(0, 0, 0, 0, *cents)])
         return lines
 
@@ -1005,10 +1005,10 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
     }
 
 
-def subtract(these: Mapping[str, Amounts], those: Mapping[str, Amounts]) -> dict[str, Amounts]:
-    """Return by how much the labels' amounts differ, where they do."""
-    pairs = ((label, these.get(label, (0, 0)), those.get(label, (0, 0))) for label in {**these, **those})
-    return {label: (a - c, b - d) for label, (a, b), (c, d) in pairs if (a, b) != (c, d)}
+def subtract(these: Mapping[T, Amounts], those: Mapping[T, Amounts]) -> dict[T, Amounts]:
+    """Return by how much amounts differ, where they do."""
+    pairs = ((key, these.get(key, (0, 0)), those.get(key, (0, 0))) for key in {**these, **those})
+    return {key: (a - c, b - d) for key, (a, b), (c, d) in pairs if (a, b) != (c, d)}
 
 
 def changed_since_close(books: Books, month: str) -> Steps[dict[str, Amounts]]:
@@ -1024,16 +1024,16 @@ def changed_since_close(books: Books, month: str) -> Steps[dict[str, Amounts]]:
 
 def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid for each month: what has changed since the close less what was paid."""
-    found: dict[str, dict[str, Amounts]] = {}
+    due: dict[tuple[str, str], Amounts] = {}
     for month in books.closed:
-        found[month] = yield from changed_since_close(books, month)
+        changed = yield from changed_since_close(books, month)
+        due |= {(month, label): cents for label, cents in changed.items()}
     for account in books.closed.values():
-        for month, paid in account.adjustments.items():
-            # An earlier month may have paid for a later one: March was closed while February had no stream,
-            # streams of both came late, and February was closed and paid for both. When March is opened again
-            # it is not in `found`: it will pay all itself, so what was paid for it is taken back.
-            found[month] = subtract(found.get(month, {}), paid)
-    return {month: amounts for month, amounts in sorted(found.items()) if amounts}
+        # An earlier month may have paid for a later one: March was closed while February had no stream,
+        # streams of both came late, and February was closed and paid for both. When March is opened again
+        # nothing is due for it: it will pay all itself, so what was paid for it is taken back.
+        due = subtract(due, account.adjustments)
+    return dict(sorted(due.items()))
 
 
 def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[Account]:
@@ -1191,9 +1191,9 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
         },
         "listeners_without_subscription": {"users": len(others), "seconds_streamed": sum(others)},
         "adjustments": [
-            {"month": name} | dict(zip(AMOUNTS, map(euros, cents[label]), strict=True))
-            for name, cents in account.adjustments.items()
-            if label in cents
+            {"month": name} | dict(zip(AMOUNTS, map(euros, cents), strict=True))
+            for (name, of_label), cents in account.adjustments.items()
+            if of_label == label
         ],
     }
 
@@ -1469,7 +1469,7 @@ def store_account(month: str, account: Account) -> Statements:
         ((month, label, *line[:4]) for label, line in account.labels.items()),
         ((month, user, name, *total) for user, own in account.totals.items() for name, total in own.items()),
         ((month, user, *astuple(subscription)) for user, subscription in account.subscriptions.items()),
-        ((month, of, name, *cents) for of, due in account.adjustments.items() for name, cents in due.items()),
+        ((month, *key, *cents) for key, cents in account.adjustments.items()),
     )
     return [*zip((f"INSERT INTO {table} VALUES {{rows}}" for table in CLOSED_TABLES), rows, strict=True)]  # noqa: S608
 
@@ -1696,9 +1696,7 @@ class Journal:
         one_of_each = lru_cache(Subscription)
         subscriptions = {user: one_of_each(*cells) for user, *cells in rows("closed_subscriptions")}
         labels = {label: Line(*figures) for label, *figures in rows("closed_labels")}
-        adjustments: dict[str, dict[str, Amounts]] = {}
-        for of_month, label, amount, user_centric in rows("adjustments"):
-            adjustments.setdefault(of_month, {})[label] = amount, user_centric
+        adjustments = {(of_month, label): (*cents,) for of_month, label, *cents in rows("adjustments")}
         return Account(closed_on, totals, subscriptions, fees, revenue, labels, adjustments)
 
     async def append(self, change: Change) -> None:

@@ -892,9 +892,8 @@ class History:
         for month, were in self.were.items():
             assert self.figures(month) == were
         payroll, due = self.payroll, defaultdict[str, list[int]](lambda: [0, 0])
-        for of_month in result(server.unpaid(self.books.snapshot())).values():
-            for label, cents in of_month.items():
-                due[label] = [due[label][0] + cents[0], due[label][1] + cents[1]]
+        for (_, label), cents in result(server.unpaid(self.books.snapshot())).items():
+            due[label] = [due[label][0] + cents[0], due[label][1] + cents[1]]
         assert {label: cents for label, cents in due.items() if any(cents)} == payroll.due()
         assert not payroll.frozen or self.books.paying_month() == payroll.target()
         for month, frozen in payroll.frozen.items():
