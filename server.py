@@ -948,15 +948,17 @@ class Books:
         self.closed = {name: account for name, account in self.closed.items() if name != month}
 
     def open_months(self) -> list[str]:
-        """Return the open months with a stream, in order."""
-        return sorted(month for month, users in self.months.items() if users and month not in self.closed)
+        """Return the open months with a stream."""
+        return [month for month, users in self.months.items() if users and month not in self.closed]
 
     def paying_month(self) -> str:
         """Return the first open month, or the one after the last closed one: with it adjustments are paid.
 
         Without any month that is "".
         """
-        return next(iter(self.open_months() or map(month_after, reversed(self.closed))), "")
+        last = max(self.closed, default="")
+        after_last = month_of(month_start(last) // DAY + 31) if last else ""
+        return min(self.open_months(), default=after_last)
 
     def obstacle(self, month: str, new_status: str, now: float) -> str:
         """Return why a closed month cannot be opened again, or an open one closed, or "" if it can."""
@@ -979,11 +981,6 @@ def record_users(users: dict[str, Totals], events: Sequence[Event], name: str, s
             users[user] = own
         else:
             users.pop(user, None)
-
-
-def month_after(month: str) -> str:
-    """Return the month after a month such as 2019-12."""
-    return month_of(month_start(month) // DAY + 31)
 
 
 def describe_user(books: Books, user: str) -> dict[str, Any]:
