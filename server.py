@@ -198,10 +198,7 @@ def in_steps(items: Iterable[T]) -> Steps[list[T]]:
 
 def sort_in_steps(items: Iterable[T], key: Callable[[T], Any]) -> Steps[Iterator[T]]:
     """Return items in order, sorted in runs that are then merged: all at once would take too long."""
-    runs = []
-    for some in batched(items, CHUNK_EVENTS):
-        yield
-        runs.append(sorted(some, key=key))
+    runs = yield from in_steps(sorted(some, key=key) for some in batched(items, CHUNK_EVENTS))
     return merge(*runs, key=key)
 
 
