@@ -482,8 +482,7 @@ class Usage:
         self.record = record
         self.keep = keep
         self.by_start, self.by_id = Order("stream_started_on"), Order("id")
-        self.changed = Order("version")  # the changed events and the tombstones: the feed needs them
-        self.tombstones: deque[Tombstone] = deque()  # `keep` of them at most, too
+        self.changed, self.tombstones = Order("version"), Order("version")  # what the feed tells, too
         self.keys: dict[str, tuple[bytes, int]] = {}  # idempotency key -> hash of the body, first id
         self.count = 0
         self.sequence_name = secrets.token_hex(4)
@@ -551,9 +550,10 @@ class Usage:
 
         However late it is read, it is of this moment. A stream that was never changed has its id as version.
         """
-        created, changed = (order.between(number + 1) for order in (self.by_id, self.changed))
-        unchanged = (event for event in itertools.chain(*created) if type(event) is Event)
-        in_order = merge(unchanged, itertools.chain(*changed), key=attrgetter("version"))
+        orders = self.by_id, self.changed, self.tombstones
+        created, changed, removed = (itertools.chain(*order.between(number + 1)) for order in orders)
+        unchanged = (event for event in created if type(event) is Event)
+        in_order = merge(unchanged, changed, removed, key=attrgetter("version"))
         return map(Chunk, batched(in_order, CHUNK_EVENTS))
 
     def replace(self, old: Event, new: Event) -> None:
@@ -564,15 +564,12 @@ class Usage:
     def remove(self, events: Sequence[tuple[Event, int]]) -> None:
         """Forget events that are there, each under the number of this change."""
         self._forget([event for event, _ in events])
-        tombstones = [Tombstone(event.id, number) for event, number in events]
-        self.changed.add(tombstones)
-        self.advance(tombstones[-1].version)
-        if self.keep == math.inf:
-            return
-        self.tombstones += tombstones
-        if (over := len(self.tombstones) - int(self.keep)) > 0:  # who follows from before has to begin anew
-            oldest = [self.tombstones.popleft() for _ in range(over)]
-            self.changed.remove(oldest)
+        self.tombstones.add(Tombstone(event.id, number) for event, number in events)
+        self.advance(events[-1][1])
+        over = sum(map(len, self.tombstones.chunks)) - self.keep  # so many are kept at most, too
+        if over > 0:  # who follows from before has to begin anew
+            oldest = [*itertools.islice(itertools.chain(*self.tombstones.chunks), int(over))]
+            self.tombstones.remove(oldest)
             self.tombstones_since = oldest[-1].version
 
     def _forget(self, events: Sequence[Event]) -> None:
@@ -1662,7 +1659,7 @@ class Journal:
         rows = telling("loading, streams", execute("SELECT * FROM streams"))
         # The last two cells are the id and the version.
         usage.add([Event(*row[:-1]) if row[-1] == row[-2] else ChangedEvent(*row) for row in rows])
-        usage.changed.add(Tombstone(*row) for row in execute("SELECT * FROM tombstones"))
+        usage.tombstones.add(Tombstone(*row) for row in execute("SELECT * FROM tombstones"))
         (usage.sequence_name,) = execute("SELECT name FROM sequence").fetchone()
         usage.last_number = usage.sequence = self._last_number()
         usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
