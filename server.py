@@ -152,9 +152,8 @@ IMPORT_BYTES = 256 * 1024 * 1024  # at most, of each file of an import
 LINE_CHARACTERS = 65_536
 IMPORT_FAULTS = 20  # an import is read up to so many
 FAULT_CHARACTERS = 300
-FETCH_TRIES = 5
-FETCH_SECONDS = 30  # how long each may take
-FETCH_WAIT = 0.5  # seconds before the second try; twice as many before each further one
+FETCH_SECONDS = 30  # how long each try to get the tracks may take
+FETCH_WAITS = (0, 0.5, 1, 2, 4)  # seconds before each of these tries
 BACKLOG = 1024  # how many connections may wait to be taken
 OUTPUT_LINES = 1_000  # so many lines may wait to be read, further ones are dropped
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -1279,9 +1278,7 @@ class Import:
         """Give each row's cells, by column, to `add`, and note with its line what is wrong with it."""
         with self._noting_fault(path.name):
             content = read_file(path)
-            digest = hashlib.sha256(self.hash)
-            digest.update(content)
-            self.hash = digest.digest()
+            self.hash = hashlib.sha256(self.hash + content).digest()
             lines = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", "surrogateescape", newline="")
             header = check_line(lines.readline())
             delimiter = ";" if ";" in header else ","
@@ -1331,16 +1328,15 @@ def midnight(date: str) -> int:
 
 async def fetch_tracks(url: str) -> bytes:
     """Return what `url` answers; raises InvalidError, with the reason, if it can't be had."""
-    for number in range(1, FETCH_TRIES + 1):
+    for number, wait in enumerate(FETCH_WAITS, 1):
+        await asyncio.sleep(wait)
         try:
             return await fetch(url)
         except aiohttp.InvalidURL:
             raise InvalidError("it is no URL") from None
         except (aiohttp.ClientError, OSError) as error:
             reason = str(error) or f"it took longer than {FETCH_SECONDS} s"
-        log.warning("try %d of %d to get the tracks failed: %s", number, FETCH_TRIES, reason)
-        if number < FETCH_TRIES:
-            await asyncio.sleep(FETCH_WAIT * 2 ** (number - 1))
+        log.warning("try %d of %d to get the tracks failed: %s", number, len(FETCH_WAITS), reason)
     raise InvalidError(reason)
 
 

@@ -5256,7 +5256,7 @@ async def test_a_server_of_tracks_that_does_harm_is_left_with_the_reason(
 ) -> None:
     monkeypatch.setattr(server, "IMPORT_BYTES", 2 * 1024 * 1024)
     monkeypatch.setattr(server, "FETCH_SECONDS", 0.2)
-    monkeypatch.setattr(server, "FETCH_WAIT", 0.001)
+    monkeypatch.setattr(server, "FETCH_WAITS", (0, 0.001, 0.002, 0.004, 0.008))
     asked, bomb = 0, gzip.compress(bytes(20_000_000))
 
     async def tracks(request: web.Request) -> web.StreamResponse:
