@@ -521,10 +521,7 @@ class Usage:
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
-        self.by_start.add(events)
-        self.by_id.add(events)
-        self.changed.add(event for event in events if type(event) is ChangedEvent)
-        self._count(events, 1)
+        self._put(events, 1)
         self.advance(max(map(attrgetter("version"), events), default=0))
         if self.sequence >= self.gc_frozen_at + FREEZE_EVENTS:  # none is garbage, so none is searched
             self.gc_frozen_at = self.sequence
@@ -557,12 +554,12 @@ class Usage:
 
     def replace(self, old: Event, new: Event) -> None:
         """Put `new` in the place of `old`, which has the same id."""
-        self._forget([old])
+        self._put([old], -1)
         self.add([new])
 
     def remove(self, events: Sequence[tuple[Event, int]]) -> None:
         """Forget events that are there, each under the number of this change."""
-        self._forget([event for event, _ in events])
+        self._put([event for event, _ in events], -1)
         self.tombstones.add(Tombstone(event.id, number) for event, number in events)
         self.advance(events[-1][1])
         over = sum(map(len, self.tombstones.chunks)) - self.keep  # so many are kept at most, too
@@ -571,13 +568,12 @@ class Usage:
             self.tombstones.remove(oldest)
             self.tombstones_since = oldest[-1].version
 
-    def _forget(self, events: Sequence[Event]) -> None:
-        self.by_start.remove(events)
-        self.by_id.remove(events)
-        self.changed.remove(event for event in events if type(event) is ChangedEvent)
-        self._count(events, -1)
-
-    def _count(self, events: Sequence[Event], sign: int) -> None:
+    def _put(self, events: Sequence[Event], sign: int) -> None:
+        """Put events into all orders (1) or take them out (-1)."""
+        put = Order.add if sign > 0 else Order.remove
+        put(self.by_start, events)
+        put(self.by_id, events)
+        put(self.changed, (event for event in events if type(event) is ChangedEvent))
         self.count += sign * len(events)
         self.record(events, sign)
 
