@@ -905,7 +905,7 @@ class Books:
     subscriptions: dict[str, Subscription]
     months: defaultdict[str, ByUser] = field(default_factory=lambda: defaultdict(dict))
     tracks: dict[str, Totals] = field(default_factory=dict)  # of each user, over all time
-    closed: dict[str, Account] = field(default_factory=dict)  # in order; replaced, for snapshots have it, too
+    closed: dict[str, Account] = field(default_factory=dict)
     copy_on_record: set[str] = field(default_factory=set)  # months whose totals are shared
 
     def record(self, events: Sequence[Event], sign: int = 1) -> None:
@@ -923,18 +923,13 @@ class Books:
     def snapshot(self) -> Books:
         """Return the books as they are now; the next change of a month copies its totals first."""
         self.copy_on_record |= self.months.keys()
-        return replace(
-            self, subscriptions={**self.subscriptions}, months=self.months.copy(), tracks={**self.tracks}
-        )
+        names = "subscriptions", "months", "tracks", "closed"
+        return replace(self, **{name: getattr(self, name).copy() for name in names})
 
     def close(self, month: str, account: Account) -> None:
         """Close the month with this account."""
-        self.closed = dict(sorted({**self.closed, month: account}.items()))
+        self.closed[month] = account
         self.copy_on_record.add(month)
-
-    def reopen(self, month: str) -> None:
-        """Open the month again."""
-        self.closed = {name: account for name, account in self.closed.items() if name != month}
 
     def open_months(self) -> list[str]:
         """Return the open months with a stream."""
@@ -1397,7 +1392,7 @@ MIGRATIONS = (
 
 # Statements, each with its rows. One with {rows} takes many at a time, any other is run for each of them.
 Statements = Sequence[tuple[str, Iterable[Any]]]
-Apply = Callable[[], None]  # makes visible what is stored
+Apply = Callable[[], object]  # makes visible what is stored
 
 STEP_ROWS = 100  # are inserted in one step: after each the thread waits for the GIL
 INSERT_STREAMS = "INSERT INTO streams VALUES {rows}"
@@ -2643,7 +2638,7 @@ async def put_month(request: web.Request) -> Answer:
         if reason := books.obstacle(month, status, now):
             raise ConflictError(reason)
         if status == "open":
-            return [(statement, [(month,)]) for statement in REOPEN_MONTH], lambda: books.reopen(month)
+            return [(statement, [(month,)]) for statement in REOPEN_MONTH], lambda: books.closed.pop(month)
         work = account_of(books.snapshot(), month, int(now))
         account = await finish(state, work, first=True)  # all other writes wait for it
         return store_account(month, account), lambda: books.close(month, account)

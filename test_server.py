@@ -689,7 +689,7 @@ def test_what_stands_in_the_way_of_closing_and_opening_is_said() -> None:
     books.record([event(server.month_start("2018-05"), 1, "user1", label="a")])
     assert report_of(books)[0]["months"] == ["2018-05", "2019-01", "2019-02"]  # a stream is there, and what was paid was nothing
     books.record([event(server.month_start("2018-05"), 1, "user1", label="a")], -1)
-    books.reopen("2019-01")
+    del books.closed["2019-01"]
     assert report_of(books, "2019-01")[0]["status"] == "open"
     assert report_of(books)[0]["months"] == ["2019-01", "2019-02"]
 
@@ -869,7 +869,7 @@ class History:
         if stands:
             self.done["refused"] += 1
         elif change == "open":
-            self.books.reopen(month)
+            del self.books.closed[month]
             self.payroll.open(month)
             del self.were[month]
         else:
