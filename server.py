@@ -957,14 +957,12 @@ class Books:
 def record_users(users: dict[str, Totals], events: Sequence[Event], name: str, sign: int) -> None:
     """Count events by user and a field in `users`, each replaced: who reads one reads one moment."""
     totals = totals_of(events, ("user_id", name))
-    changed = {user: {**users.get(user, {})} for user in {user for user, _ in totals}}
+    for user in {user for user, _ in totals}:
+        users[user] = {**users.get(user, {})}
     for (user, value), total in totals.items():
-        add_up(changed[user], value, total, sign)
-    for user, own in changed.items():
-        if own:
-            users[user] = own
-        else:
-            users.pop(user, None)
+        add_up(users[user], value, total, sign)
+        if not users[user]:
+            del users[user]
 
 
 def describe_user(books: Books, user: str) -> dict[str, Any]:
