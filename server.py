@@ -710,7 +710,7 @@ PAYER_COLUMNS = ("user_id", "product_type", "fee", "origin", "net", "seconds_str
 
 ByUser = dict[str, Totals]  # user -> label
 Amounts = tuple[int, int]  # in cents: pro rata, user-centric
-Adjustments = Mapping[tuple[str, str], Amounts]  # by the month that they are for, and the label
+Adjustments = dict[tuple[str, str], Amounts]  # by the month that they are for, and the label
 
 
 @dataclass(frozen=True, slots=True)
@@ -765,11 +765,6 @@ class Line(NamedTuple):
     amount_user_centric: int = 0
     adjustment: int = 0
     adjustment_user_centric: int = 0
-
-    @property
-    def amounts(self) -> Amounts:
-        """What is owed for the month itself."""
-        return self.amount, self.amount_user_centric
 
 
 def add_lines(lines: Iterable[Line]) -> Line:
@@ -984,29 +979,30 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
     }
 
 
-def subtract(these: Mapping[T, Amounts], those: Mapping[T, Amounts]) -> dict[T, Amounts]:
+def subtract(these: Adjustments, those: Adjustments) -> Adjustments:
     """Return by how much amounts differ, where they do."""
     pairs = ((key, these.get(key, (0, 0)), those.get(key, (0, 0))) for key in {**these, **those})
     return {key: (a - c, b - d) for key, (a, b), (c, d) in pairs if (a, b) != (c, d)}
 
 
-def changed_since_close(books: Books, month: str) -> Steps[dict[str, Amounts]]:
+def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
     """Return how much more each label of a month would get now than when it was closed, if it was."""
     account, users = books.closed.get(month), books.months.get(month, {})
     if not account or account.totals is users:  # nothing has changed: see Books
         return {}
     now = yield from share_month((yield from tally(users, account.subscriptions)))
-    gets = {label: line.amounts for label, line in now.items()}
-    got = {label: line.amounts for label, line in account.labels.items()}
+    gets, got = (
+        {(month, label): (line.amount, line.amount_user_centric) for label, line in lines.items()}
+        for lines in (now, account.labels)
+    )
     return subtract(gets, got)
 
 
 def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid for each month: what has changed since the close less what was paid."""
-    due: dict[tuple[str, str], Amounts] = {}
+    due: Adjustments = {}
     for month in books.closed:
-        changed = yield from changed_since_close(books, month)
-        due |= {(month, label): cents for label, cents in changed.items()}
+        due |= yield from changed_since_close(books, month)
     for account in books.closed.values():
         # An earlier month may have paid for a later one: March was closed while February had no stream,
         # streams of both came late, and February was closed and paid for both. When March is opened again

@@ -528,7 +528,7 @@ def test_ties_and_near_ties_are_shared_out_as_fractions_would_be_in_3_000_ledger
                 fees[f"u{number} {copy}"] = fee
                 totals[f"u{number} {copy}"] = {turned[labels.index(label)] if copy else label: seconds for label, seconds in own.items()}
         found = result(server.share_month(ledger_of(totals, fees)))
-        assert {label: line.amounts for label, line in found.items()} == naive_shares(totals, fees)
+        assert {label: (line.amount, line.amount_user_centric) for label, line in found.items()} == naive_shares(totals, fees)
 
 
 @pytest.mark.parametrize("difference", [-1, 0, 1])
