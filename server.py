@@ -1007,7 +1007,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
         # An earlier month may have paid for a later one: March was closed while February had no stream,
         # streams of both came late, and February was closed and paid for both. When March is opened again
         # nothing is due for it: it will pay all itself, so what was paid for it is taken back.
-        due = subtract(due, account.adjustments)
+        if account.adjustments:
+            yield
+            due = subtract(due, account.adjustments)
     return dict(sorted(due.items()))
 
 
