@@ -863,7 +863,7 @@ def share_month(ledger: Ledger) -> Steps[dict[str, Line]]:
     return dict((yield from in_steps(lines)))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Account:
     """A month's money, in cents: what was frozen when it was closed, or what closing it now would freeze."""
 
@@ -874,6 +874,10 @@ class Account:
     revenue: int
     labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
+    changed: tuple[ByUser, Adjustments] = field(init=False)  # see `changed_since_close`
+
+    def __post_init__(self) -> None:
+        self.changed = self.totals, {}  # with these totals each label would get what it has got
 
     @property
     def status(self) -> str:
@@ -893,8 +897,8 @@ class Books:
     """What reports and users are made from. Who reads in steps needs a snapshot: others write in between.
 
     A snapshot, and the account of a closed month, shares the totals of months with the books. `record` never
-    changes what is shared: it first copies the month's dict, and replaces those of users. So while
-    `account.totals is books.months[month]`, nothing has changed since the month was closed.
+    changes what is shared: it first copies the month's dict, and replaces those of users. So as long as
+    `books.months[month]` is the same object, what has been found out about it stays true.
     """
 
     subscriptions: dict[str, Subscription]
@@ -979,23 +983,24 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
     }
 
 
-def subtract(these: Adjustments, those: Adjustments) -> Adjustments:
-    """Return by how much amounts differ, where they do."""
-    pairs = ((key, these.get(key, (0, 0)), those.get(key, (0, 0))) for key in {**these, **those})
-    return {key: (a - c, b - d) for key, (a, b), (c, d) in pairs if (a, b) != (c, d)}
-
-
 def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
     """Return how much more each label of a month would get now than when it was closed, if it was."""
     account, users = books.closed.get(month), books.months.get(month, {})
-    if not account or account.totals is users:  # nothing has changed: see Books
+    if not account:
         return {}
-    now = yield from share_month((yield from tally(users, account.subscriptions)))
-    gets, got = (
-        {(month, label): (line.amount, line.amount_user_centric) for label, line in lines.items()}
-        for lines in (now, account.labels)
-    )
-    return subtract(gets, got)
+    of_totals, changed = account.changed
+    if of_totals is not users:
+        books.copy_on_record.add(month)  # so what is found out about these totals stays true
+        now = yield from share_month((yield from tally(users, account.subscriptions)))
+        changed = {}
+        for label in {**now, **account.labels}:
+            yield
+            gets, got = now.get(label, Line()), account.labels.get(label, Line())
+            more = gets.amount - got.amount, gets.amount_user_centric - got.amount_user_centric
+            if any(more):
+                changed[month, label] = more
+        account.changed = users, changed
+    return changed
 
 
 def unpaid(books: Books) -> Steps[Adjustments]:
@@ -1003,14 +1008,15 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     due: Adjustments = {}
     for month in books.closed:
         due |= yield from changed_since_close(books, month)
+    # An earlier month may have paid for a later one: March was closed while February had no stream, streams
+    # of both came late, and February was closed and paid for both. When March is opened again nothing is due
+    # for it: it will pay all itself, so what was paid for it is taken back.
     for account in books.closed.values():
-        # An earlier month may have paid for a later one: March was closed while February had no stream,
-        # streams of both came late, and February was closed and paid for both. When March is opened again
-        # nothing is due for it: it will pay all itself, so what was paid for it is taken back.
-        if account.adjustments:
+        for key, (amount, user_centric) in account.adjustments.items():
             yield
-            due = subtract(due, account.adjustments)
-    return dict(sorted(due.items()))
+            a, b = due.get(key, (0, 0))
+            due[key] = a - amount, b - user_centric
+    return {key: cents for key, cents in sorted(due.items()) if any(cents)}
 
 
 def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[Account]:
@@ -1089,7 +1095,8 @@ def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
         "months": list(accounts),
         **({"status": accounts[month].status} if month else {}),
         "subscribers": len(accounts[month].subscriptions if month else books.subscriptions),
-        "revenue": euros(sum(account.revenue for account in accounts.values())),
+        # A month that only pays adjustments distributes nothing else, so its fees are none of these months'.
+        "revenue": euros(sum(each.revenue for each in accounts.values() if month or each.totals)),
         "distributed": euros(total.amount),
         "adjusted": euros(total.adjustment),
         "seconds_streamed": total.seconds_streamed,
@@ -2643,6 +2650,7 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
+            await finish(state, unpaid(state.books.snapshot()))  # or other writes would wait for this, too
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await finish(state, month_rows(state.books.snapshot(), month))
     return answer_success(f"Month {status.capitalize()}", encode(rows[0]))

@@ -674,6 +674,36 @@ def test_the_month_of_the_readme_is_as_it_says() -> None:
     assert {line["label"]: (line["amount"], line["amount_user_centric"]) for line in lines} == {"a": ("12.61", "5.59"), "b": ("13.67", "20.69")}
 
 
+def test_the_fees_of_a_month_that_only_pays_for_another_are_not_in_the_revenue_of_all() -> None:
+    books = example()
+    close(books, "2019-01")
+    before = report_of(books)[0]["revenue"]
+    books.record([event(JANUARY, 250, "user3", label="b")])  # it is paid with February, in which nobody has streamed yet
+    report, _ = report_of(books)
+    assert (report["months"], report["revenue"], report["distributed"]) == (["2019-01", "2019-02"], before, before)
+    assert report_of(books, "2019-02")[0]["revenue"] == before
+    books.record([event(FEBRUARY, 0, "user3", label="b")])
+    assert report_of(books)[0]["revenue"] == "52.56"
+
+
+def test_what_came_late_is_worked_out_once_and_not_after_each_other_change() -> None:
+    books, months = example(), [f"2018-{month:02}" for month in range(1, 13)]
+    for month in months:
+        books.record([event(server.month_start(month), 9, f"user{number}", label=f"label {number % 7}") for number in range(300)])
+        close(books, month)
+    books.record([event(server.month_start(month), 5, "user2", label="label 3") for month in months])
+    first = sum(1 for _ in server.month_rows(books.snapshot()))
+    late = report_of(books)[0]
+    books.record([event(FEBRUARY, 1, "user1", label="a")])
+    assert sum(1 for _ in server.month_rows(books.snapshot())) < first / 10
+    books.record([event(FEBRUARY, 1, "user1", label="a")], -1)
+    assert report_of(books)[0] == late
+    books.record([event(server.month_start(months[3]), 5, "user1", label="label 4")])
+    assert report_of(books)[0] != late
+    books.record([event(server.month_start(months[3]), 5, "user1", label="label 4")], -1)
+    assert report_of(books)[0] == late
+
+
 def test_what_stands_in_the_way_of_closing_and_opening_is_said() -> None:
     books, now = example(), 1_549_065_600  # 2019-02-02
     books.record([event(FEBRUARY, 1, "user1", label="a")])
