@@ -322,7 +322,7 @@ def check_text(name: str, value: object) -> str:
     if not isinstance(value, str) or not 1 <= len(value) <= TEXT_CHARACTERS:
         raise InvalidError(f"{name} must be a text of 1 to {TEXT_CHARACTERS} characters")
     if not value.isprintable() and FORBIDDEN_CHARACTERS.search(value):  # the first condition is quick
-        raise InvalidError(f"{name} must not contain control characters")
+        raise InvalidError(f"{name} must not contain control characters, and must be UTF-8")
     return value
 
 

@@ -1111,7 +1111,7 @@ BAD_ROWS = {
     "1/03/2019;user 1;NL;track 1;60": "date '1/03/2019' is no day",
     "31/02/2019;user 1;NL;track 1;60": "date '31/02/2019' is no day",
     '01/03/2019;"user" 1;NL;track 1;60': "';' expected after",
-    "01/03/2019;\udcff;NL;track 1;60": "user_id must not contain control",
+    "01/03/2019;\udcff;NL;track 1;60": "user_id must not contain control characters, and must be UTF-8",
     "2019-03-01;user 1;NL;track 1;60": "date",
     "01/03/2999;user 1;NL;track 1;60": "date '01/03/2999' is before 1970 or in the future",
     "01/03/1969;user 1;NL;track 1;60": "date '01/03/1969' is before 1970 or in the future",
