@@ -1095,8 +1095,7 @@ def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
         "months": list(accounts),
         **({"status": accounts[month].status} if month else {}),
         "subscribers": len(accounts[month].subscriptions if month else books.subscriptions),
-        # A month that only pays adjustments distributes nothing else, so its fees are none of these months'.
-        "revenue": euros(sum(each.revenue for each in accounts.values() if month or each.totals)),
+        "revenue": euros(sum(account.revenue for account in accounts.values())),
         "distributed": euros(total.amount),
         "adjusted": euros(total.adjustment),
         "seconds_streamed": total.seconds_streamed,

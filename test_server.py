@@ -674,18 +674,6 @@ def test_the_month_of_the_readme_is_as_it_says() -> None:
     assert {line["label"]: (line["amount"], line["amount_user_centric"]) for line in lines} == {"a": ("12.61", "5.59"), "b": ("13.67", "20.69")}
 
 
-def test_the_fees_of_a_month_that_only_pays_for_another_are_not_in_the_revenue_of_all() -> None:
-    books = example()
-    close(books, "2019-01")
-    before = report_of(books)[0]["revenue"]
-    books.record([event(JANUARY, 250, "user3", label="b")])  # it is paid with February, in which nobody has streamed yet
-    report, _ = report_of(books)
-    assert (report["months"], report["revenue"], report["distributed"]) == (["2019-01", "2019-02"], before, before)
-    assert report_of(books, "2019-02")[0]["revenue"] == before
-    books.record([event(FEBRUARY, 0, "user3", label="b")])
-    assert report_of(books)[0]["revenue"] == "52.56"
-
-
 def test_what_came_late_is_worked_out_once_and_not_after_each_other_change() -> None:
     books, months = example(), [f"2018-{month:02}" for month in range(1, 13)]
     for month in months:
