@@ -304,7 +304,7 @@ def number_events(events: Iterable[Event], first_id: int) -> None:
         event.id = number
 
 
-@lru_cache(maxsize=1024, typed=True)  # typed: a text may equal a `Money` (below), but be written otherwise
+@lru_cache(maxsize=1024, typed=True)  # typed: -1.00 may be a text, or an amount of Money (see Royalties)
 def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no text that a spreadsheet runs."""
     text = io.StringIO()
@@ -451,7 +451,10 @@ class Order:
         return found
 
     def _by_chunk(self, events: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
-        """Yield the place of each chunk that events belong to, the last first, and these events in order."""
+        """Yield the place of each chunk that events belong to, and these events in order.
+
+        The last chunk comes first: the caller may replace it by several, and those yet to come do not move.
+        """
         pending = sorted(events, key=self.key)
         while pending:
             after = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
@@ -511,7 +514,7 @@ class Usage:
         self.last_number += len(events)
 
     def is_too_old(self, events: Sequence[Event]) -> bool:
-        """Tell whether one of these new events would be among those that `keep` drops at once."""
+        """Tell whether `keep` would drop one of these new events at once: the latest of equal start stays."""
         over = self.count + len(events) - self.keep
         if over <= 0:
             return False
@@ -667,7 +670,7 @@ def aggregate(
     names = (*by, *(name for name, _ in wanted if name not in by))
     windowed = 1 if window else 0  # so many cells of a key stand before its names
     filters = [(windowed + names.index(name), values) for name, values in wanted]
-    sums: Totals = {}  # in order of time, as the chunks are
+    sums: Totals = {}  # the first key is of the earliest window, for chunks are in order of time
     parts, count = list[Iterable[tuple[Any, Total]]](), 0  # totals of windows that are over, in order
 
     def place(item: tuple[tuple[Any, ...], Total]) -> tuple[Any, ...]:
@@ -681,7 +684,7 @@ def aggregate(
             parts.append((yield from sort_in_steps(over.items(), place)))
             count += len(over)
             if limit and count >= limit:
-                break
+                break  # these come before all that is in `sums`
         totals = count_chunk(chunk, window, names, wanted)
         for at, values in filters:
             totals = {key: total for key, total in totals.items() if key[at] in values}
@@ -773,7 +776,7 @@ def add_lines(lines: Iterable[Line]) -> Line:
 
 
 CLAIM_BITS = 512  # after the point: a claim is a fixed-point number
-DOUBT_BITS = 160  # the last ones of a remainder: in these it may be wrong
+DOUBT_BITS = 160  # of a remainder, the last ones: `share_out` does not compare them
 
 
 @dataclass(frozen=True)
@@ -803,9 +806,9 @@ def seconds_of(totals: Totals) -> int:
 def price_of_second(net: int, seconds: int) -> int:
     """Return what each of so many seconds gets of a net fee, as a claim.
 
-    It is rounded up in the last bit, for a claim to exactly n cents must not become one to n - 1. Seconds get
-    something twice, of their user's fee and of the fees of the silent: so a label's claim is too high by less
-    than 2 x its seconds, in last bits.
+    It is rounded up in the last bit, for a claim to exactly n cents must not become one to n - 1. A second
+    has two prices, one of its user's fee and one of the fees of the silent: so a label's claim is too high by
+    less than 2 x its seconds, counted in last bits.
     """
     return -((-net << CLAIM_BITS) // (seconds or 1))
 
@@ -845,9 +848,9 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # Claims are too high by less than 2 x seconds, so remainders by less than 2 x seconds x cents: less than
-    # 2**DOUBT_BITS. These bits are dropped: equal remainders tie then, and the name decides. Others still
-    # differ, unless somebody makes up fees and seconds so that they do not.
+    # A claim is too high by less than 2 x seconds (see `price_of_second`). So a remainder is too high by less
+    # than 2 x seconds x cents, which is less than 2**DOUBT_BITS. Without these bits remainders that should be
+    # equal are equal, and the name decides. Others still differ, unless fees and seconds are chosen for it.
     in_order = yield from sort_in_steps(shares, lambda share: (-(share[2] >> DOUBT_BITS), share[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -874,10 +877,11 @@ class Account:
     revenue: int
     labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
-    changed: tuple[ByUser, Adjustments] = field(init=False)  # see `changed_since_close`
+    # A cache: by how much more these totals would give to each label than was given when it was closed.
+    changed: tuple[ByUser, Adjustments] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.changed = self.totals, {}  # with these totals each label would get what it has got
+        self.changed = self.totals, {}
 
     @property
     def status(self) -> str:
@@ -897,8 +901,8 @@ class Books:
     """What reports and users are made from. Who reads in steps needs a snapshot: others write in between.
 
     A snapshot, and the account of a closed month, shares the totals of months with the books. `record` never
-    changes what is shared: it first copies the month's dict, and replaces those of users. So as long as
-    `books.months[month]` is the same object, what has been found out about it stays true.
+    changes what is shared: it first copies the month's dict, and replaces those of users. So what has
+    been found out about the totals in a snapshot is true as long as the books have the same object.
     """
 
     subscriptions: dict[str, Subscription]
@@ -984,13 +988,15 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
 
 
 def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
-    """Return how much more each label of a month would get now than when it was closed, if it was."""
+    """Return how much more each label of a month would get now than when it was closed, if it was.
+
+    That is worked out when the month has other totals than the account's cache knows of: see Books.
+    """
     account, users = books.closed.get(month), books.months.get(month, {})
     if not account:
         return {}
     of_totals, changed = account.changed
     if of_totals is not users:
-        books.copy_on_record.add(month)  # so what is found out about these totals stays true
         now = yield from share_month((yield from tally(users, account.subscriptions)))
         changed = {}
         for label in {**now, **account.labels}:
@@ -1008,9 +1014,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     due: Adjustments = {}
     for month in books.closed:
         due |= yield from changed_since_close(books, month)
-    # An earlier month may have paid for a later one: March was closed while February had no stream, streams
-    # of both came late, and February was closed and paid for both. When March is opened again nothing is due
-    # for it: it will pay all itself, so what was paid for it is taken back.
+    # What was paid is taken off, also for a month that is open again. So February may have paid for March:
+    # March was closed while February had no stream, streams of both came late, and February was closed with
+    # what was due for both. Once March is open its own account pays all, and this takes back what was paid.
     for account in books.closed.values():
         for key, (amount, user_centric) in account.adjustments.items():
             yield
@@ -1281,7 +1287,7 @@ class Import:
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
             told = telling(f"reading {path.name}, lines", map(check_line, lines))
             rows = csv.reader(told, delimiter=delimiter, strict=True)
-            while True:  # a line too long ends the loop, too, for an error ends the generator `told`
+            while True:  # nothing is read after a line that is too long: its error ends the generator `told`
                 with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):  # the header is line 1
                     if (row := next(rows, None)) is None:
                         break
@@ -1340,7 +1346,7 @@ async def fetch(url: str) -> bytes:
     async with aiohttp.request(
         "GET", url, headers=headers, timeout=timeout, raise_for_status=True, auto_decompress=False
     ) as answer:
-        if coding := answer.headers.get(hdrs.CONTENT_ENCODING):
+        if (coding := answer.headers.get(hdrs.CONTENT_ENCODING, "identity")) != "identity":
             raise InvalidError(f"it is compressed ({coding})")
         content = bytearray()
         async for piece in answer.content.iter_any():
@@ -1519,7 +1525,8 @@ class Journal:
             raise StorageError("it must be a plain file with one name (no hard links)")
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
-        # SQLite itself would write beside it, and need the WAL: after a kill the file alone may be damaged.
+        # The header is read by hand: SQLite would write beside a file that is not ours, and it may need the
+        # WAL to read one that is, for after a kill the file alone may be damaged.
         header = os.pread(self.lock.fileno(), 72, 0)
         if header and (header[:16] != b"SQLite format 3\0" or header[68:] != APPLICATION_ID):
             raise StorageError("it is no database of this program")
@@ -1575,8 +1582,8 @@ class Journal:
                 self._empty_wal()
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")
-                # From here on no other process may empty the WAL. If one just has, this raises, for it would
-                # have to checkpoint, which is not possible in a transaction.
+                # From here on no other process may empty the WAL. If one has just done so, this check fails
+                # and nothing is stored: it tries a checkpoint, which is not possible in a transaction.
                 self._check_files()
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
@@ -1642,7 +1649,7 @@ class Journal:
 
     @translate_errors()
     def load(self, usage: Usage, books: Books) -> None:
-        """Put into `usage` and `books` what is stored, and from now on what is; raises StorageError."""
+        """Put what is stored into `usage` and `books`, and keep `usage`: `_store` advances it."""
         self.usage = usage
         execute = self.connection.execute
         rows = telling("loading, streams", execute("SELECT * FROM streams"))
@@ -2033,7 +2040,7 @@ class Answer(web.StreamResponse):
         if request.method == hdrs.METH_HEAD:
             return
         until = time.monotonic() + SLICE_SECONDS
-        for part in joined(pieces, PIECE_BYTES):
+        for part in joined(pieces):
             packed = await asyncio.to_thread(compressor.compress, part) if compressor and part else part
             await self._write_chunk(request, packed, chunked)
             if time.monotonic() > until:
@@ -2063,15 +2070,15 @@ class Answer(web.StreamResponse):
                 raise ConnectionResetError from None
 
 
-def joined(pieces: Pieces, least: float) -> Iterator[bytes]:
-    """Yield `pieces` in parts of at least so many bytes, and the rest; b"" where others may go on."""
+def joined(pieces: Pieces) -> Iterator[bytes]:
+    """Yield `pieces`, those that are shorter than PIECE_BYTES together; b"" where others may go on."""
     ready: list[bytes] = []
     size = 0
     for piece in pieces:
         if piece:
             ready.append(piece)
             size += len(piece)
-        if size < least:
+        if size < PIECE_BYTES:
             yield b""
         else:
             yield b"".join(ready)
@@ -2081,12 +2088,14 @@ def joined(pieces: Pieces, least: float) -> Iterator[bytes]:
 
 def join_up_to(most: float, pieces: Pieces) -> Steps[bytes | None]:
     """Return `pieces` as one, or None if they are longer than `most` bytes."""
-    part = b""
-    for part in joined(pieces, most + 1):
+    made, size = list[bytes](), 0
+    for piece in pieces:
         yield
-        if part:
-            break
-    return part if len(part) <= most else None
+        made.append(piece or b"")
+        size += len(made[-1])
+        if size > most:
+            return None
+    return b"".join(made)
 
 
 async def finish(state: State, work: Generator[Any, None, T], first: bool = False) -> T:
@@ -2427,7 +2436,7 @@ async def post_streams(request: web.Request) -> Answer:
             if len(body) > PIECE_BYTES:
                 await state.yield_to_others()  # so that several such bodies are not added at a stretch
             if state.usage.is_too_old(events):
-                raise ConflictError("a stream is older than all that --keep keeps")
+                raise ConflictError("--keep would drop a stream of these at once, as one of the oldest")
             await state.add(events, (key, digest) if key else None)
         elif known != digest:
             raise web.HTTPUnprocessableEntity(reason="this Idempotency-Key came with another body before")
@@ -2505,9 +2514,10 @@ async def get_changes(request: web.Request) -> Answer:
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     (name, after, began), limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
-    began = began if after else usage.sequence  # a first reading begins now
-    # A first reading can do without the tombstone of a stream that was removed before it began.
-    is_known = usage.tombstones_since <= max(after, began) <= usage.sequence
+    if after == 0:
+        began = usage.sequence  # a first reading begins now; when it is over, `began` is 0
+    needed_after = max(after, began)  # a first reading can do without the tombstones of before: see Cursor
+    is_known = usage.tombstones_since <= needed_after <= usage.sequence
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     number = usage.sequence
@@ -2649,7 +2659,8 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            await finish(state, unpaid(state.books.snapshot()))  # or other writes would wait for this, too
+            # The accounts remember what comes of it: so `decide`, for which all other writes wait, is short.
+            await finish(state, unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await finish(state, month_rows(state.books.snapshot(), month))
     return answer_success(f"Month {status.capitalize()}", encode(rows[0]))
