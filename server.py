@@ -1022,7 +1022,8 @@ def unpaid(books: Books) -> Steps[Adjustments]:
             yield
             a, b = due.get(key, (0, 0))
             due[key] = a - amount, b - user_centric
-    return {key: cents for key, cents in sorted(due.items()) if any(cents)}
+    in_order = yield from sort_in_steps(due.items(), itemgetter(0))
+    return dict((yield from in_steps(item for item in in_order if any(item[1]))))
 
 
 def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[Account]:
@@ -2980,7 +2981,10 @@ def listen(parser: Parser, host: str, port: int) -> socket.socket:
     """Open the port, before any work begins, so that one that is taken is known at once, or exit."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address, family=family, backlog=BACKLOG)
+        listener = socket.create_server(address, family=family, backlog=BACKLOG)
+        # Or the system would hold megabytes for a slow reader, and say for a minute that it is full.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PIECE_BYTES)
+        return listener
     except (OSError, UnicodeError) as error:
         reason = str(getattr(error, "strerror", None) or error).partition(" (while attempting to bind")[0]
         parser.error(f"cannot listen on {host}, port {port}: {reason}; --host or --port names another")
@@ -3043,8 +3047,6 @@ async def serve(
     site = web.SockSite(runner, listener, backlog=1)
     await site.start()
     listener.listen(BACKLOG)
-    # Or the system would hold megabytes for a client that reads slowly, and say for a minute that it is full.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PIECE_BYTES)
     output(1).say(f"Listening on {url}\n")
     await signalled.wait()
     await site.stop()
@@ -3093,7 +3095,8 @@ def main() -> None:
     listener = listen(parser, options.host, options.port)
     imported = read_import(parser, options.directory, options.tracks) if options.directory else None
     names = ("interval", "simulate", "history", "random_seed", "keep", "db", "token")
-    own_names = (options.host.lower(), *options.allow_host)  # or the URL that is printed would not work
+    # The name that it listens under is its own, too, or the URL that is printed would not work.
+    own_names = (options.host.lower().removesuffix("."), *options.allow_host)
     config = Config(allow_host=own_names, **{name: getattr(options, name) for name in names})
     address, port, *_ = listener.getsockname()
     if not options.token and not ipaddress.ip_address(address).is_loopback:
