@@ -514,12 +514,13 @@ class Usage:
         self.last_number += len(events)
 
     def is_too_old(self, events: Sequence[Event]) -> bool:
-        """Tell whether `keep` would drop one of these new events at once: the latest of equal start stays."""
+        """Tell whether `keep` would drop one of these new events at once."""
         over = self.count + len(events) - self.keep
         if over <= 0:
             return False
         starts = (event.stream_started_on for event in itertools.chain.from_iterable(self.by_start.chunks))
         last_to_go = next(itertools.islice(starts, int(over) - 1, None), math.inf)
+        # Of equal starts the older id goes first, and a new event stays.
         return last_to_go > min(event.stream_started_on for event in events)
 
     def add(self, events: Sequence[Event]) -> None:
@@ -849,8 +850,8 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
     # A claim is too high by less than 2 x seconds (see `price_of_second`). So a remainder is too high by less
-    # than 2 x seconds x cents, which is less than 2**DOUBT_BITS. Without these bits remainders that should be
-    # equal are equal, and the name decides. Others still differ, unless fees and seconds are chosen for it.
+    # than 2 x seconds x cents, which is less than 2**DOUBT_BITS. These bits are not compared: remainders that
+    # should be equal tie, and others differ, as long as nobody chooses fees and seconds so that they do not.
     in_order = yield from sort_in_steps(shares, lambda share: (-(share[2] >> DOUBT_BITS), share[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -877,7 +878,7 @@ class Account:
     revenue: int
     labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
-    # A cache: by how much more these totals would give to each label than was given when it was closed.
+    # A cache: some totals of the month, and how much more these would give to each label than it was given.
     changed: tuple[ByUser, Adjustments] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -1014,9 +1015,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     due: Adjustments = {}
     for month in books.closed:
         due |= yield from changed_since_close(books, month)
-    # What was paid is taken off, also for a month that is open again. So February may have paid for March:
-    # March was closed while February had no stream, streams of both came late, and February was closed with
-    # what was due for both. Once March is open its own account pays all, and this takes back what was paid.
+    # What was paid is taken off, also for a month that is open again and has nothing in `due`. For instance:
+    # March is closed while February has no stream. Streams of both come late. February is closed, and pays
+    # for both. March is opened: its own account will pay all of it, so what February paid for it comes back.
     for account in books.closed.values():
         for key, (amount, user_centric) in account.adjustments.items():
             yield
@@ -1549,7 +1550,7 @@ class Journal:
         """Have SQLite move what it has committed from the WAL into the file, and drop the rest of the WAL.
 
         The rest can be a commit that was refused because its sync had failed: a restart would bring it back.
-        Raises StorageError or sqlite3.Error, also if a commit is missing in the WAL.
+        Raises StorageError or sqlite3.Error: SQLite knows it if a commit is missing in the WAL.
         """
         busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
@@ -1571,8 +1572,8 @@ class Journal:
             if now.st_size < self.sizes[path]:
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                # Another process may have emptied the WAL by a checkpoint, which does no harm.
-                self._empty_wal()  # it raises if commits are missing
+                # Another process may have emptied the WAL by a checkpoint, which does no harm, or cut it off.
+                self._empty_wal()  # then this raises
             self.sizes[path] = now.st_size
 
     def commit(self, statements: Statements) -> None:
@@ -1582,10 +1583,9 @@ class Journal:
             if self.in_doubt:
                 self._empty_wal()
             with self.connection:
-                self.connection.execute("BEGIN IMMEDIATE")
-                # From here on no other process may empty the WAL. If one has just done so, this check fails
-                # and nothing is stored: it tries a checkpoint, which is not possible in a transaction.
-                self._check_files()
+                self.connection.execute("BEGIN IMMEDIATE")  # from here on no other process empties the WAL
+                if self.wal.stat().st_size < self.sizes[self.wal]:
+                    raise StorageError("another process has just emptied the WAL")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
                 self.in_doubt = True  # the commit comes next, as this block ends: if it fails, this stays
@@ -2135,12 +2135,12 @@ class SingleFlight:
     async def get(self, key: object, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Return what `work` returns, or raise what it raises; it is cancelled when nobody waits any more.
 
-        `work` is called at once, if at all, and what it returns is awaited later. Only KEPT_ANSWERS are kept:
-        a client that asks for ever other ones does not fill the memory.
+        If nobody has asked for it before, `work` is called now, and can take what it needs of this moment;
+        what it returns is awaited later. Only KEPT_ANSWERS are kept: other questions do not fill the memory.
         """
         if self.moment != self.usage.sequence:
             self.moment, self.flights = self.usage.sequence, {}
-        flights = self.flights
+        flights = self.flights  # of this moment, also when those of a later one have taken their place
         flight = flights.pop(key, None) or asyncio.create_task(work())
         flights[key] = flight
         if len(flights) > KEPT_ANSWERS:
@@ -2157,7 +2157,7 @@ class SingleFlight:
                 is_made = flight.done() and not flight.cancelled() and not flight.exception()
                 if not is_made:
                     flight.cancel()  # nobody waits for it
-                # None, which stands for an answer that is too long, is kept, too: so nobody tries again.
+                # None, which stands for an answer that is too long, is kept, too, or others would try again.
                 is_kept = is_made and len(flight.result() or b"") <= KEPT_BYTES
                 if flights.get(key) is flight and not is_kept:
                     del flights[key]
@@ -2516,7 +2516,7 @@ async def get_changes(request: web.Request) -> Answer:
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     (name, after, began), limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
     if after == 0:
-        began = usage.sequence  # a first reading begins now; when it is over, `began` is 0
+        began = usage.sequence  # a first reading begins now
     needed_after = max(after, began)  # a first reading can do without the tombstones of before: see Cursor
     is_known = usage.tombstones_since <= needed_after <= usage.sequence
     if name not in ("", usage.sequence_name) or not is_known:
@@ -2528,7 +2528,7 @@ async def get_changes(request: web.Request) -> Answer:
         if sum(map(len, page)) == limit:
             number = page[-1][-1].version
     following = f"{usage.sequence_name}-{number}"
-    if number < began:  # the first reading goes on
+    if number < began:  # the first reading goes on; once it is over, a cursor has no `began`
         following += f"-{began}"
 
     headers = (
