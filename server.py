@@ -515,13 +515,11 @@ class Usage:
 
     def is_too_old(self, events: Sequence[Event]) -> bool:
         """Tell whether `keep` would drop one of these new events at once."""
-        over = self.count + len(events) - self.keep
+        over = self.count + len(events) - self.keep  # so many will be dropped
         if over <= 0:
             return False
-        starts = (event.stream_started_on for event in itertools.chain.from_iterable(self.by_start.chunks))
-        last_to_go = next(itertools.islice(starts, int(over) - 1, None), math.inf)
-        # Of equal starts the older id goes first, and a new event stays.
-        return last_to_go > min(event.stream_started_on for event in events)
+        first = min(event.stream_started_on for event in events)
+        return sum(map(len, self.by_start.between(high=first + 1))) < over  # of equal ones the new goes last
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
@@ -668,6 +666,7 @@ def aggregate(
 
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
+    # Chunks count by the fields that are filtered, too; when that is done, these cells of the keys go.
     names = (*by, *(name for name, _ in wanted if name not in by))
     windowed = 1 if window else 0  # so many cells of a key stand before its names
     filters = [(windowed + names.index(name), values) for name, values in wanted]
@@ -777,7 +776,7 @@ def add_lines(lines: Iterable[Line]) -> Line:
 
 
 CLAIM_BITS = 512  # after the point: a claim is a fixed-point number
-DOUBT_BITS = 160  # of a remainder, the last ones: `share_out` does not compare them
+DOUBT_BITS = 160  # so many of the last bits of a remainder may come of rounding, see `share_out`
 
 
 @dataclass(frozen=True)
@@ -807,9 +806,7 @@ def seconds_of(totals: Totals) -> int:
 def price_of_second(net: int, seconds: int) -> int:
     """Return what each of so many seconds gets of a net fee, as a claim.
 
-    It is rounded up in the last bit, for a claim to exactly n cents must not become one to n - 1. A second
-    has two prices, one of its user's fee and one of the fees of the silent: so a label's claim is too high by
-    less than 2 x its seconds, counted in last bits.
+    It is rounded up in the last bit, for a claim to exactly n cents must not become one to n - 1.
     """
     return -((-net << CLAIM_BITS) // (seconds or 1))
 
@@ -849,9 +846,10 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # A claim is too high by less than 2 x seconds (see `price_of_second`). So a remainder is too high by less
-    # than 2 x seconds x cents, which is less than 2**DOUBT_BITS. These bits are not compared: remainders that
-    # should be equal tie, and others differ, as long as nobody chooses fees and seconds so that they do not.
+    # `tally` prices each second twice, by its user's fee and by those of the silent, and rounds up. So a
+    # claim is too high by less than 2 x seconds, in last bits, and a remainder by less than 2 x seconds x
+    # cents: less than 2**DOUBT_BITS. These bits are not compared: remainders that should be equal tie, and
+    # others differ, as long as nobody chooses fees and seconds so that they do not.
     in_order = yield from sort_in_steps(shares, lambda share: (-(share[2] >> DOUBT_BITS), share[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -878,11 +876,12 @@ class Account:
     revenue: int
     labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
-    # A cache: some totals of the month, and how much more these would give to each label than it was given.
-    changed: tuple[ByUser, Adjustments] = field(init=False)
+    # A cache: how much more each label would get by later totals of the month, and which totals these are.
+    late: Adjustments = field(init=False)
+    late_by: ByUser = field(init=False)
 
     def __post_init__(self) -> None:
-        self.changed = self.totals, {}
+        self.late, self.late_by = {}, self.totals
 
     @property
     def status(self) -> str:
@@ -989,25 +988,21 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
 
 
 def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
-    """Return how much more each label of a month would get now than when it was closed, if it was.
-
-    That is worked out when the month has other totals than the account's cache knows of: see Books.
-    """
+    """Return how much more each label of a month would get now than when it was closed, if it was."""
     account, users = books.closed.get(month), books.months.get(month, {})
     if not account:
         return {}
-    of_totals, changed = account.changed
-    if of_totals is not users:
+    if account.late_by is not users:  # see Books: the same object has not changed
         now = yield from share_month((yield from tally(users, account.subscriptions)))
-        changed = {}
+        late: Adjustments = {}
         for label in {**now, **account.labels}:
             yield
             gets, got = now.get(label, Line()), account.labels.get(label, Line())
             more = gets.amount - got.amount, gets.amount_user_centric - got.amount_user_centric
             if any(more):
-                changed[month, label] = more
-        account.changed = users, changed
-    return changed
+                late[month, label] = more
+        account.late, account.late_by = late, users
+    return account.late
 
 
 def unpaid(books: Books) -> Steps[Adjustments]:
@@ -1703,7 +1698,8 @@ class Journal:
             while self.waiting:
                 await asyncio.sleep(GATHER_SECONDS)
                 batch = [*self.waiting]
-                for _, group in itertools.groupby(batch, key=attrgetter("decide")):  # who decides is alone
+                # Those without `decide`, as most are, stay together; each that has one is alone.
+                for _, group in itertools.groupby(batch, key=attrgetter("decide")):
                     await self._store([*group])
                 del self.waiting[: len(batch)]
         except Exception:
@@ -1822,7 +1818,7 @@ class Cursor(NamedTuple):
 
     1f2e-500-9000 is that of one who reads everything for the first time, in pages, has come to 500, and began
     when the latest number was 9000. Streams that were removed before then are never shown to this client: so
-    it needs only the tombstones after 9000.
+    it goes on (no 410) although tombstones before 9000 have been forgotten.
     """
 
     sequence: str = ""
@@ -2186,9 +2182,10 @@ async def answer_cached(
 ) -> Answer:
     """Return 304 if the client has it already, else all of it, or pieces if that is longer than `most`.
 
-    `key` is what was asked for, and `more` are headers. `make` is called before anything is awaited: it takes
-    what it needs of this moment, which the ETag names, and its pieces are made later. `most` is infinite
-    where making them can fail: so an error comes before the head of an answer, with a status of its own.
+    `key` is what was asked for, and `more` are headers. `make` is called before anything is awaited, and
+    takes what it needs of this moment, which the ETag names; the pieces that it returns are made later.
+    `most` is infinite where making them can fail: so an error comes before the head of an answer, with a
+    status of its own.
     """
     etag = own_etag or state.usage.etag
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
@@ -2517,7 +2514,7 @@ async def get_changes(request: web.Request) -> Answer:
     (name, after, began), limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
     if after == 0:
         began = usage.sequence  # a first reading begins now
-    needed_after = max(after, began)  # a first reading can do without the tombstones of before: see Cursor
+    needed_after = max(after, began)  # so the tombstones that this client needs are later: see Cursor
     is_known = usage.tombstones_since <= needed_after <= usage.sequence
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
@@ -2660,7 +2657,7 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # The accounts remember what comes of it: so `decide`, for which all other writes wait, is short.
+            # It fills the accounts' caches: so `decide`, for which all other writes wait, is short.
             await finish(state, unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await finish(state, month_rows(state.books.snapshot(), month))
