@@ -458,7 +458,8 @@ class Order:
         pending = sorted(events, key=self.key)
         while pending:
             after = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
-            at = max(0, after - 1)  # the first chunk takes what is lower than all, too
+            at = max(0, after - 1)
+            # The first chunk takes what is lower than all, too.
             first = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
             yield at, pending[first:]
             del pending[first:]
@@ -651,6 +652,7 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
     A chunk remembers totals that are few. Where they are many, to filter before counting saves work.
     """
     if (window, names) in chunk.known:
+        # None says that there are many.
         return chunk.known[window, names] or totals_of(matching(chunk, wanted), names, window)
     found = totals_of(chunk, names, window)
     chunk.known[window, names] = found if len(found) <= len(chunk) // 4 else None
@@ -666,7 +668,7 @@ def aggregate(
 
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
-    # Chunks count by the fields that are filtered, too; when that is done, these cells of the keys go.
+    # A key has the window, the fields of `by`, and those that are only filtered by: these are cut off again.
     names = (*by, *(name for name, _ in wanted if name not in by))
     windowed = 1 if window else 0  # so many cells of a key stand before its names
     filters = [(windowed + names.index(name), values) for name, values in wanted]
@@ -848,8 +850,8 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     left = cents - sum(share for _, share, _ in shares)
     # `tally` prices each second twice, by its user's fee and by those of the silent, and rounds up. So a
     # claim is too high by less than 2 x seconds, in last bits, and a remainder by less than 2 x seconds x
-    # cents: less than 2**DOUBT_BITS. These bits are not compared: remainders that should be equal tie, and
-    # others differ, as long as nobody chooses fees and seconds so that they do not.
+    # cents: less than 2**DOUBT_BITS. Without these bits remainders that should be equal tie, and the name
+    # decides. Two others can only tie if somebody makes up fees and seconds for it.
     in_order = yield from sort_in_steps(shares, lambda share: (-(share[2] >> DOUBT_BITS), share[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -901,8 +903,8 @@ class Books:
     """What reports and users are made from. Who reads in steps needs a snapshot: others write in between.
 
     A snapshot, and the account of a closed month, shares the totals of months with the books. `record` never
-    changes what is shared: it first copies the month's dict, and replaces those of users. So what has
-    been found out about the totals in a snapshot is true as long as the books have the same object.
+    changes what is shared: it first copies the month's dict, and replaces those of users. So while
+    the books have the same object for a month as a snapshot has, nothing has changed in that month.
     """
 
     subscriptions: dict[str, Subscription]
@@ -992,7 +994,8 @@ def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
     account, users = books.closed.get(month), books.months.get(month, {})
     if not account:
         return {}
-    if account.late_by is not users:  # see Books: the same object has not changed
+    # The same object has not changed, see Books, and neither has a month that still has no stream.
+    if account.late_by is not users and (account.late_by or users):
         now = yield from share_month((yield from tally(users, account.subscriptions)))
         late: Adjustments = {}
         for label in {**now, **account.labels}:
@@ -1522,8 +1525,8 @@ class Journal:
             raise StorageError("it must be a plain file with one name (no hard links)")
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
-        # The header is read by hand: SQLite would write beside a file that is not ours, and it may need the
-        # WAL to read one that is, for after a kill the file alone may be damaged.
+        # The header is read by hand. SQLite would write beside a foreign file. A file of ours may be damaged
+        # after a kill, and need its WAL.
         header = os.pread(self.lock.fileno(), 72, 0)
         if header and (header[:16] != b"SQLite format 3\0" or header[68:] != APPLICATION_ID):
             raise StorageError("it is no database of this program")
@@ -1567,8 +1570,9 @@ class Journal:
             if now.st_size < self.sizes[path]:
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                # Another process may have emptied the WAL by a checkpoint, which does no harm, or cut it off.
-                self._empty_wal()  # then this raises
+                # Another process may have emptied the WAL by a checkpoint: one more does no harm. If it was
+                # cut off instead, SQLite misses commits, and this raises.
+                self._empty_wal()
             self.sizes[path] = now.st_size
 
     def commit(self, statements: Statements) -> None:
@@ -1580,6 +1584,7 @@ class Journal:
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")  # from here on no other process empties the WAL
                 if self.wal.stat().st_size < self.sizes[self.wal]:
+                    # One has just done so. Whether that did harm can only be found out by the next commit.
                     raise StorageError("another process has just emptied the WAL")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
@@ -1688,7 +1693,7 @@ class Journal:
         First in, first out: what a follower of the sequence has seen has nothing missing before it.
         """
         self.waiting.append(change)
-        if len(self.waiting) == 1:
+        if len(self.waiting) == 1:  # what is being stored is in it, too: so there is one task at a time
             self.storing = asyncio.create_task(self._store_waiting())
         await asyncio.shield(change.done)
 
@@ -1750,7 +1755,7 @@ LABELS = ("label1", "label2", "label3")
 def simulate_batch(now: int, rng: random.Random) -> list[Event]:
     """Make 1 to 5 streams of 30 to 1,800 s that end at `now`: they start out of order, as in life.
 
-    None starts before 1970: where a clock says that it is not yet 00:30 there, they are shorter.
+    None starts before 1970: they are shorter where a clock stands at the first half hour of that year.
     """
     events = []
     for _ in range(rng.randint(1, 5)):
@@ -1814,11 +1819,11 @@ GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permu
 
 
 class Cursor(NamedTuple):
-    """How far a client has read: in this sequence, up to the number `after`.
+    """How far a client of the feed has read: in this sequence, up to the number `after`.
 
-    1f2e-500-9000 is that of one who reads everything for the first time, in pages, has come to 500, and began
-    when the latest number was 9000. Streams that were removed before then are never shown to this client: so
-    it goes on (no 410) although tombstones before 9000 have been forgotten.
+    1f2e-500-9000 is of a first reading in pages that began when the latest number was 9000, and has come to
+    500. It is never given a stream that was removed before it began, so it needs only the tombstones after
+    9000. When earlier ones have been forgotten it goes on, where others are told to begin anew (410).
     """
 
     sequence: str = ""
@@ -2291,7 +2296,7 @@ async def answer_errors(state: State, request: web.Request, handler: Handler) ->
         kept = {name: text for name, text in error.headers.items() if name in KEPT_HEADERS}
         return answer_now(error.status, encode({"error": error.reason}), **kept)
     except ConnectionError:
-        return Answer(200)  # nobody gets it: the client disconnected before it had sent its body
+        return Answer(400)  # nobody gets it: the client disconnected before it had sent its body
     except Exception:
         log.exception("%s %r failed", request.method, request.path)
         return answer_now(500, encode({"error": "internal error"}))

@@ -692,6 +692,12 @@ def test_what_came_late_is_worked_out_once_and_not_after_each_other_change() -> 
     assert report_of(books)[0] == late
 
 
+def test_a_closed_month_without_a_stream_is_not_worked_out_again() -> None:
+    books = server.Books({f"user{number}": server.SUBSCRIPTIONS["user1"] for number in range(300)})
+    close(books, "2018-01")
+    assert sum(1 for _ in server.unpaid(books.snapshot())) < 300
+
+
 def test_what_stands_in_the_way_of_closing_and_opening_is_said() -> None:
     books, now = example(), 1_549_065_600  # 2019-02-02
     books.record([event(FEBRUARY, 1, "user1", label="a")])
