@@ -714,6 +714,7 @@ REPORT_COLUMNS = ("month", "currency", *LABEL_COLUMNS)
 PAYER_COLUMNS = ("user_id", "product_type", "fee", "origin", "net", "seconds_streamed", "of_seconds", "part")
 
 ByUser = dict[str, Totals]  # user -> label
+NOBODY: ByUser = {}  # of a month without streams
 Amounts = tuple[int, int]  # in cents: pro rata, user-centric
 Adjustments = dict[tuple[str, str], Amounts]  # by the month that they are for, and the label
 
@@ -848,10 +849,11 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # `tally` prices each second twice, by its user's fee and by those of the silent, and rounds up. So a
-    # claim is too high by less than 2 x seconds, in last bits, and a remainder by less than 2 x seconds x
-    # cents: less than 2**DOUBT_BITS. Without these bits remainders that should be equal tie, and the name
-    # decides. Two others can only tie if somebody makes up fees and seconds for it.
+    # Remainders that are equal on paper may differ in their last bits here, for claims are rounded up. So
+    # these bits are not compared, and the name decides. How many: `tally` prices each second twice, so a
+    # claim is too high by less than 2 x seconds, and a remainder by less than 2 x seconds x cents, which is
+    # below 2**DOUBT_BITS. Those that differ on paper differ in higher bits, unless somebody makes up fees
+    # and seconds for it.
     in_order = yield from sort_in_steps(shares, lambda share: (-(share[2] >> DOUBT_BITS), share[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -991,11 +993,10 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
 
 def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
     """Return how much more each label of a month would get now than when it was closed, if it was."""
-    account, users = books.closed.get(month), books.months.get(month, {})
+    account, users = books.closed.get(month), books.months.get(month, NOBODY)
     if not account:
         return {}
-    # The same object has not changed, see Books, and neither has a month that still has no stream.
-    if account.late_by is not users and (account.late_by or users):
+    if account.late_by is not users:  # the same object has not changed: see Books
         now = yield from share_month((yield from tally(users, account.subscriptions)))
         late: Adjustments = {}
         for label in {**now, **account.labels}:
@@ -1014,8 +1015,8 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     for month in books.closed:
         due |= yield from changed_since_close(books, month)
     # What was paid is taken off, also for a month that is open again and has nothing in `due`. For instance:
-    # March is closed while February has no stream. Streams of both come late. February is closed, and pays
-    # for both. March is opened: its own account will pay all of it, so what February paid for it comes back.
+    # March is closed while February has no stream. Streams of both come late. February is closed, with an
+    # adjustment of x for March. March is opened: its own amount has x now, and -x is due with it.
     for account in books.closed.values():
         for key, (amount, user_centric) in account.adjustments.items():
             yield
@@ -1029,7 +1030,7 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
     """Return what was frozen of a month or, when it is open, what closing it now freezes."""
     if month in books.closed:
         return books.closed[month]
-    users = books.months.get(month, {})
+    users = books.months.get(month, NOBODY)
     ledger = yield from tally(users, books.subscriptions)
     labels = yield from share_month(ledger)
     adjustments = (yield from unpaid(books)) if month == books.paying_month() else {}
@@ -1548,7 +1549,7 @@ class Journal:
         """Have SQLite move what it has committed from the WAL into the file, and drop the rest of the WAL.
 
         The rest can be a commit that was refused because its sync had failed: a restart would bring it back.
-        Raises StorageError or sqlite3.Error: SQLite knows it if a commit is missing in the WAL.
+        Raises StorageError or sqlite3.Error, also if the WAL has less than SQLite has committed to it.
         """
         busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
@@ -1568,11 +1569,10 @@ class Journal:
                     self._empty_wal()  # SQLite has it open: what it holds can still be saved
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes[path]:
+                # Only the WAL may become shorter, and only empty: by a checkpoint of another process.
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                # Another process may have emptied the WAL by a checkpoint: one more does no harm. If it was
-                # cut off instead, SQLite misses commits, and this raises.
-                self._empty_wal()
+                self._empty_wal()  # a further checkpoint: it raises if it was emptied in another way
             self.sizes[path] = now.st_size
 
     def commit(self, statements: Statements) -> None:
@@ -1584,7 +1584,8 @@ class Journal:
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")  # from here on no other process empties the WAL
                 if self.wal.stat().st_size < self.sizes[self.wal]:
-                    # One has just done so. Whether that did harm can only be found out by the next commit.
+                    # One has just done so. Only a checkpoint tells whether that did harm, and there is none
+                    # in a transaction: `_check_files` makes it before the next.
                     raise StorageError("another process has just emptied the WAL")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
@@ -1665,7 +1666,7 @@ class Journal:
         for user, *cells, _ in execute("SELECT * FROM subscriptions"):
             books.subscriptions[user] = Subscription(*cells)
         for month, *cells in execute("SELECT * FROM closed_months").fetchall():
-            books.close(month, self._load_account(month, books.months.get(month, {}), *cells))
+            books.close(month, self._load_account(month, books.months.get(month, NOBODY), *cells))
 
     def _load_account(self, month: str, current: ByUser, closed_on: int, fees: int, revenue: int) -> Account:
         """Return a closed month's account, with the totals of `Books` themselves where these are equal."""
@@ -1821,9 +1822,8 @@ GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permu
 class Cursor(NamedTuple):
     """How far a client of the feed has read: in this sequence, up to the number `after`.
 
-    1f2e-500-9000 is of a first reading in pages that began when the latest number was 9000, and has come to
-    500. It is never given a stream that was removed before it began, so it needs only the tombstones after
-    9000. When earlier ones have been forgotten it goes on, where others are told to begin anew (410).
+    1f2e-500-9000 is of one who reads everything for the first time, in pages, has come to 500, and began when
+    the latest number was 9000.
     """
 
     sequence: str = ""
@@ -2155,9 +2155,8 @@ class SingleFlight:
             self.waiters[flight] -= 1
             if not self.waiters[flight]:
                 del self.waiters[flight]
+                flight.cancel()  # nobody waits for it; if it is done, this does nothing
                 is_made = flight.done() and not flight.cancelled() and not flight.exception()
-                if not is_made:
-                    flight.cancel()  # nobody waits for it
                 # None, which stands for an answer that is too long, is kept, too, or others would try again.
                 is_kept = is_made and len(flight.result() or b"") <= KEPT_BYTES
                 if flights.get(key) is flight and not is_kept:
@@ -2519,7 +2518,9 @@ async def get_changes(request: web.Request) -> Answer:
     (name, after, began), limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
     if after == 0:
         began = usage.sequence  # a first reading begins now
-    needed_after = max(after, began)  # so the tombstones that this client needs are later: see Cursor
+    # A client needs the tombstone of what it may have been given: in a first reading that is what was removed
+    # after it began, for what was removed before is in none of its pages.
+    needed_after = max(after, began)
     is_known = usage.tombstones_since <= needed_after <= usage.sequence
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
@@ -3095,7 +3096,6 @@ def main() -> None:
         undo_import(parser, options.db)
         return
     listener = listen(parser, options.host, options.port)
-    imported = read_import(parser, options.directory, options.tracks) if options.directory else None
     names = ("interval", "simulate", "history", "random_seed", "keep", "db", "token")
     # The name that it listens under is its own, too, or the URL that is printed would not work.
     own_names = (options.host.lower().removesuffix("."), *options.allow_host)
@@ -3105,7 +3105,10 @@ def main() -> None:
         log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
     url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
     try:
-        app = create_app(config, imported)
+        # No variable holds what is imported: with --db it would be in memory twice.
+        app = create_app(
+            config, read_import(parser, options.directory, options.tracks) if options.directory else None
+        )
         asyncio.run(serve(app, listener, url, options.verbose, first_signal))
     except StorageError as error:
         parser.error(f"cannot use the database {options.db}: {error}")

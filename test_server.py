@@ -4352,6 +4352,18 @@ async def test_an_import_takes_the_place_of_the_subscribers_and_not_of_the_simul
         assert (await get_json(f"{url}/health"))["events"] > 3
 
 
+async def test_what_was_imported_is_in_memory_only_once(tmp_path: Path) -> None:
+    program = """
+import gc, server
+async def serve(*_): print(sum(type(each) is server.Import for each in gc.get_objects()))
+server.serve = serve
+server.main()
+"""
+    async with started("--import", str(write_import(tmp_path)), "--db", str(tmp_path / "usage.db"), command=("-c", program)) as importing:
+        out, _ = await importing.process.communicate()
+        assert (importing.process.returncode, out) == (0, b"0\n")
+
+
 async def test_a_compressed_body_is_refused_and_not_unpacked() -> None:
     async with started("--no-simulation") as program, aiohttp.ClientSession() as session:
         url = await program.url()
