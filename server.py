@@ -520,7 +520,8 @@ class Usage:
         if over <= 0:
             return False
         first = min(event.stream_started_on for event in events)
-        return sum(map(len, self.by_start.between(high=first + 1))) < over  # of equal ones the new goes last
+        going_first = self.by_start.between(high=first + 1)  # those of equal start, too: their ids are lower
+        return sum(map(len, going_first)) < over
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
@@ -851,10 +852,10 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     left = cents - sum(share for _, share, _ in shares)
     # Remainders that are equal on paper may differ in their last bits here, for claims are rounded up. So
     # these bits are not compared, and the name decides. How many: `tally` prices each second twice, so a
-    # claim is too high by less than 2 x seconds, and a remainder by less than 2 x seconds x cents, which is
-    # below 2**DOUBT_BITS. Those that differ on paper differ in higher bits, unless somebody makes up fees
-    # and seconds for it.
-    in_order = yield from sort_in_steps(shares, lambda share: (-(share[2] >> DOUBT_BITS), share[0]))
+    # claim is too high by less than 2 x seconds, in last bits, and a remainder by less than 2 x seconds x
+    # cents, which is below 2**DOUBT_BITS. Those that differ on paper differ in higher bits, unless somebody
+    # makes up fees and seconds for it.
+    in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
 
@@ -1015,8 +1016,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     for month in books.closed:
         due |= yield from changed_since_close(books, month)
     # What was paid is taken off, also for a month that is open again and has nothing in `due`. For instance:
-    # March is closed while February has no stream. Streams of both come late. February is closed, with an
-    # adjustment of x for March. March is opened: its own amount has x now, and -x is due with it.
+    # March is closed while February has no stream. Streams of both come late. February, the first open
+    # month now, is closed, with an adjustment of x for March. March is opened: x is in its own amount now,
+    # so -x is due.
     for account in books.closed.values():
         for key, (amount, user_centric) in account.adjustments.items():
             yield
@@ -1087,7 +1089,7 @@ def describe_lines(lines: Mapping[str, Line]) -> Steps[Iterator[dict[str, Any]]]
 def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
     """Return the report over a month, or over all but those that were closed and have nothing in them."""
     accounts = yield from accounts_of(books, month)
-    if not month:
+    if not month:  # one that had nothing when it was closed is here if streams have come since
         accounts = {name: each for name, each in accounts.items() if books.months.get(name) or each.lines()}
     by_label: defaultdict[str, list[Line]] = defaultdict(list)
     for account in accounts.values():
@@ -1545,7 +1547,7 @@ class Journal:
         self.opened = {self.path: opened, **{file: file.stat() for file in (self.wal, Path(f"{real}-shm"))}}
         self.sizes = {path: found.st_size for path, found in self.opened.items()}  # as they were last
 
-    def _empty_wal(self) -> None:
+    def _checkpoint(self) -> None:
         """Have SQLite move what it has committed from the WAL into the file, and drop the rest of the WAL.
 
         The rest can be a commit that was refused because its sync had failed: a restart would bring it back.
@@ -1566,13 +1568,13 @@ class Journal:
             now = path.stat() if path.exists() else None
             if not now or not os.path.samestat(now, opened):
                 if path == self.wal:
-                    self._empty_wal()  # SQLite has it open: what it holds can still be saved
+                    self._checkpoint()  # SQLite has it open: what it holds can still be saved
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes[path]:
                 # Only the WAL may become shorter, and only empty: by a checkpoint of another process.
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                self._empty_wal()  # a further checkpoint: it raises if it was emptied in another way
+                self._checkpoint()  # only for its check: it raises if the WAL was emptied in another way
             self.sizes[path] = now.st_size
 
     def commit(self, statements: Statements) -> None:
@@ -1580,12 +1582,12 @@ class Journal:
         try:
             self._check_files()
             if self.in_doubt:
-                self._empty_wal()
+                self._checkpoint()
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")  # from here on no other process empties the WAL
                 if self.wal.stat().st_size < self.sizes[self.wal]:
                     # One has just done so. Only a checkpoint tells whether that did harm, and there is none
-                    # in a transaction: `_check_files` makes it before the next.
+                    # in a transaction. The size that is noted stays, so the next `_check_files` makes one.
                     raise StorageError("another process has just emptied the WAL")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
@@ -1595,7 +1597,7 @@ class Journal:
             self.failed = True
             if self.in_doubt:
                 with contextlib.suppress(StorageError, sqlite3.Error):
-                    self._empty_wal()
+                    self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None
         with contextlib.suppress(StorageError, sqlite3.Error, OSError):  # it notes the sizes
             self._check_files()
@@ -1823,7 +1825,7 @@ class Cursor(NamedTuple):
     """How far a client of the feed has read: in this sequence, up to the number `after`.
 
     1f2e-500-9000 is of one who reads everything for the first time, in pages, has come to 500, and began when
-    the latest number was 9000.
+    the latest number was 9000: that tells which tombstones this client needs.
     """
 
     sequence: str = ""
@@ -2155,8 +2157,8 @@ class SingleFlight:
             self.waiters[flight] -= 1
             if not self.waiters[flight]:
                 del self.waiters[flight]
-                flight.cancel()  # nobody waits for it; if it is done, this does nothing
                 is_made = flight.done() and not flight.cancelled() and not flight.exception()
+                flight.cancel()  # nobody waits for it; if it is done, this does nothing
                 # None, which stands for an answer that is too long, is kept, too, or others would try again.
                 is_kept = is_made and len(flight.result() or b"") <= KEPT_BYTES
                 if flights.get(key) is flight and not is_kept:
@@ -2234,7 +2236,7 @@ def write_list(kind: str, columns: Sequence[str], batches: Iterable[Chunk | Rows
         return
     opening, end = (b"[", b"]") if kind == "json" else (b"", b"\n")
     written = False
-    for batch in batches:
+    for batch in batches:  # it may be empty, where a filter leaves nothing
         lines = batch.json_lines.replace(b"\n", b",") if kind == "json" else batch.json_lines
         yield lines if written or not lines else opening + lines[1:]  # each begins with a newline
         written = written or bool(lines)
@@ -3105,7 +3107,7 @@ def main() -> None:
         log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
     url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
     try:
-        # No variable holds what is imported: with --db it would be in memory twice.
+        # While it serves, no variable holds what was imported: with --db it would be in memory twice.
         app = create_app(
             config, read_import(parser, options.directory, options.tracks) if options.directory else None
         )
