@@ -6084,11 +6084,12 @@ class Writer:
                 return
 
 
-async def test_nothing_acknowledged_is_lost_in_100_kills(tmp_path: Path) -> None:
-    rng, writers, highest = random.Random(29), [Writer(f"w{number}") for number in range(8)], 0
+async def kill_50_times(path: Path, rng: random.Random) -> None:
+    """Kill a server to which eight clients write, and check after each start what it has."""
+    writers, highest = [Writer(f"w{number}") for number in range(8)], 0
     before = set[str]()
-    for _ in range(101):
-        async with started("--db", str(tmp_path / "usage.db"), "--no-simulation") as program:
+    for _ in range(51):
+        async with started("--db", str(path), "--no-simulation") as program:
             url = await program.url()
             async with aiohttp.ClientSession() as session:
                 for writer in writers:
@@ -6115,6 +6116,10 @@ async def test_nothing_acknowledged_is_lost_in_100_kills(tmp_path: Path) -> None
                 await asyncio.sleep(rng.random() * 0.15)
                 program.process.kill()
                 await asyncio.gather(*working)
+
+
+async def test_nothing_acknowledged_is_lost_in_100_kills(tmp_path: Path) -> None:
+    await asyncio.gather(*(kill_50_times(tmp_path / f"{seed}.db", random.Random(seed)) for seed in (29, 30)))
 
 
 async def test_a_full_disk_is_503_and_it_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
@@ -6460,9 +6465,9 @@ SWITCHES = "--no-sandbox --disable-gpu --disable-background-networking --disable
 SCREENS = ((1280, 800), (1920, 1080), (3840, 2160))
 
 
-@pytest.fixture
-async def browser() -> AsyncIterator[Any]:
-    """Give a real browser, to which the name evil.example leads here."""
+@pytest.fixture(scope="session")
+async def chromium() -> AsyncIterator[Any]:
+    """Start a real browser, to which the name evil.example leads here: one for all tests, for a start takes a second."""
     try:
         driver = importlib.import_module("playwright.async_api")
         if not CHROMIUM.exists():
@@ -6473,9 +6478,17 @@ async def browser() -> AsyncIterator[Any]:
         pytest.skip(f"no browser: {error}")
     async with driver.async_playwright() as playwright:
         mapped = "--host-resolver-rules=MAP evil.example 127.0.0.1"
-        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=[*SWITCHES.split(), mapped])
-        yield browser
-        await browser.close()
+        chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=[*SWITCHES.split(), mapped])
+        yield chromium
+        await chromium.close()
+
+
+@pytest.fixture
+async def browser(chromium: Any) -> AsyncIterator[Any]:
+    """Give the browser, and leave nothing of this test in it."""
+    yield chromium
+    for context in chromium.contexts:
+        await context.close()
 
 
 async def serve_vue(context: Any) -> None:
