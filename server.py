@@ -520,8 +520,8 @@ class Usage:
         if over <= 0:
             return False
         first = min(event.stream_started_on for event in events)
-        going_first = self.by_start.between(high=first + 1)  # those of equal start, too: their ids are lower
-        return sum(map(len, going_first)) < over
+        # Of equal starts the kept ones go before the new ones, for their ids are lower.
+        return sum(map(len, self.by_start.between(high=first + 1))) < over
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
@@ -673,7 +673,7 @@ def aggregate(
     names = (*by, *(name for name, _ in wanted if name not in by))
     windowed = 1 if window else 0  # so many cells of a key stand before its names
     filters = [(windowed + names.index(name), values) for name, values in wanted]
-    sums: Totals = {}  # the first key is of the earliest window, for chunks are in order of time
+    sums: Totals = {}  # the first key is of the earliest window, for events and so keys come in order of time
     parts, count = list[Iterable[tuple[Any, Total]]](), 0  # totals of windows that are over, in order
 
     def place(item: tuple[tuple[Any, ...], Total]) -> tuple[Any, ...]:
@@ -850,11 +850,11 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # Remainders that are equal on paper may differ in their last bits here, for claims are rounded up. So
-    # these bits are not compared, and the name decides. How many: `tally` prices each second twice, so a
-    # claim is too high by less than 2 x seconds, in last bits, and a remainder by less than 2 x seconds x
-    # cents, which is below 2**DOUBT_BITS. Those that differ on paper differ in higher bits, unless somebody
-    # makes up fees and seconds for it.
+    # The last bits of a remainder are not compared, for claims are rounded up: so remainders that are equal
+    # on paper tie, and the name decides. How many bits: `tally` prices each second twice, by its user's fee
+    # and by those of the silent. So a claim is too high by less than 2 x seconds, in last bits, and a
+    # remainder by less than 2 x seconds x cents, which is below 2**DOUBT_BITS. Remainders that differ on
+    # paper differ in higher bits, unless somebody makes up fees and seconds for it.
     in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -881,7 +881,7 @@ class Account:
     revenue: int
     labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
-    # A cache: how much more each label would get by later totals of the month, and which totals these are.
+    # A cache: how much more each label would get by the totals `late_by`; it holds while the month has these.
     late: Adjustments = field(init=False)
     late_by: ByUser = field(init=False)
 
@@ -1017,8 +1017,8 @@ def unpaid(books: Books) -> Steps[Adjustments]:
         due |= yield from changed_since_close(books, month)
     # What was paid is taken off, also for a month that is open again and has nothing in `due`. For instance:
     # March is closed while February has no stream. Streams of both come late. February, the first open
-    # month now, is closed, with an adjustment of x for March. March is opened: x is in its own amount now,
-    # so -x is due.
+    # month now, is closed, with an adjustment of x for March. March is opened: its own amount has x now,
+    # which February has paid already. So -x is due.
     for account in books.closed.values():
         for key, (amount, user_centric) in account.adjustments.items():
             yield
@@ -1516,7 +1516,7 @@ class Journal:
         self.storing: asyncio.Task[None] | None = None
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.failed = False
-        self.in_doubt = False  # whether the WAL may hold a commit that was refused
+        self.in_doubt = False  # whether the WAL may hold a commit that was refused, for its sync had failed
         self.last_commit = -math.inf
         self.path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         real = os.path.realpath(self.path)
@@ -1550,8 +1550,9 @@ class Journal:
     def _checkpoint(self) -> None:
         """Have SQLite move what it has committed from the WAL into the file, and drop the rest of the WAL.
 
-        The rest can be a commit that was refused because its sync had failed: a restart would bring it back.
-        Raises StorageError or sqlite3.Error, also if the WAL has less than SQLite has committed to it.
+        Two things can be wrong with the WAL. It may hold a commit that was refused because its sync had
+        failed (`in_doubt`), and a restart would bring that back. Or somebody has made it shorter (`sizes`):
+        this does no harm if it was by a checkpoint, and raises sqlite3.Error if commits are missing.
         """
         busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
@@ -1574,7 +1575,7 @@ class Journal:
                 # Only the WAL may become shorter, and only empty: by a checkpoint of another process.
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                self._checkpoint()  # only for its check: it raises if the WAL was emptied in another way
+                self._checkpoint()
             self.sizes[path] = now.st_size
 
     def commit(self, statements: Statements) -> None:
@@ -1735,7 +1736,7 @@ class Journal:
             self.usage.advance(change.number)
             change.done.set_result(None)
             if time.monotonic() > began + SLICE_SECONDS:
-                await asyncio.sleep(SLICE_SECONDS)  # a request needs the event loop several times
+                await asyncio.sleep(SLICE_SECONDS)  # several rounds of the event loop: a request needs them
                 began = time.monotonic()
 
     async def close(self) -> None:
@@ -1825,7 +1826,8 @@ class Cursor(NamedTuple):
     """How far a client of the feed has read: in this sequence, up to the number `after`.
 
     1f2e-500-9000 is of one who reads everything for the first time, in pages, has come to 500, and began when
-    the latest number was 9000: that tells which tombstones this client needs.
+    the latest number was 9000. What was removed before is in none of the pages, so this client can do without
+    the tombstones of before, which may have been forgotten.
     """
 
     sequence: str = ""
@@ -2491,7 +2493,8 @@ async def change_stream(request: web.Request) -> Answer:
         old = find_stream(request)  # as it is now that the body has arrived
         if is_patch and isinstance(fields, dict):
             fields = {name: getattr(old, name) for name in FIELDS} | fields
-        parsed = parse_event(fields, state.clock())
+        # A start that is kept is not in the future, even if the clock has been set back since.
+        parsed = parse_event(fields, max(state.clock(), old.stream_started_on))
         check_version(request, old)
         new = ChangedEvent(**asdict(parsed) | {"id": old.id, "version": state.usage.next_number()})
         await state.store(new.version, [(SET_STREAM, [astuple(new)])], lambda: state.usage.replace(old, new))
@@ -2520,9 +2523,7 @@ async def get_changes(request: web.Request) -> Answer:
     (name, after, began), limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
     if after == 0:
         began = usage.sequence  # a first reading begins now
-    # A client needs the tombstone of what it may have been given: in a first reading that is what was removed
-    # after it began, for what was removed before is in none of its pages.
-    needed_after = max(after, began)
+    needed_after = max(after, began)  # the tombstones that this client needs: see Cursor
     is_known = usage.tombstones_since <= needed_after <= usage.sequence
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
@@ -3107,7 +3108,7 @@ def main() -> None:
         log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
     url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
     try:
-        # While it serves, no variable holds what was imported: with --db it would be in memory twice.
+        # While it serves, no variable holds what was imported: with --db that would be in memory twice.
         app = create_app(
             config, read_import(parser, options.directory, options.tracks) if options.directory else None
         )

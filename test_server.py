@@ -2676,6 +2676,13 @@ async def test_an_idempotency_key_makes_a_retry_harmless(start: Start) -> None:
     assert (bad.status, good.status) == (400, 201)
 
 
+async def test_a_stream_can_be_changed_when_the_clock_has_been_set_back_and_only_a_new_start_is_in_the_future(start: Start) -> None:
+    client = await start([event(NOW)])
+    client.app[server.STATE].clock = lambda: NOW - 3_600
+    for change, status in (({"label": "b"}, 200), ({"stream_started_on": NOW}, 200), ({"stream_started_on": NOW + 1}, 400), ({"stream_started_on": NOW - 3_600}, 200), ({"stream_started_on": NOW}, 400)):
+        assert (await client.patch("/api/v1/streams/1", json=change)).status == status
+
+
 async def test_a_retry_gets_the_first_answer_when_the_clock_has_been_set_back(start: Start) -> None:
     clock = [NOW]
     client = await start(clock=lambda: clock[0])
