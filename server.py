@@ -535,9 +535,8 @@ class Usage:
         if not self.warned:
             self.warned = True
             log.warning("there are more than %d events: from now on the oldest go (--keep, --db)", self.keep)
-        oldest = itertools.chain.from_iterable(self.by_start.chunks)
-        dropped = [*itertools.islice(oldest, int(self.count - self.keep))]
-        self.remove([(event, self.next_number()) for event in dropped])
+        oldest = itertools.chain(*first_of(self.by_start.chunks, self.count - self.keep))
+        self.remove([(event, self.next_number()) for event in oldest])
 
     def find(self, stream_id: int) -> Event:
         """Return the event with this id; raises MissingError."""
@@ -568,7 +567,7 @@ class Usage:
         self.advance(events[-1][1])
         over = sum(map(len, self.tombstones.chunks)) - self.keep  # so many are kept at most, too
         if over > 0:  # who follows from before has to begin anew
-            oldest = [*itertools.islice(itertools.chain(*self.tombstones.chunks), int(over))]
+            oldest = [*itertools.chain(*first_of(self.tombstones.chunks, over))]
             self.tombstones.remove(oldest)
             self.tombstones_since = oldest[-1].version
 
@@ -1120,6 +1119,15 @@ def report_by_month(books: Books, month: str | None) -> Steps[Iterator[tuple[Any
     return ((name, CURRENCY, *line.values()) for name, lines in by_month for line in lines)
 
 
+def describe_payer(
+    terms: Sequence[str | None], net: int, seconds: int, of_seconds: int
+) -> tuple[int, dict[str, Any]]:
+    """Return a subscriber's part of a fee, in millionths of a euro, and the row of the statement."""
+    part = 100 * net * seconds // (of_seconds or 1)
+    cells = (*terms, euros(100 * net, 6), seconds, of_seconds, euros(part, 6))
+    return part, dict(zip(PAYER_COLUMNS, cells, strict=True))
+
+
 def find_payers(
     account: Account, ledger: Ledger, label: str
 ) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
@@ -1128,25 +1136,21 @@ def find_payers(
     A row is for who subscribes and streamed the label, highest part first; the last is for the silent.
     """
     others: list[int] = []
-    payers: list[tuple[int, tuple[Any, ...]]] = []  # each with its part, in millionths of a euro
-
-    def add_payer(*terms: str | None, net: int, seconds: int, of_seconds: int) -> None:
-        part = 100 * net * seconds // (of_seconds or 1)
-        payers.append((part, (*terms, euros(100 * net, 6), seconds, of_seconds, euros(part, 6))))
-
+    payers: list[tuple[int, dict[str, Any]]] = []
     for user, own in account.totals.items():
         yield
         _, seconds = own.get(label, (0, 0))
         if seconds and (found := account.subscriptions.get(user)):
             terms = user, found.product_type, euros(found.fee), found.origin
-            add_payer(*terms, net=found.net, seconds=seconds, of_seconds=seconds_of(own))
+            payers.append(describe_payer(terms, found.net, seconds, seconds_of(own)))
         elif seconds:
             others.append(seconds)
-    payers[:] = yield from sort_in_steps(payers, lambda payer: (-payer[0], payer[1]))
+    in_order = yield from sort_in_steps(payers, lambda payer: (-payer[0], payer[1]["user_id"]))
+    rows = yield from in_steps(row for _, row in in_order)
     if ledger.silent_users:
         seconds = ledger.labels.get(label, (0, 0))[1]
-        add_payer(None, None, None, None, net=ledger.silent_net, seconds=seconds, of_seconds=ledger.seconds)
-    return [dict(zip(PAYER_COLUMNS, cells, strict=True)) for _, cells in payers], others
+        rows.append(describe_payer([None] * 4, ledger.silent_net, seconds, ledger.seconds)[1])
+    return rows, others
 
 
 def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
