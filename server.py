@@ -147,7 +147,7 @@ BUSY_SECONDS = 1  # how long a commit waits for another process that has locked 
 GATHER_SECONDS = 0.001  # how long a commit waits for more to come with it
 SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way
 END_SECONDS = 4.7  # from the signal on, whatever the disk and the clients do; 5 are promised
-LATE_SECONDS = 5  # no batch for so long, and for three intervals: /health says that there is no simulation
+LATE_SECONDS = 5  # or three intervals, if that is longer, without a batch: /health says that it has stopped
 IMPORT_BYTES = 256 * 1024 * 1024  # at most, of each file of an import
 LINE_CHARACTERS = 65_536
 IMPORT_FAULTS = 20  # an import is read up to so many
@@ -459,7 +459,7 @@ class Order:
         while pending:
             after = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
             at = max(0, after - 1)
-            # The first chunk takes what is lower than all, too.
+            # The first chunk, or the one that is yet to be made, takes what is lower than all, too.
             first = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
             yield at, pending[first:]
             del pending[first:]
@@ -520,7 +520,7 @@ class Usage:
         if over <= 0:
             return False
         first = min(event.stream_started_on for event in events)
-        # Of equal starts the kept ones go before the new ones, for their ids are lower.
+        # These are dropped before it: of equal starts the kept ones are, for their ids are lower.
         return sum(map(len, self.by_start.between(high=first + 1))) < over
 
     def add(self, events: Sequence[Event]) -> None:
@@ -668,12 +668,12 @@ def aggregate(
 
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
-    # A key has the window, the fields of `by`, and those that are only filtered by: these are cut off again.
+    # A chunk is counted by the fields of `by` and those that are only filtered by: `sums` are without these.
     names = (*by, *(name for name, _ in wanted if name not in by))
     windowed = 1 if window else 0  # so many cells of a key stand before its names
     filters = [(windowed + names.index(name), values) for name, values in wanted]
     sums: Totals = {}  # the first key is of the earliest window, for events and so keys come in order of time
-    parts, count = list[Iterable[tuple[Any, Total]]](), 0  # totals of windows that are over, in order
+    sorted_parts, count = list[Iterable[tuple[Any, Total]]](), 0  # and how many totals they have
 
     def place(item: tuple[tuple[Any, ...], Total]) -> tuple[Any, ...]:
         key, (_, seconds) = item
@@ -682,11 +682,12 @@ def aggregate(
     for chunk in chunks:
         yield
         if window and sums and next(iter(sums))[0] < (start := windows_of(chunk[:1], window)[0]):
-            over = {key: sums.pop(key) for key in [*sums] if key[0] < start}
-            parts.append((yield from sort_in_steps(over.items(), place)))
-            count += len(over)
+            # No later event is of a window before `start`, so these totals are complete.
+            complete = {key: sums.pop(key) for key in [*sums] if key[0] < start}
+            sorted_parts.append((yield from sort_in_steps(complete.items(), place)))
+            count += len(complete)
             if limit and count >= limit:
-                break  # these come before all that is in `sums`
+                break  # all that is in `sums` comes after these
         totals = count_chunk(chunk, window, names, wanted)
         for at, values in filters:
             totals = {key: total for key, total in totals.items() if key[at] in values}
@@ -694,8 +695,8 @@ def aggregate(
             add_up(sums, key[: windowed + len(by)], total)
         if count + len(sums) > MOST_ROWS and not limit:
             raise InvalidError(f"there are more than {MOST_ROWS:,} rows: narrow the query, or pass limit")
-    parts.append((yield from sort_in_steps(sums.items(), place)))
-    return ((*key, *total) for key, total in itertools.islice(itertools.chain(*parts), limit))
+    sorted_parts.append((yield from sort_in_steps(sums.items(), place)))
+    return ((*key, *total) for key, total in itertools.islice(itertools.chain(*sorted_parts), limit))
 
 
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
@@ -849,11 +850,11 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # The last bits of a remainder are not compared, for claims are rounded up: so remainders that are equal
-    # on paper tie, and the name decides. How many bits: `tally` prices each second twice, by its user's fee
-    # and by those of the silent. So a claim is too high by less than 2 x seconds, in last bits, and a
-    # remainder by less than 2 x seconds x cents, which is below 2**DOUBT_BITS. Remainders that differ on
-    # paper differ in higher bits, unless somebody makes up fees and seconds for it.
+    # Claims are rounded up, so remainders that are equal on paper can differ in their last bits. These are
+    # not compared: such remainders tie, and the name decides. How many: `tally` prices each second twice, by
+    # its user's fee and by those of the silent, and each price is too high by less than one last bit. So a
+    # claim is too high by less than 2 x seconds, and a remainder by less than 2 x seconds x cents, which is
+    # below 2**DOUBT_BITS. Only with fees and seconds that are made up for it is a true difference so small.
     in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -880,12 +881,12 @@ class Account:
     revenue: int
     labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
-    # A cache: how much more each label would get by the totals `late_by`; it holds while the month has these.
+    # A cache: what `changed_since_close` found when the books had the object `late_by` as the month's totals.
     late: Adjustments = field(init=False)
     late_by: ByUser = field(init=False)
 
     def __post_init__(self) -> None:
-        self.late, self.late_by = {}, self.totals
+        self.late, self.late_by = {}, self.totals  # by the totals of the close nothing is late
 
     @property
     def status(self) -> str:
@@ -996,7 +997,7 @@ def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
     account, users = books.closed.get(month), books.months.get(month, NOBODY)
     if not account:
         return {}
-    if account.late_by is not users:  # the same object has not changed: see Books
+    if account.late_by is not users:  # if it is the same object, it has not changed: see Books
         now = yield from share_month((yield from tally(users, account.subscriptions)))
         late: Adjustments = {}
         for label in {**now, **account.labels}:
@@ -1014,10 +1015,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     due: Adjustments = {}
     for month in books.closed:
         due |= yield from changed_since_close(books, month)
-    # What was paid is taken off, also for a month that is open again and has nothing in `due`. For instance:
-    # March is closed while February has no stream. Streams of both come late. February, the first open
-    # month now, is closed, with an adjustment of x for March. March is opened: its own amount has x now,
-    # which February has paid already. So -x is due.
+    # What was paid is taken off, also for a month that is open again and has nothing in `due`. How that is:
+    # 1. March is closed, February has no stream. 2. Streams of both come late. 3. February, the first open
+    # month now, is closed, and pays x for March. 4. March is opened: its own amount has x now, so -x is due.
     for account in books.closed.values():
         for key, (amount, user_centric) in account.adjustments.items():
             yield
@@ -1086,9 +1086,9 @@ def describe_lines(lines: Mapping[str, Line]) -> Steps[Iterator[dict[str, Any]]]
 
 
 def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
-    """Return the report over a month, or over all but those that were closed and have nothing in them."""
+    """Return the report over a month, or over all that have streams now or a line of the report."""
     accounts = yield from accounts_of(books, month)
-    if not month:  # one that had nothing when it was closed is here if streams have come since
+    if not month:  # a month that was closed without streams, and has some now, has no line
         accounts = {name: each for name, each in accounts.items() if books.months.get(name) or each.lines()}
     by_label: defaultdict[str, list[Line]] = defaultdict(list)
     for account in accounts.values():
@@ -1294,7 +1294,7 @@ class Import:
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
             told = telling(f"reading {path.name}, lines", map(check_line, lines))
             rows = csv.reader(told, delimiter=delimiter, strict=True)
-            while True:  # nothing is read after a line that is too long: its error ends the generator `told`
+            while True:  # after a line that is too long comes None: its error has ended the generator `told`
                 with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):  # the header is line 1
                     if (row := next(rows, None)) is None:
                         break
@@ -1532,8 +1532,8 @@ class Journal:
             raise StorageError("it must be a plain file with one name (no hard links)")
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
-        # The header is read by hand. SQLite would write beside a foreign file. A file of ours may be damaged
-        # after a kill, and need its WAL.
+        # The header is read by hand, for SQLite can be asked about neither of these: a foreign file, beside
+        # which it would write, and one of ours that a kill has left incomplete until the WAL is read.
         header = os.pread(self.lock.fileno(), 72, 0)
         if header and (header[:16] != b"SQLite format 3\0" or header[68:] != APPLICATION_ID):
             raise StorageError("it is no database of this program")
@@ -1565,9 +1565,9 @@ class Journal:
         self.sizes[self.wal] = 0
 
     def _check_files(self) -> None:
-        """Note the sizes of the files; raises StorageError if one is another than was opened, or is shorter.
+        """Raise a StorageError if a file is another than was opened, or shorter; else note the sizes.
 
-        SQLite would go on in files that nobody finds again.
+        SQLite would go on in files that nobody finds again. A WAL that was emptied calls for a checkpoint.
         """
         for path, opened in self.opened.items():
             now = path.stat() if path.exists() else None
@@ -1588,24 +1588,25 @@ class Journal:
             self._check_files()
             if self.in_doubt:
                 self._checkpoint()
-            with self.connection:
+            with self.connection:  # it rolls back what fails
                 self.connection.execute("BEGIN IMMEDIATE")  # from here on no other process empties the WAL
                 if self.wal.stat().st_size < self.sizes[self.wal]:
-                    # One has just done so. Only a checkpoint tells whether that did harm, and there is none
-                    # in a transaction. The size that is noted stays, so the next `_check_files` makes one.
+                    # One did since `_check_files`. Only a checkpoint tells whether commits are lost, and none
+                    # runs in a transaction. `sizes` stays, so the next commit's `_check_files` makes one.
                     raise StorageError("another process has just emptied the WAL")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-                self.in_doubt = True  # the commit comes next, as this block ends: if it fails, this stays
+                self.in_doubt = True
+                self.connection.commit()  # if its sync fails, the WAL holds it nevertheless
             self.in_doubt = False
         except Exception as error:
             self.failed = True
-            if self.in_doubt:
+            if self.in_doubt:  # at once, for a kill may come; if that fails, the next commit tries again
                 with contextlib.suppress(StorageError, sqlite3.Error):
                     self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None
-        with contextlib.suppress(StorageError, sqlite3.Error, OSError):  # it notes the sizes
-            self._check_files()
+        with contextlib.suppress(StorageError, sqlite3.Error, OSError):
+            self._check_files()  # it notes the sizes; if it raises, so does that of the next commit
         self.failed = False
         self.last_commit = time.monotonic()
 
@@ -1830,8 +1831,8 @@ class Cursor(NamedTuple):
     """How far a client of the feed has read: in this sequence, up to the number `after`.
 
     1f2e-500-9000 is of one who reads everything for the first time, in pages, has come to 500, and began when
-    the latest number was 9000. What was removed before is in none of the pages, so this client can do without
-    the tombstones of before, which may have been forgotten.
+    the latest number was 9000. A stream that was removed before 9000 was in none of these pages. So this
+    client needs only the tombstones after 9000, and those of before may have been forgotten.
     """
 
     sequence: str = ""
@@ -2163,11 +2164,10 @@ class SingleFlight:
             self.waiters[flight] -= 1
             if not self.waiters[flight]:
                 del self.waiters[flight]
-                is_made = flight.done() and not flight.cancelled() and not flight.exception()
+                failed = not flight.done() or flight.cancelled() or flight.exception()
                 flight.cancel()  # nobody waits for it; if it is done, this does nothing
-                # None, which stands for an answer that is too long, is kept, too, or others would try again.
-                is_kept = is_made and len(flight.result() or b"") <= KEPT_BYTES
-                if flights.get(key) is flight and not is_kept:
+                # None is kept, too: it says that the answer is too long, or others would try again.
+                if flights.get(key) is flight and (failed or len(flight.result() or b"") > KEPT_BYTES):
                     del flights[key]
 
 
@@ -2240,14 +2240,17 @@ def write_list(kind: str, columns: Sequence[str], batches: Iterable[Chunk | Rows
         for batch in batches:
             yield batch.csv.encode()
         return
-    opening, end = (b"[", b"]") if kind == "json" else (b"", b"\n")
-    written = False
+    if kind == "json":
+        yield b"["
+    is_first = True
     for batch in batches:  # it may be empty, where a filter leaves nothing
         lines = batch.json_lines.replace(b"\n", b",") if kind == "json" else batch.json_lines
-        yield lines if written or not lines else opening + lines[1:]  # each begins with a newline
-        written = written or bool(lines)
-    if written or kind == "json":
-        yield end if written else opening + end
+        yield lines[1:] if is_first else lines  # nothing separates the first event from one before it
+        is_first = is_first and not lines
+    if kind == "json":
+        yield b"]"
+    elif not is_first:
+        yield b"\n"
 
 
 def write_rows(kind: str, columns: Sequence[str], work: Steps[Iterable[Sequence[Any]]]) -> Pieces:
@@ -2527,7 +2530,7 @@ async def get_changes(request: web.Request) -> Answer:
     (name, after, began), limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
     if after == 0:
         began = usage.sequence  # a first reading begins now
-    needed_after = max(after, began)  # the tombstones that this client needs: see Cursor
+    needed_after = max(after, began)  # it needs the tombstones after this number: see Cursor
     is_known = usage.tombstones_since <= needed_after <= usage.sequence
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
@@ -2641,10 +2644,13 @@ async def get_statement(request: web.Request) -> Answer:
 
 async def get_months(request: web.Request) -> Answer:
     """List the months, the latest first."""
-    asked = parse_query(request.rel_url.raw_query_string)
-    return await answer_money(
-        request, "months", asked, lambda _, books: write_success("Found Months", month_rows(books))
-    )
+    state = request.app[STATE]
+    parse_query(request.rel_url.raw_query_string)  # it has no parameters
+
+    def make() -> Pieces:
+        return write_success("Found Months", month_rows(state.books.snapshot()))
+
+    return await answer_cached(state, request, "json", "months", make, most=math.inf)
 
 
 async def put_month(request: web.Request) -> Answer:
