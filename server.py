@@ -453,13 +453,14 @@ class Order:
     def _by_chunk(self, events: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
         """Yield the place of each chunk that events belong to, and these events in order.
 
-        The last chunk comes first: the caller may replace it by several, and those yet to come do not move.
+        The last chunk comes first, and after each step the caller replaces it, perhaps by several: the places
+        of those before it stay what they are.
         """
         pending = sorted(events, key=self.key)
         while pending:
             after = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
             at = max(0, after - 1)
-            # The first chunk, or the one that is yet to be made, takes what is lower than all, too.
+            # The first chunk takes all the rest: what is lower than all, too. It may be yet to be made.
             first = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
             yield at, pending[first:]
             del pending[first:]
@@ -520,7 +521,7 @@ class Usage:
         if over <= 0:
             return False
         first = min(event.stream_started_on for event in events)
-        # These are dropped before it: of equal starts the kept ones are, for their ids are lower.
+        # The kept events that go before it: all that start no later, for of equal starts the lower id goes.
         return sum(map(len, self.by_start.between(high=first + 1))) < over
 
     def add(self, events: Sequence[Event]) -> None:
@@ -668,7 +669,7 @@ def aggregate(
 
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
-    # A chunk is counted by the fields of `by` and those that are only filtered by: `sums` are without these.
+    # A chunk is counted by `by` and by the fields that are only filtered by, which are cut off for `sums`.
     names = (*by, *(name for name, _ in wanted if name not in by))
     windowed = 1 if window else 0  # so many cells of a key stand before its names
     filters = [(windowed + names.index(name), values) for name, values in wanted]
@@ -850,11 +851,11 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # Claims are rounded up, so remainders that are equal on paper can differ in their last bits. These are
-    # not compared: such remainders tie, and the name decides. How many: `tally` prices each second twice, by
-    # its user's fee and by those of the silent, and each price is too high by less than one last bit. So a
-    # claim is too high by less than 2 x seconds, and a remainder by less than 2 x seconds x cents, which is
-    # below 2**DOUBT_BITS. Only with fees and seconds that are made up for it is a true difference so small.
+    # The last DOUBT_BITS of a remainder are not compared, so that remainders that are equal on paper tie.
+    # They are so many, for a claim is a sum of prices that are rounded up, two for each second (see `tally`:
+    # the user's price and that of the silent). So a claim is too high by less than 2 x seconds, and a
+    # remainder by less than 2 x seconds x cents, which is below 2**DOUBT_BITS. Only made-up figures differ
+    # truly by so little.
     in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -881,7 +882,7 @@ class Account:
     revenue: int
     labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
-    # A cache: what `changed_since_close` found when the books had the object `late_by` as the month's totals.
+    # `late` is a cache of `changed_since_close`, valid while the month's totals are the very object `late_by`.
     late: Adjustments = field(init=False)
     late_by: ByUser = field(init=False)
 
@@ -1015,9 +1016,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     due: Adjustments = {}
     for month in books.closed:
         due |= yield from changed_since_close(books, month)
-    # What was paid is taken off, also for a month that is open again and has nothing in `due`. How that is:
-    # 1. March is closed, February has no stream. 2. Streams of both come late. 3. February, the first open
-    # month now, is closed, and pays x for March. 4. March is opened: its own amount has x now, so -x is due.
+    # What was paid is taken off. What was paid for a month that is open again is even due back, for now the
+    # month's own amount contains it: March is closed, and streams come late to it and to the empty February.
+    # February is closed, and pays x for March. March is opened again: -x is due for March.
     for account in books.closed.values():
         for key, (amount, user_centric) in account.adjustments.items():
             yield
@@ -1086,9 +1087,9 @@ def describe_lines(lines: Mapping[str, Line]) -> Steps[Iterator[dict[str, Any]]]
 
 
 def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
-    """Return the report over a month, or over all that have streams now or a line of the report."""
+    """Return the report over a month, or over all that have streams now or a line in their account."""
     accounts = yield from accounts_of(books, month)
-    if not month:  # a month that was closed without streams, and has some now, has no line
+    if not month:  # late streams of a month that was closed empty make no line
         accounts = {name: each for name, each in accounts.items() if books.months.get(name) or each.lines()}
     by_label: defaultdict[str, list[Line]] = defaultdict(list)
     for account in accounts.values():
@@ -1274,7 +1275,7 @@ class Import:
     def _add_track(self, item: object) -> None:
         if not isinstance(item, dict) or "track_id" not in item:
             raise InvalidError("track_id is missing")
-        # A file may name it label, label_id or label_name: of several the first in this order is taken.
+        # Any key that starts with label will do: of several the first in the alphabet, as label itself is.
         key = min((key for key in item if key.startswith("label")), default="label")
         track, label = check_text("track_id", item["track_id"]), check_text("label", item.get(key))
         if self.labels.setdefault(track, label) != label:
@@ -1294,7 +1295,7 @@ class Import:
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
             told = telling(f"reading {path.name}, lines", map(check_line, lines))
             rows = csv.reader(told, delimiter=delimiter, strict=True)
-            while True:  # after a line that is too long comes None: its error has ended the generator `told`
+            while True:  # the error of a line that is too long ends the generator `told`: the row is None
                 with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):  # the header is line 1
                     if (row := next(rows, None)) is None:
                         break
@@ -1552,11 +1553,12 @@ class Journal:
         self.sizes = {path: found.st_size for path, found in self.opened.items()}  # as they were last
 
     def _checkpoint(self) -> None:
-        """Have SQLite move what it has committed from the WAL into the file, and drop the rest of the WAL.
+        """Have SQLite move what is committed from the WAL into the file, and empty the WAL.
 
-        Two things can be wrong with the WAL. It may hold a commit that was refused because its sync had
-        failed (`in_doubt`), and a restart would bring that back. Or somebody has made it shorter (`sizes`):
-        this does no harm if it was by a checkpoint, and raises sqlite3.Error if commits are missing.
+        This mends both things that can be wrong with a WAL. `in_doubt`: behind what SQLite counts as
+        committed there may be a commit whose sync failed, and which was refused. A restart would count it; an
+        empty WAL does not have it. `sizes`: somebody has made the WAL shorter. If that was by a checkpoint,
+        this succeeds; if commits are missing, it raises sqlite3.Error.
         """
         busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
@@ -1591,8 +1593,9 @@ class Journal:
             with self.connection:  # it rolls back what fails
                 self.connection.execute("BEGIN IMMEDIATE")  # from here on no other process empties the WAL
                 if self.wal.stat().st_size < self.sizes[self.wal]:
-                    # One did since `_check_files`. Only a checkpoint tells whether commits are lost, and none
-                    # runs in a transaction. `sizes` stays, so the next commit's `_check_files` makes one.
+                    # It was emptied after `_check_files`. Only a checkpoint tells whether commits are
+                    # missing, and none runs in a transaction. The next `_check_files` sees the old `sizes`,
+                    # and makes one.
                     raise StorageError("another process has just emptied the WAL")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
@@ -1830,9 +1833,9 @@ GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permu
 class Cursor(NamedTuple):
     """How far a client of the feed has read: in this sequence, up to the number `after`.
 
-    1f2e-500-9000 is of one who reads everything for the first time, in pages, has come to 500, and began when
-    the latest number was 9000. A stream that was removed before 9000 was in none of these pages. So this
-    client needs only the tombstones after 9000, and those of before may have been forgotten.
+    `began` is there only during a first reading in pages: it is the latest number when that reading began. A
+    stream that had been removed by then is on none of its pages. So this client needs the tombstones after
+    `began`, however low `after` still is, and the older ones may be forgotten. An example is 1f2e-500-9000.
     """
 
     sequence: str = ""
@@ -2166,7 +2169,7 @@ class SingleFlight:
                 del self.waiters[flight]
                 failed = not flight.done() or flight.cancelled() or flight.exception()
                 flight.cancel()  # nobody waits for it; if it is done, this does nothing
-                # None is kept, too: it says that the answer is too long, or others would try again.
+                # The result None is kept: it tells who asks next that the answer is too long.
                 if flights.get(key) is flight and (failed or len(flight.result() or b"") > KEPT_BYTES):
                     del flights[key]
 
@@ -2194,8 +2197,9 @@ async def answer_cached(
 ) -> Answer:
     """Return 304 if the client has it already, else all of it, or pieces if that is longer than `most`.
 
-    `key` is what was asked for, and `more` are headers. `make` is called before anything is awaited, and
-    takes what it needs of this moment, which the ETag names; the pieces that it returns are made later.
+    `key` is what was asked for, and `more` are headers. `make` takes what it needs of the moment when it is
+    called, which the ETag names, and returns pieces that are made later. It is called before anything is
+    awaited and, if the answer is too long to be kept, once more after that, under the ETag of then.
     `most` is infinite where making them can fail: so an error comes before the head of an answer, with a
     status of its own.
     """
@@ -2204,7 +2208,7 @@ async def answer_cached(
         return Answer(304, headers=cache_headers(etag, kind) + more)
     key = (etag, key)
     body = await state.answers.get(key, lambda: finish(state, join_up_to(most, make())))
-    if body is None:  # too long: made anew from what there is now, after this await
+    if body is None:  # too long
         return Answer(200, make(), cache_headers(own_etag or state.usage.etag, kind) + more)
     headers = cache_headers(etag, kind) + more
     if len(body) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
@@ -2530,7 +2534,7 @@ async def get_changes(request: web.Request) -> Answer:
     (name, after, began), limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
     if after == 0:
         began = usage.sequence  # a first reading begins now
-    needed_after = max(after, began)  # it needs the tombstones after this number: see Cursor
+    needed_after = max(after, began)  # the tombstones after this number are needed: see Cursor
     is_known = usage.tombstones_since <= needed_after <= usage.sequence
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
@@ -2676,7 +2680,7 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # It fills the accounts' caches: so `decide`, for which all other writes wait, is short.
+            # It fills `Account.late` of each month: so `decide`, for which all other writes wait, is short.
             await finish(state, unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await finish(state, month_rows(state.books.snapshot(), month))
