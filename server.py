@@ -882,7 +882,7 @@ class Account:
     revenue: int
     labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
-    # `late` is a cache of `changed_since_close`, valid while the month's totals are the very object `late_by`.
+    # `late` is a cache of `changed_since_close`, valid while the month still has the object `late_by`.
     late: Adjustments = field(init=False)
     late_by: ByUser = field(init=False)
 
