@@ -1521,7 +1521,7 @@ class Journal:
         self.storing: asyncio.Task[None] | None = None
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.failed = False
-        self.in_doubt = False  # whether the WAL may hold a commit that was refused, for its sync had failed
+        self.checkpoint_due = False  # before anything else is committed
         self.last_commit = -math.inf
         self.path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         real = os.path.realpath(self.path)
@@ -1555,61 +1555,56 @@ class Journal:
     def _checkpoint(self) -> None:
         """Have SQLite move what is committed from the WAL into the file, and empty the WAL.
 
-        This mends both things that can be wrong with a WAL. `in_doubt`: behind what SQLite counts as
-        committed there may be a commit whose sync failed, and which was refused. A restart would count it; an
-        empty WAL does not have it. `sizes`: somebody has made the WAL shorter. If that was by a checkpoint,
-        this succeeds; if commits are missing, it raises sqlite3.Error.
+        It is due when the WAL may hold a commit that was refused because its sync failed: a restart would
+        find it. And when somebody has emptied the WAL: this raises sqlite3.Error if commits went with that.
         """
         busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
             raise StorageError("another process reads the file")
-        self.in_doubt = False
+        self.checkpoint_due = False
         self.sizes[self.wal] = 0
 
     def _check_files(self) -> None:
-        """Raise a StorageError if a file is another than was opened, or shorter; else note the sizes.
+        """Note the files' sizes; raises StorageError if one is not the one that was opened, or was truncated.
 
-        SQLite would go on in files that nobody finds again. A WAL that was emptied calls for a checkpoint.
+        SQLite would go on in files that nobody finds again.
         """
         for path, opened in self.opened.items():
             now = path.stat() if path.exists() else None
             if not now or not os.path.samestat(now, opened):
-                if path == self.wal:
-                    self._checkpoint()  # SQLite has it open: what it holds can still be saved
+                self.checkpoint_due |= path == self.wal  # SQLite has it open, so it can still be saved
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes[path]:
                 # Only the WAL may become shorter, and only empty: by a checkpoint of another process.
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                self._checkpoint()
+                self.checkpoint_due = True
             self.sizes[path] = now.st_size
 
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
         try:
             self._check_files()
-            if self.in_doubt:
+            if self.checkpoint_due:
                 self._checkpoint()
             with self.connection:  # it rolls back what fails
                 self.connection.execute("BEGIN IMMEDIATE")  # from here on no other process empties the WAL
                 if self.wal.stat().st_size < self.sizes[self.wal]:
-                    # It was emptied after `_check_files`. Only a checkpoint tells whether commits are
-                    # missing, and none runs in a transaction. The next `_check_files` sees the old `sizes`,
-                    # and makes one.
+                    self.checkpoint_due = True  # and none can be made in a transaction
                     raise StorageError("another process has just emptied the WAL")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-                self.in_doubt = True
+                self.checkpoint_due = True
                 self.connection.commit()  # if its sync fails, the WAL holds it nevertheless
-            self.in_doubt = False
+            self.checkpoint_due = False
         except Exception as error:
             self.failed = True
-            if self.in_doubt:  # at once, for a kill may come; if that fails, the next commit tries again
+            if self.checkpoint_due:  # at once, for a kill may come; if it fails, the next commit tries again
                 with contextlib.suppress(StorageError, sqlite3.Error):
                     self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None
-        with contextlib.suppress(StorageError, sqlite3.Error, OSError):
-            self._check_files()  # it notes the sizes; if it raises, so does that of the next commit
+        with contextlib.suppress(StorageError, OSError):  # what is wrong now, the next commit says
+            self._check_files()
         self.failed = False
         self.last_commit = time.monotonic()
 

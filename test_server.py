@@ -34,6 +34,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Coroutine,
     Generator,
     Iterable,
     Iterator,
@@ -176,6 +177,27 @@ class Program:
         _, errors = await asyncio.wait_for(self.process.communicate(), 20)
         lines = errors.decode().splitlines(keepends=True)  # on a busy machine any start is a long one
         return self.process.returncode, "".join(line for line in lines if not re.search(r" INFO .* so far: ", line))
+
+
+LONG: dict[str, Callable[[Path], Coroutine[Any, Any, None]]] = {}
+
+
+@pytest.fixture(scope="session")
+async def long_tests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, asyncio.Task[None]]:
+    """Begin the long tests that are asked for, all at once."""
+    asked = {item.name for item in request.session.items} & LONG.keys()
+    return {name: asyncio.create_task(LONG[name](tmp_path_factory.mktemp("long"))) for name in asked}
+
+
+def beside_others(test: Callable[[Path], Coroutine[Any, Any, None]]) -> Callable[..., Coroutine[Any, Any, None]]:
+    """Have a test that waits for processes begin with the first of its kind, so that they wait at the same time."""
+    name = test.__name__
+    LONG[name] = test
+
+    async def wait(long_tests: dict[str, asyncio.Task[None]]) -> None:
+        await long_tests[name]
+
+    return wait
 
 
 async def read_answer(reader: asyncio.StreamReader, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
@@ -2538,30 +2560,30 @@ async def test_a_body_that_does_not_arrive_is_408(start: Start, monkeypatch: pyt
     writer.close()
 
 
-@pytest.mark.parametrize(
-    ("head", "status"),
-    [
-        ("POST /api/v1/streams", 408), ("PUT /api/v1/users/user1", 408), ("POST /usage", 405), ("POST /nowhere", 404),
-        ("PUT /api/v1/streams/9", 404), ("POST /api/v1/streams HTTP/1.1\r\nOrigin: http://evil.example", 403),
-        ("POST /api/v1/streams HTTP/1.1\r\nContent-Type: text/plain", 415), ("GET /usage", 200), ("GET /usage?from=x", 400),
-        ("POST /api/v1/streams HTTP/1.1\r\nContent-Length: 1048577", 413), ("GET /usage HTTP/1.1\r\nIf-None-Match: *", 304),
-    ],
-)
-async def test_an_answer_before_the_body_has_come_closes_the_connection_within_2_s(
-    start: Start, monkeypatch: pytest.MonkeyPatch, head: str, status: int
-) -> None:
+async def test_an_answer_before_the_body_has_come_closes_the_connection_within_2_s(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "BODY_SECONDS", 0.1)
     client = await start([event()])
-    reader, writer = await asyncio.open_connection(client.host, client.port)
-    first, *lines = (head if "\r\n" in head else f"{head} HTTP/1.1").split("\r\n")
-    lines += [] if "Content-Length" in head else ["Content-Length: 1000"]
-    lines += [] if "Content-Type" in head else ["Content-Type: application/json"]
-    writer.write("\r\n".join([first, "Host: localhost", *lines, "\r\n{"]).encode())
-    found, headers, _ = await read_answer(reader)
-    assert (found, headers["connection"]) == (status, "close")
-    async with asyncio.timeout(2):
-        assert await reader.read() == b""
-    writer.close()
+
+    async def ask(head: str) -> tuple[int, str]:
+        reader, writer = await asyncio.open_connection(client.host, client.port)
+        first, *lines = (head if "\r\n" in head else f"{head} HTTP/1.1").split("\r\n")
+        lines += [] if "Content-Length" in head else ["Content-Length: 1000"]
+        lines += [] if "Content-Type" in head else ["Content-Type: application/json"]
+        writer.write("\r\n".join([first, "Host: localhost", *lines, "\r\n{"]).encode())
+        status, headers, _ = await read_answer(reader)
+        async with asyncio.timeout(2):
+            assert await reader.read() == b"", head
+        writer.close()
+        return status, headers["connection"]
+
+    wanted = {
+        "POST /api/v1/streams": 408, "PUT /api/v1/users/user1": 408, "POST /usage": 405, "POST /nowhere": 404,
+        "PUT /api/v1/streams/9": 404, "POST /api/v1/streams HTTP/1.1\r\nOrigin: http://evil.example": 403,
+        "POST /api/v1/streams HTTP/1.1\r\nContent-Type: text/plain": 415, "GET /usage": 200, "GET /usage?from=x": 400,
+        "POST /api/v1/streams HTTP/1.1\r\nContent-Length: 1048577": 413, "GET /usage HTTP/1.1\r\nIf-None-Match: *": 304,
+    }
+    answers = await asyncio.gather(*map(ask, wanted))
+    assert dict(zip(wanted, answers, strict=True)) == {head: (status, "close") for head, status in wanted.items()}
 
 
 async def test_a_body_that_has_come_leaves_the_connection_open(start: Start) -> None:
@@ -3862,7 +3884,8 @@ async def get_json(url: str) -> Any:
         return await answer.json()
 
 
-async def test_a_default_start_has_four_batches_after_35_seconds() -> None:
+@beside_others
+async def test_a_default_start_has_four_batches_after_35_seconds(tmp_path: Path) -> None:
     async with started() as program:
         url = await program.url()
         begin, seen = time.monotonic(), list[tuple[int, int]]()
@@ -5357,6 +5380,7 @@ async def test_tracks_come_from_a_server_that_fails_three_times(tmp_path: Path, 
     assert all(wait >= least for wait, least in zip(waits, (0.5, 1, 2), strict=True))
 
 
+@beside_others
 async def test_tracks_that_cannot_be_had_end_it_with_status_2_and_the_reason(tmp_path: Path) -> None:
     write_import(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -5764,6 +5788,7 @@ async def test_an_import_that_cannot_be_taken_back_is_said_in_one_line_and_nothi
     assert (await undo(path))[0] == 2
 
 
+@beside_others
 async def test_an_undo_that_is_killed_took_all_back_or_nothing(tmp_path: Path) -> None:
     path, rng = tmp_path / "usage.db", random.Random(31)
     directory = write_import(tmp_path / "import", streams=STREAMS + STREAMS.splitlines()[1].join("\n\n") * 40_000)
@@ -5910,6 +5935,7 @@ async def test_each_change_is_in_a_close_or_late_and_there_is_no_third_kind(tmp_
     assert min(kinds.values()) > 500
 
 
+@beside_others
 async def test_a_close_or_an_open_that_is_killed_is_done_with_all_that_it_froze_or_not_done(tmp_path: Path) -> None:
     path, rng, seen = tmp_path / "usage.db", random.Random(42), Counter[bool]()
     tables = [statement.split()[2] for statement in server.REOPEN_MONTH]
@@ -6125,6 +6151,7 @@ async def kill_50_times(path: Path, rng: random.Random) -> None:
                 await asyncio.gather(*working)
 
 
+@beside_others
 async def test_nothing_acknowledged_is_lost_in_100_kills(tmp_path: Path) -> None:
     await asyncio.gather(*(kill_50_times(tmp_path / f"{seed}.db", random.Random(seed)) for seed in (29, 30)))
 
@@ -6267,13 +6294,12 @@ async def slow_disk(tmp_path: Path) -> dict[str, str]:
     return {"LD_PRELOAD": str(tmp_path / "slow.so"), "SLOW_WHILE": str(tmp_path / "slow")}
 
 
-@pytest.mark.parametrize("busy", [False, True])
-@pytest.mark.parametrize("seconds", [1, 4, 12])
-async def test_a_slow_disk_does_not_hold_up_the_end_and_what_is_not_on_it_is_not_acknowledged(
-    tmp_path: Path, slow_disk: dict[str, str], seconds: int, busy: bool
-) -> None:
-    options = ("--db", str(tmp_path / "usage.db"), "--no-simulation")
-    async with started(*options, **slow_disk, SLOW_SECONDS=str(seconds)) as program, aiohttp.ClientSession() as session:
+async def end_on_a_slow_disk(directory: Path, environment: dict[str, str], seconds: int, busy: bool) -> None:
+    """End the program while each sync takes so many seconds, and see what it has stored."""
+    directory.mkdir()
+    slow, options = directory / "slow", ("--db", str(directory / "usage.db"), "--no-simulation")
+    environment = environment | {"SLOW_WHILE": str(slow), "SLOW_SECONDS": str(seconds)}
+    async with started(*options, **environment) as program, aiohttp.ClientSession() as session:
         url = await program.url()
 
         async def post() -> int | None:
@@ -6283,7 +6309,7 @@ async def test_a_slow_disk_does_not_hold_up_the_end_and_what_is_not_on_it_is_not
             return None
 
         assert await post() == 201
-        (tmp_path / "slow").touch()
+        slow.touch()
         posts = [asyncio.create_task(post()) for _ in range(3)] if busy else []
         await asyncio.sleep(0.3)
         begin = time.monotonic()
@@ -6294,6 +6320,11 @@ async def test_a_slow_disk_does_not_hold_up_the_end_and_what_is_not_on_it_is_not
     assert 201 not in statuses or seconds < 12
     async with started(*options) as program:
         assert (await get_json(f"{await program.url()}/health"))["events"] >= 1 + statuses.count(201)
+
+
+async def test_a_slow_disk_does_not_hold_up_the_end_and_what_is_not_on_it_is_not_acknowledged(tmp_path: Path, slow_disk: dict[str, str]) -> None:
+    for busy in (False, True):
+        await asyncio.gather(*(end_on_a_slow_disk(tmp_path / f"{seconds} {busy}", slow_disk, seconds, busy) for seconds in (1, 4, 12)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -6556,8 +6587,14 @@ def sums(events: list[dict[str, Any]], name: str) -> dict[str, int]:
     return found
 
 
+async def ask_now(page: Any) -> None:
+    """Have the page ask at once, as it does when it is seen again, where a test is not about the 5 s of a poll."""
+    await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+
+
 async def settle(page: Any, url: str, query: str) -> list[Any]:
     """Wait until the page shows what /usage says for `query`, and return that."""
+    await ask_now(page)
     for _ in range(60):
         shown, events = await figures(page), await get_json(f"{url}/usage?{query}")
         labels, tracks = sums(events, "label"), sums(events, "track_id")
@@ -6629,6 +6666,7 @@ async def test_the_page_of_an_empty_server_says_how_to_send_a_first_stream(page:
         line = await page.inner_text(by_testid("first-stream"))
         shell = await asyncio.create_subprocess_exec("sh", "-c", f"{line} -s", stdout=asyncio.subprocess.PIPE)
         assert b'"id":' in (await shell.communicate())[0]
+        await ask_now(page)
         await page.wait_for_selector(by_testid("event-row"))
         await settle(page, url, "")
 
@@ -6980,6 +7018,7 @@ async def test_the_page_of_a_server_restarted_empty_shows_that(page: Any) -> Non
         await program.stop()
     async with started("--no-simulation", f"--port={url.rsplit(':')[-1]}") as program:
         await program.url()
+        await ask_now(page)
         await page.wait_for_selector("text=No streams yet", timeout=30_000)
         await page.wait_for_selector(f'{by_testid("total-seconds")}:text-is("0")')
 
@@ -7025,10 +7064,12 @@ async def test_axe_finds_nothing_in_live_whatever_its_state(page: Any, scheme: s
         assert await violations(page) == []
         await page.keyboard.press("Escape")
         await program.stop()
+    await ask_now(page)
     await page.wait_for_selector(f'{by_testid("status")}:has-text("Stale since")')
     assert await violations(page) == []
     async with started("--no-simulation", f"--port={url.rsplit(':')[-1]}") as program:
         await program.url()
+        await ask_now(page)
         await page.wait_for_selector("text=No streams yet", timeout=30_000)
         assert await violations(page) == []
 
@@ -7166,6 +7207,7 @@ async def test_the_wall_fills_the_screen_lying_or_upright_names_each_label_and_s
         cut = "[...document.querySelectorAll('.ranking')].filter(each => each.scrollHeight > each.clientHeight + 1).length"
         assert [len(await page.query_selector_all(by_testid(f"{kind}-row"))) for kind in ("label", "track")] + [await page.evaluate(cut)] == [3, 3, 0]
         await program.stop()
+        await ask_now(page)
         await page.wait_for_selector(f'{by_testid("status")}:has-text("Stale since")')
         assert await page.evaluate("document.documentElement.scrollHeight") == height
 
@@ -8379,6 +8421,7 @@ async def test_a_server_that_is_started_again_with_a_file_lets_months_be_closed(
         await program.stop()
     async with started("--no-simulation", "--history=60", "--interval=600", f"--db={tmp_path / 'usage.db'}", f"--port={url.rsplit(':')[-1]}") as program:
         await program.url()
+        await ask_now(page)
         await page.wait_for_function("!document.querySelector('[data-testid=why-open]')?.textContent.includes('--db')", timeout=30_000)
 
 
@@ -8489,6 +8532,7 @@ async def test_a_month_is_closed_by_typing_it_and_what_comes_late_is_an_adjustme
         assert [row["month"] for row in months if row["status"] == "closed"] == ["2019-01"]
         late = STREAM | {"user_id": "user 01", "label": "label 11", "stream_started_on": MONTHS["2019-01"] + 9, "seconds_streamed": 90_000}
         await post(url, late)
+        await ask_now(page)
         await page.wait_for_selector(f'{by_testid("month-row", month="2019-01")}:has-text("changed since")')
         await page.click(by_testid("month-row", month="2019-02"))
         await page.wait_for_function("""() => [...document.querySelectorAll('[data-testid="money-adjustment"]')].some(each => each.textContent.includes('+'))""")
@@ -8569,6 +8613,7 @@ async def test_axe_finds_nothing_in_money_when_it_is_empty_stale_or_late_and_whi
         assert await violations(page) == []
         await page.keyboard.press("Escape")
         await program.stop()
+        await ask_now(page)
         await page.wait_for_selector(f'{by_testid("status")}:has-text("Stale since")')
         assert await violations(page) == []
     async with money_server(tmp_path, USAGE_TOKEN="s3cret") as url:  # noqa: S106 - of this server
