@@ -147,7 +147,7 @@ BUSY_SECONDS = 1  # how long a commit waits for another process that has locked 
 GATHER_SECONDS = 0.001  # how long a commit waits for more to come with it
 SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way
 END_SECONDS = 4.7  # from the signal on, whatever the disk and the clients do; 5 are promised
-LATE_SECONDS = 5  # or three intervals, if that is longer, without a batch: /health says that it has stopped
+LATE_SECONDS = 5  # without a batch for so long, and for three intervals, the simulation counts as stopped
 IMPORT_BYTES = 256 * 1024 * 1024  # at most, of each file of an import
 LINE_CHARACTERS = 65_536
 IMPORT_FAULTS = 20  # an import is read up to so many
@@ -458,9 +458,8 @@ class Order:
         """
         pending = sorted(events, key=self.key)
         while pending:
-            after = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
-            at = max(0, after - 1)
-            # The first chunk takes all the rest: what is lower than all, too. It may be yet to be made.
+            # The first chunk takes all that is lower than the second, even when there is none yet.
+            at = bisect_right(self.chunks, self.key(pending[-1]), 1, key=lambda chunk: self.key(chunk[0])) - 1
             first = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
             yield at, pending[first:]
             del pending[first:]
@@ -566,7 +565,7 @@ class Usage:
         self._put([event for event, _ in events], -1)
         self.tombstones.add(Tombstone(event.id, number) for event, number in events)
         self.advance(events[-1][1])
-        over = sum(map(len, self.tombstones.chunks)) - self.keep  # so many are kept at most, too
+        over = sum(map(len, self.tombstones.chunks)) - self.keep  # `keep` is how many of these are kept, too
         if over > 0:  # who follows from before has to begin anew
             oldest = [*itertools.chain(*first_of(self.tombstones.chunks, over))]
             self.tombstones.remove(oldest)
@@ -669,7 +668,7 @@ def aggregate(
 
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
-    # A chunk is counted by `by` and by the fields that are only filtered by, which are cut off for `sums`.
+    # A key is the window, `by`, and the other fields that are filtered by; in `sums` it ends after `by`.
     names = (*by, *(name for name, _ in wanted if name not in by))
     windowed = 1 if window else 0  # so many cells of a key stand before its names
     filters = [(windowed + names.index(name), values) for name, values in wanted]
@@ -811,7 +810,7 @@ def seconds_of(totals: Totals) -> int:
 def price_of_second(net: int, seconds: int) -> int:
     """Return what each of so many seconds gets of a net fee, as a claim.
 
-    It is rounded up in the last bit, for a claim to exactly n cents must not become one to n - 1.
+    It is rounded up in the last bit: rounded down, a claim to exactly n cents would get n - 1.
     """
     return -((-net << CLAIM_BITS) // (seconds or 1))
 
@@ -851,11 +850,10 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # The last DOUBT_BITS of a remainder are not compared, so that remainders that are equal on paper tie.
-    # They are so many, for a claim is a sum of prices that are rounded up, two for each second (see `tally`:
-    # the user's price and that of the silent). So a claim is too high by less than 2 x seconds, and a
-    # remainder by less than 2 x seconds x cents, which is below 2**DOUBT_BITS. Only made-up figures differ
-    # truly by so little.
+    # Remainders that are equal on paper must tie, but claims are a little too high: each second adds two
+    # prices that are rounded up, the user's and that of the silent. So a remainder is too high by less than
+    # 2 x seconds x cents, which is below 2**DOUBT_BITS, and these last bits are not compared. Only figures
+    # that are made up for it truly differ there.
     in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -882,12 +880,11 @@ class Account:
     revenue: int
     labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
-    # `late` is a cache of `changed_since_close`, valid while the month still has the object `late_by`.
-    late: Adjustments = field(init=False)
-    late_by: ByUser = field(init=False)
+    # A cache of `changed_since_close`: totals, and what is late by them. `Books` says how long it is valid.
+    late: tuple[ByUser, Adjustments] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.late, self.late_by = {}, self.totals  # by the totals of the close nothing is late
+        self.late = self.totals, {}  # nothing is, by the totals of the close
 
     @property
     def status(self) -> str:
@@ -906,9 +903,9 @@ class Account:
 class Books:
     """What reports and users are made from. Who reads in steps needs a snapshot: others write in between.
 
-    A snapshot, and the account of a closed month, shares the totals of months with the books. `record` never
-    changes what is shared: it first copies the month's dict, and replaces those of users. So while
-    the books have the same object for a month as a snapshot has, nothing has changed in that month.
+    Months are copied on write: snapshots and the accounts of closed months share a month's totals with the
+    books. `record` first copies those that are shared, and replaces each user's. So while a month has the
+    same object as before, nothing has changed in it.
     """
 
     subscriptions: dict[str, Subscription]
@@ -998,7 +995,7 @@ def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
     account, users = books.closed.get(month), books.months.get(month, NOBODY)
     if not account:
         return {}
-    if account.late_by is not users:  # if it is the same object, it has not changed: see Books
+    if account.late[0] is not users:
         now = yield from share_month((yield from tally(users, account.subscriptions)))
         late: Adjustments = {}
         for label in {**now, **account.labels}:
@@ -1007,8 +1004,8 @@ def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
             more = gets.amount - got.amount, gets.amount_user_centric - got.amount_user_centric
             if any(more):
                 late[month, label] = more
-        account.late, account.late_by = late, users
-    return account.late
+        account.late = users, late
+    return account.late[1]
 
 
 def unpaid(books: Books) -> Steps[Adjustments]:
@@ -1016,9 +1013,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     due: Adjustments = {}
     for month in books.closed:
         due |= yield from changed_since_close(books, month)
-    # What was paid is taken off. What was paid for a month that is open again is even due back, for now the
-    # month's own amount contains it: March is closed, and streams come late to it and to the empty February.
-    # February is closed, and pays x for March. March is opened again: -x is due for March.
+    # What was paid is taken off. That leaves less than nothing for a month that is open again, for its next
+    # close will pay all of it. For instance, March is closed while February is empty. Then streams come to
+    # both. February is closed and pays x for March. March is opened again: -x is due.
     for account in books.closed.values():
         for key, (amount, user_centric) in account.adjustments.items():
             yield
@@ -1087,9 +1084,9 @@ def describe_lines(lines: Mapping[str, Line]) -> Steps[Iterator[dict[str, Any]]]
 
 
 def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
-    """Return the report over a month, or over all that have streams now or a line in their account."""
+    """Return the report over a month, or over all but those that were closed empty and still are."""
     accounts = yield from accounts_of(books, month)
-    if not month:  # late streams of a month that was closed empty make no line
+    if not month:
         accounts = {name: each for name, each in accounts.items() if books.months.get(name) or each.lines()}
     by_label: defaultdict[str, list[Line]] = defaultdict(list)
     for account in accounts.values():
@@ -1295,7 +1292,7 @@ class Import:
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
             told = telling(f"reading {path.name}, lines", map(check_line, lines))
             rows = csv.reader(told, delimiter=delimiter, strict=True)
-            while True:  # the error of a line that is too long ends the generator `told`: the row is None
+            while True:  # an overlong line is the last: its error ends `told`, and the next row is None
                 with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):  # the header is line 1
                     if (row := next(rows, None)) is None:
                         break
@@ -1442,8 +1439,8 @@ UNDO_IMPORT = (  # of the import :number, and what its subscriptions have replac
     "DELETE FROM imports WHERE id = :number",
     "UPDATE sequence SET number = :last + :size + 1",  # one more: the subscriptions change, too
 )
-# In a file of version 1 the sequence is 0, and somebody may have changed a table by hand: no number that any
-# of these knows of is given again.
+# The highest number in any table, so that none is given twice: `sequence` alone does not tell it in a file of
+# version 1, or where somebody has changed a table by hand.
 LAST_NUMBER = """
     SELECT coalesce(max(number), 0) FROM (
         SELECT number FROM sequence UNION ALL SELECT max(max(id), max(version)) FROM streams
@@ -1533,8 +1530,8 @@ class Journal:
             raise StorageError("it must be a plain file with one name (no hard links)")
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
-        # The header is read by hand, for SQLite can be asked about neither of these: a foreign file, beside
-        # which it would write, and one of ours that a kill has left incomplete until the WAL is read.
+        # The header is read by hand: SQLite would write beside a foreign file, and could not read one of ours
+        # that a kill has left incomplete without its WAL.
         header = os.pread(self.lock.fileno(), 72, 0)
         if header and (header[:16] != b"SQLite format 3\0" or header[68:] != APPLICATION_ID):
             raise StorageError("it is no database of this program")
@@ -1799,8 +1796,8 @@ async def simulate_history(state: State) -> None:
 async def run_simulation(state: State) -> None:
     """If it is to simulate, make a batch at once and then one every `interval` seconds, without drift.
 
-    A batch that fails is logged and counted, and the next one comes. What a process has missed that was
-    stopped for an hour does not come all at once.
+    A batch that fails is logged and counted, and the next one comes. A process that was stopped for an hour
+    does not make up for what it has missed.
     """
     interval, began = state.config.interval, time.monotonic()
     while state.config.simulate:
@@ -1828,14 +1825,17 @@ GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permu
 class Cursor(NamedTuple):
     """How far a client of the feed has read: in this sequence, up to the number `after`.
 
-    `began` is there only during a first reading in pages: it is the latest number when that reading began. A
-    stream that had been removed by then is on none of its pages. So this client needs the tombstones after
-    `began`, however low `after` still is, and the older ones may be forgotten. An example is 1f2e-500-9000.
+    `began` is there only in a first reading in pages: the latest number when that began. A client needs the
+    tombstone of each stream that it may have seen: of all that were removed after `after`. But in a first
+    reading it has seen none of those that were removed up to `began`, so their tombstones may be forgotten.
     """
 
     sequence: str = ""
     after: int = 0
     began: int = 0  # 0: the first reading is over
+
+    def __str__(self) -> str:
+        return f"{self.sequence}-{self.after}" + (f"-{self.began}" if self.after < self.began else "")
 
 
 def parse_cursor(text: str) -> Cursor:
@@ -2164,7 +2164,7 @@ class SingleFlight:
                 del self.waiters[flight]
                 failed = not flight.done() or flight.cancelled() or flight.exception()
                 flight.cancel()  # nobody waits for it; if it is done, this does nothing
-                # The result None is kept: it tells who asks next that the answer is too long.
+                # Only what succeeded and is short is kept. So is None: it tells that the answer is too long.
                 if flights.get(key) is flight and (failed or len(flight.result() or b"") > KEPT_BYTES):
                     del flights[key]
 
@@ -2192,20 +2192,19 @@ async def answer_cached(
 ) -> Answer:
     """Return 304 if the client has it already, else all of it, or pieces if that is longer than `most`.
 
-    `key` is what was asked for, and `more` are headers. `make` takes what it needs of the moment when it is
-    called, which the ETag names, and returns pieces that are made later. It is called before anything is
-    awaited and, if the answer is too long to be kept, once more after that, under the ETag of then.
-    `most` is infinite where making them can fail: so an error comes before the head of an answer, with a
-    status of its own.
+    `key` is what was asked for, and `more` are headers. `make` takes the data of now and returns pieces that
+    are made later. It is called at once and, if the answer proves longer than `most`, once more to send
+    pieces: of the data of then, and under their ETag. With an infinite `most` all is made before the head is
+    sent: so an error that comes while it is made has a status of its own.
     """
     etag = own_etag or state.usage.etag
+    headers = cache_headers(etag, kind) + more
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
-        return Answer(304, headers=cache_headers(etag, kind) + more)
+        return Answer(304, headers=headers)
     key = (etag, key)
     body = await state.answers.get(key, lambda: finish(state, join_up_to(most, make())))
     if body is None:  # too long
         return Answer(200, make(), cache_headers(own_etag or state.usage.etag, kind) + more)
-    headers = cache_headers(etag, kind) + more
     if len(body) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
         plain, headers = body, (*headers, ("Content-Encoding", "gzip"))
         body = await state.answers.get(("gzip", key), lambda: asyncio.to_thread(gzip.compress, plain, 6))
@@ -2529,7 +2528,7 @@ async def get_changes(request: web.Request) -> Answer:
     (name, after, began), limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
     if after == 0:
         began = usage.sequence  # a first reading begins now
-    needed_after = max(after, began)  # the tombstones after this number are needed: see Cursor
+    needed_after = max(after, began)  # the tombstones after this number (see Cursor)
     is_known = usage.tombstones_since <= needed_after <= usage.sequence
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
@@ -2539,10 +2538,7 @@ async def get_changes(request: web.Request) -> Answer:
         chunks = page = await finish(state, in_steps(chunks))
         if sum(map(len, page)) == limit:
             number = page[-1][-1].version
-    following = f"{usage.sequence_name}-{number}"
-    if number < began:  # the first reading goes on; once it is over, a cursor has no `began`
-        following += f"-{began}"
-
+    following = Cursor(usage.sequence_name, number, began)
     headers = (
         ("Link", f'</api/v1/changes?after={following}>; rel="next"'),
         ("Cache-Control", "no-store"),
@@ -2675,7 +2671,7 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # It fills `Account.late` of each month: so `decide`, for which all other writes wait, is short.
+            # It fills `late` of each account: so `decide`, for which all other writes wait, is short.
             await finish(state, unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await finish(state, month_rows(state.books.snapshot(), month))
