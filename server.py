@@ -254,8 +254,7 @@ class Event:
         # The same few names and numbers come again and again: one object of each takes half the memory.
         self.user_id, self.track_id = sys.intern(self.user_id), sys.intern(self.track_id)
         self.label = sys.intern(self.label)
-        if self.seconds_streamed < len(COMMON_SECONDS):
-            self.seconds_streamed = COMMON_SECONDS[self.seconds_streamed]
+        self.seconds_streamed = COMMON_SECONDS.get(self.seconds_streamed, self.seconds_streamed)
 
     @property
     def version(self) -> int:
@@ -446,7 +445,7 @@ class Order:
             found[0] = Chunk(found[0][bisect_left(found[0], low, key=self.value) :])
         if found and self.value(found[-1][-1]) >= high:
             last = found.pop()
-            if end_of_last := bisect_left(last, high, key=self.value):
+            if end_of_last := bisect_left(last, high, key=self.value):  # 0 if all before was cut off above
                 found.append(Chunk(last[:end_of_last]))
         return found
 
@@ -458,8 +457,8 @@ class Order:
         """
         pending = sorted(events, key=self.key)
         while pending:
-            # The first chunk takes all that is lower than the second, even when there is none yet.
-            at = bisect_right(self.chunks, self.key(pending[-1]), 1, key=lambda chunk: self.key(chunk[0])) - 1
+            found = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
+            at = max(0, found - 1)  # the first takes what is lower than all, even when there is none yet
             first = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
             yield at, pending[first:]
             del pending[first:]
@@ -520,7 +519,7 @@ class Usage:
         if over <= 0:
             return False
         first = min(event.stream_started_on for event in events)
-        # The kept events that go before it: all that start no later, for of equal starts the lower id goes.
+        # It goes after all that start no later: of equal starts the kept ones go, for their ids are lower.
         return sum(map(len, self.by_start.between(high=first + 1))) < over
 
     def add(self, events: Sequence[Event]) -> None:
@@ -540,8 +539,8 @@ class Usage:
 
     def find(self, stream_id: int) -> Event:
         """Return the event with this id; raises MissingError."""
-        for event in itertools.chain.from_iterable(self.by_id.between(stream_id, stream_id + 1)):
-            return event  # type: ignore[no-any-return]
+        if found := self.by_id.between(stream_id, stream_id + 1):
+            return found[0][0]  # type: ignore[no-any-return]
         raise MissingError(f"there is no stream {stream_id}")
 
     def changes_after(self, number: int) -> Iterator[Chunk]:
@@ -647,17 +646,21 @@ def windows_of(events: Iterable[Event], window: str) -> list[int]:
 
 
 def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted: Wanted) -> Totals:
-    """Return totals by window start and names. They may hold more than is wanted: the caller filters them.
+    """Return the totals, by window start and names, of the events that are wanted.
 
     A chunk remembers totals that are few. Where they are many, to filter before counting saves work.
     """
-    if (window, names) in chunk.known:
-        # None says that there are many.
-        return chunk.known[window, names] or totals_of(matching(chunk, wanted), names, window)
-    found = totals_of(chunk, names, window)
-    chunk.known[window, names] = found if len(found) <= len(chunk) // 4 else None
-    if len(chunk.known) > KNOWN_TOTALS:
-        del chunk.known[next(iter(chunk.known))]
+    key = window, names
+    if key in chunk.known:
+        found = chunk.known[key] or totals_of(matching(chunk, wanted), names, window)  # None: they are many
+    else:
+        found = totals_of(chunk, names, window)
+        chunk.known[key] = found if len(found) <= len(chunk) // 4 else None
+        if len(chunk.known) > KNOWN_TOTALS:
+            del chunk.known[next(iter(chunk.known))]
+    for name, values in wanted:
+        at = names.index(name) - len(names)  # from the end: the window may stand before the names
+        found = {key: total for key, total in found.items() if key[at] in values}
     return found
 
 
@@ -668,12 +671,10 @@ def aggregate(
 
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
-    # A key is the window, `by`, and the other fields that are filtered by; in `sums` it ends after `by`.
-    names = (*by, *(name for name, _ in wanted if name not in by))
-    windowed = 1 if window else 0  # so many cells of a key stand before its names
-    filters = [(windowed + names.index(name), values) for name, values in wanted]
-    sums: Totals = {}  # the first key is of the earliest window, for events and so keys come in order of time
-    sorted_parts, count = list[Iterable[tuple[Any, Total]]](), 0  # and how many totals they have
+    names = (*by, *(name for name, _ in wanted if name not in by))  # the latter are cut off in `sums`
+    windowed, width = bool(window), bool(window) + len(by)  # cells of a key: before its names, and in all
+    sums: Totals = {}  # in order of the window, as the events are in order of time
+    sorted_parts, count = list[Iterable[tuple[Any, Total]]](), 0  # count: of the totals in them
 
     def place(item: tuple[tuple[Any, ...], Total]) -> tuple[Any, ...]:
         key, (_, seconds) = item
@@ -688,11 +689,8 @@ def aggregate(
             count += len(complete)
             if limit and count >= limit:
                 break  # all that is in `sums` comes after these
-        totals = count_chunk(chunk, window, names, wanted)
-        for at, values in filters:
-            totals = {key: total for key, total in totals.items() if key[at] in values}
-        for key, total in totals.items():
-            add_up(sums, key[: windowed + len(by)], total)
+        for key, total in count_chunk(chunk, window, names, wanted).items():
+            add_up(sums, key[:width], total)
         if count + len(sums) > MOST_ROWS and not limit:
             raise InvalidError(f"there are more than {MOST_ROWS:,} rows: narrow the query, or pass limit")
     sorted_parts.append((yield from sort_in_steps(sums.items(), place)))
@@ -745,12 +743,11 @@ def parse_subscription(value: object) -> Subscription:
     """Return the subscription that `value`, parsed JSON, is; raises InvalidError, which names the field."""
     fields = check_keys("the subscription", value, {"product_type", "fee", "origin"})
     fee = FEE.fullmatch(check_text("fee", fields["fee"]))
-    cents = int(fee[1]) * 100 + int((fee[2] or "").ljust(2, "0")) if fee else math.inf
-    if cents > HIGHEST_FEE:
+    if not fee or (cents := int(fee[1]) * 100 + int((fee[2] or "").ljust(2, "0"))) > HIGHEST_FEE:
         raise InvalidError("fee must be a decimal text from 0 to 10000 with two decimals at most")
     if fields["origin"] not in tuple(FACTORS):  # it may be a list, which no dict looks up
         raise InvalidError(f"origin must be one of {', '.join(FACTORS)}")
-    return Subscription(check_text("product_type", fields["product_type"]), int(cents), fields["origin"])
+    return Subscription(check_text("product_type", fields["product_type"]), cents, fields["origin"])
 
 
 class Money(str):
@@ -850,10 +847,10 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # Remainders that are equal on paper must tie, but claims are a little too high: each second adds two
-    # prices that are rounded up, the user's and that of the silent. So a remainder is too high by less than
-    # 2 x seconds x cents, which is below 2**DOUBT_BITS, and these last bits are not compared. Only figures
-    # that are made up for it truly differ there.
+    # Each second adds two prices to a claim, the user's and that of the silent, each rounded up by less than
+    # 1. So a claim is too high by less than 2 x seconds, and a remainder of cents x claim by less than 2 x
+    # seconds x cents, which is below 2**DOUBT_BITS. Remainders that are equal on paper must tie, so these
+    # bits are cut off. Two that truly differ only in them take figures that are made up for it.
     in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -880,11 +877,11 @@ class Account:
     revenue: int
     labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
-    # A cache of `changed_since_close`: totals, and what is late by them. `Books` says how long it is valid.
-    late: tuple[ByUser, Adjustments] = field(init=False)
+    late: Adjustments = field(init=False, default_factory=dict)  # a cache of `changed_since_close`,
+    late_by: ByUser = field(init=False)  # valid while these are the month's totals (see Books)
 
     def __post_init__(self) -> None:
-        self.late = self.totals, {}  # nothing is, by the totals of the close
+        self.late_by = self.totals  # by the totals of the close nothing is late
 
     @property
     def status(self) -> str:
@@ -903,9 +900,9 @@ class Account:
 class Books:
     """What reports and users are made from. Who reads in steps needs a snapshot: others write in between.
 
-    Months are copied on write: snapshots and the accounts of closed months share a month's totals with the
-    books. `record` first copies those that are shared, and replaces each user's. So while a month has the
-    same object as before, nothing has changed in it.
+    Months are copied on write: `record` first copies a month's totals if a snapshot or the account of a
+    closed month shares them, and replaces those of each user. So totals that were shared never change: while
+    a month has the same object, nothing has changed in it.
     """
 
     subscriptions: dict[str, Subscription]
@@ -995,7 +992,7 @@ def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
     account, users = books.closed.get(month), books.months.get(month, NOBODY)
     if not account:
         return {}
-    if account.late[0] is not users:
+    if account.late_by is not users:
         now = yield from share_month((yield from tally(users, account.subscriptions)))
         late: Adjustments = {}
         for label in {**now, **account.labels}:
@@ -1004,8 +1001,8 @@ def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
             more = gets.amount - got.amount, gets.amount_user_centric - got.amount_user_centric
             if any(more):
                 late[month, label] = more
-        account.late = users, late
-    return account.late[1]
+        account.late, account.late_by = late, users
+    return account.late
 
 
 def unpaid(books: Books) -> Steps[Adjustments]:
@@ -1013,9 +1010,10 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     due: Adjustments = {}
     for month in books.closed:
         due |= yield from changed_since_close(books, month)
-    # What was paid is taken off. That leaves less than nothing for a month that is open again, for its next
-    # close will pay all of it. For instance, March is closed while February is empty. Then streams come to
-    # both. February is closed and pays x for March. March is opened again: -x is due.
+    # What closed months have paid is taken off, also for a month that is open again: its next close pays all
+    # of it. For instance, March is closed while February is empty. Then streams come to both. February is
+    # closed, and pays x for March. March is opened again: its close will pay its own amount, x included, so
+    # -x is due.
     for account in books.closed.values():
         for key, (amount, user_centric) in account.adjustments.items():
             yield
@@ -1038,11 +1036,12 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
 
 def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Account]]:
     """Return a month's account, or those of all that have a stream or an adjustment, or are closed."""
+    if month:
+        return {month: (yield from account_of(books, month))}
     found = {}
-    all_months = filter(None, {*books.months, *books.closed, books.paying_month()})
-    for name in [month] if month else sorted(all_months):
+    for name in sorted({*books.months, *books.closed, books.paying_month()} - {""}):
         account = yield from account_of(books, name)
-        if month or account.totals or account.adjustments or account.status == "closed":
+        if account.totals or account.adjustments or name in books.closed:
             found[name] = account
     return found
 
@@ -1084,7 +1083,7 @@ def describe_lines(lines: Mapping[str, Line]) -> Steps[Iterator[dict[str, Any]]]
 
 
 def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
-    """Return the report over a month, or over all but those that were closed empty and still are."""
+    """Return the report over a month, or over all that have a stream now or a line in their account."""
     accounts = yield from accounts_of(books, month)
     if not month:
         accounts = {name: each for name, each in accounts.items() if books.months.get(name) or each.lines()}
@@ -1292,7 +1291,7 @@ class Import:
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
             told = telling(f"reading {path.name}, lines", map(check_line, lines))
             rows = csv.reader(told, delimiter=delimiter, strict=True)
-            while True:  # an overlong line is the last: its error ends `told`, and the next row is None
+            while True:  # to the end, or to an overlong line: its error ends the generator `told`
                 with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):  # the header is line 1
                     if (row := next(rows, None)) is None:
                         break
@@ -1518,7 +1517,7 @@ class Journal:
         self.storing: asyncio.Task[None] | None = None
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.failed = False
-        self.checkpoint_due = False  # before anything else is committed
+        self.wal_in_doubt = False  # it may hold what was refused, or lack what was stored
         self.last_commit = -math.inf
         self.path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         real = os.path.realpath(self.path)
@@ -1530,8 +1529,8 @@ class Journal:
             raise StorageError("it must be a plain file with one name (no hard links)")
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
-        # The header is read by hand: SQLite would write beside a foreign file, and could not read one of ours
-        # that a kill has left incomplete without its WAL.
+        # The header is read by hand: SQLite would write beside a foreign file or, asked not to, could not
+        # read one of ours that a kill has left incomplete without its WAL.
         header = os.pread(self.lock.fileno(), 72, 0)
         if header and (header[:16] != b"SQLite format 3\0" or header[68:] != APPLICATION_ID):
             raise StorageError("it is no database of this program")
@@ -1550,15 +1549,16 @@ class Journal:
         self.sizes = {path: found.st_size for path, found in self.opened.items()}  # as they were last
 
     def _checkpoint(self) -> None:
-        """Have SQLite move what is committed from the WAL into the file, and empty the WAL.
+        """Have SQLite move what it holds for committed from the WAL into the file, and empty the WAL.
 
-        It is due when the WAL may hold a commit that was refused because its sync failed: a restart would
-        find it. And when somebody has emptied the WAL: this raises sqlite3.Error if commits went with that.
+        The WAL is in doubt when a commit was refused because its sync failed: SQLite does not hold that for
+        committed, but a restart would. And when somebody has emptied or removed the WAL: if commits went with
+        that, this raises sqlite3.Error.
         """
         busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
             raise StorageError("another process reads the file")
-        self.checkpoint_due = False
+        self.wal_in_doubt = False
         self.sizes[self.wal] = 0
 
     def _check_files(self) -> None:
@@ -1569,34 +1569,34 @@ class Journal:
         for path, opened in self.opened.items():
             now = path.stat() if path.exists() else None
             if not now or not os.path.samestat(now, opened):
-                self.checkpoint_due |= path == self.wal  # SQLite has it open, so it can still be saved
+                self.wal_in_doubt |= path == self.wal  # what it held can be saved: SQLite has it open
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes[path]:
                 # Only the WAL may become shorter, and only empty: by a checkpoint of another process.
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                self.checkpoint_due = True
+                self.wal_in_doubt = True
             self.sizes[path] = now.st_size
 
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
         try:
             self._check_files()
-            if self.checkpoint_due:
+            if self.wal_in_doubt:
                 self._checkpoint()
             with self.connection:  # it rolls back what fails
                 self.connection.execute("BEGIN IMMEDIATE")  # from here on no other process empties the WAL
                 if self.wal.stat().st_size < self.sizes[self.wal]:
-                    self.checkpoint_due = True  # and none can be made in a transaction
+                    self.wal_in_doubt = True  # and none can be made in a transaction
                     raise StorageError("another process has just emptied the WAL")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-                self.checkpoint_due = True
-                self.connection.commit()  # if its sync fails, the WAL holds it nevertheless
-            self.checkpoint_due = False
+                self.wal_in_doubt = True  # until the sync has succeeded
+                self.connection.commit()
+            self.wal_in_doubt = False
         except Exception as error:
             self.failed = True
-            if self.checkpoint_due:  # at once, for a kill may come; if it fails, the next commit tries again
+            if self.wal_in_doubt:  # at once, for a kill may come; if that fails, before the next commit
                 with contextlib.suppress(StorageError, sqlite3.Error):
                     self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None
@@ -1825,14 +1825,17 @@ GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permu
 class Cursor(NamedTuple):
     """How far a client of the feed has read: in this sequence, up to the number `after`.
 
-    `began` is there only in a first reading in pages: the latest number when that began. A client needs the
-    tombstone of each stream that it may have seen: of all that were removed after `after`. But in a first
-    reading it has seen none of those that were removed up to `began`, so their tombstones may be forgotten.
+    `began` is there only in a first reading in pages: the latest number when that began.
     """
 
     sequence: str = ""
     after: int = 0
-    began: int = 0  # 0: the first reading is over
+    began: int = 0
+
+    @property
+    def needs_tombstones_after(self) -> int:
+        """In a first reading no stream has been shown that was removed before it began."""
+        return max(self.after, self.began)
 
     def __str__(self) -> str:
         return f"{self.sequence}-{self.after}" + (f"-{self.began}" if self.after < self.began else "")
@@ -2118,10 +2121,9 @@ async def finish(state: State, work: Generator[Any, None, T], first: bool = Fals
         while True:
             until = time.monotonic() + SLICE_SECONDS
             try:
-                while True:
+                next(work)
+                while time.monotonic() < until:
                     next(work)
-                    if time.monotonic() >= until:
-                        break
             except StopIteration as end:
                 return cast("T", end.value)
             slices += 1
@@ -2156,16 +2158,17 @@ class SingleFlight:
         if flight.done():  # as most are
             return cast("T", flight.result())
         self.waiters[flight] += 1
+        is_kept = False
         try:
-            return cast("T", await asyncio.shield(flight))
+            answer = await asyncio.shield(flight)
+            is_kept = len(answer or b"") <= KEPT_BYTES  # None, too: it tells that the answer is too long
+            return cast("T", answer)
         finally:
             self.waiters[flight] -= 1
             if not self.waiters[flight]:
                 del self.waiters[flight]
-                failed = not flight.done() or flight.cancelled() or flight.exception()
                 flight.cancel()  # nobody waits for it; if it is done, this does nothing
-                # Only what succeeded and is short is kept. So is None: it tells that the answer is too long.
-                if flights.get(key) is flight and (failed or len(flight.result() or b"") > KEPT_BYTES):
+                if not is_kept and flights.get(key) is flight:
                     del flights[key]
 
 
@@ -2201,13 +2204,13 @@ async def answer_cached(
     headers = cache_headers(etag, kind) + more
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
         return Answer(304, headers=headers)
-    key = (etag, key)
-    body = await state.answers.get(key, lambda: finish(state, join_up_to(most, make())))
+    name = (etag, key)
+    body = await state.answers.get(name, lambda: finish(state, join_up_to(most, make())))
     if body is None:  # too long
         return Answer(200, make(), cache_headers(own_etag or state.usage.etag, kind) + more)
     if len(body) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
         plain, headers = body, (*headers, ("Content-Encoding", "gzip"))
-        body = await state.answers.get(("gzip", key), lambda: asyncio.to_thread(gzip.compress, plain, 6))
+        body = await state.answers.get(("gzip", name), lambda: asyncio.to_thread(gzip.compress, plain, 6))
     return Answer(200, body, headers)
 
 
@@ -2391,7 +2394,7 @@ async def get_health(request: web.Request) -> Answer:
     age = time.monotonic() - state.last_batch
     running = state.config.simulate and age < max(LATE_SECONDS, 3 * state.config.interval)
     journal = state.journal
-    healthy = running == state.config.simulate and not (journal and journal.failed)
+    healthy = (running or not state.config.simulate) and not (journal and journal.failed)
     commit_age = time.monotonic() - journal.last_commit if journal else math.inf
     last_batch, last_commit = (round(each, 1) if each < math.inf else None for each in (age, commit_age))
     value = {
@@ -2415,11 +2418,10 @@ async def get_streams(request: web.Request) -> Answer:
     if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
     by_name, since, until = wanted_in(asked), asked.get("from", 0), asked.get("to", sys.maxsize)
-    # The total is that of events by start, the page is of those by id. Both now: an await ends this moment.
-    counted = state.usage.by_start.between(since, until)
-    following = state.usage.by_id.between(cursor.after + 1)
-    total = state.usage.count
+    # The page is of the events by id, the total of those by start, both of now: an await ends this moment.
+    following, total = state.usage.by_id.between(cursor.after + 1), state.usage.count
     if asked:
+        counted = state.usage.by_start.between(since, until)
         rows = await finish(state, aggregate(counted, by=(), window=None, wanted=by_name, limit=None))
         total, _ = next(rows, (0, 0))  # streams and seconds, as it is grouped by nothing
     wanted = (*by_name, ("stream_started_on", range(since, until))) if asked else ()
@@ -2525,27 +2527,26 @@ async def get_changes(request: web.Request) -> Answer:
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
-    (name, after, began), limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
-    if after == 0:
-        began = usage.sequence  # a first reading begins now
-    needed_after = max(after, began)  # the tombstones after this number (see Cursor)
-    is_known = usage.tombstones_since <= needed_after <= usage.sequence
-    if name not in ("", usage.sequence_name) or not is_known:
+    cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
+    if cursor.after == 0:
+        cursor = cursor._replace(began=usage.sequence)  # a first reading begins now
+    is_known = usage.tombstones_since <= cursor.needs_tombstones_after <= usage.sequence
+    if cursor.sequence not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     number = usage.sequence
-    chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
+    chunks: Iterable[Chunk] = first_of(usage.changes_after(cursor.after), limit)
     if "limit" in asked:
         chunks = page = await finish(state, in_steps(chunks))
         if sum(map(len, page)) == limit:
             number = page[-1][-1].version
-    following = Cursor(usage.sequence_name, number, began)
+    following = Cursor(usage.sequence_name, number, cursor.began)
     headers = (
         ("Link", f'</api/v1/changes?after={following}>; rel="next"'),
         ("Cache-Control", "no-store"),
         ("Vary", "Accept-Encoding"),
         ("Content-Type", MEDIA_TYPES["ndjson"]),
     )
-    is_more = after < number  # most who poll have read everything
+    is_more = cursor.after < number  # most who poll have read everything
     return Answer(200, (chunk.feed_lines for chunk in chunks) if is_more else b"", headers)
 
 
@@ -2671,7 +2672,7 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # It fills `late` of each account: so `decide`, for which all other writes wait, is short.
+            # For its cache, `Account.late`: so `decide`, for which all other writes wait, is short.
             await finish(state, unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await finish(state, month_rows(state.books.snapshot(), month))
