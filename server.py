@@ -254,7 +254,8 @@ class Event:
         # The same few names and numbers come again and again: one object of each takes half the memory.
         self.user_id, self.track_id = sys.intern(self.user_id), sys.intern(self.track_id)
         self.label = sys.intern(self.label)
-        self.seconds_streamed = COMMON_SECONDS.get(self.seconds_streamed, self.seconds_streamed)
+        if self.seconds_streamed < len(COMMON_SECONDS):  # these two lines raise for what a damaged file holds
+            self.seconds_streamed = COMMON_SECONDS[self.seconds_streamed]
 
     @property
     def version(self) -> int:
