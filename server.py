@@ -98,12 +98,13 @@ from collections.abc import (
     Set,
 )
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field
 from email.utils import formatdate
 from functools import cached_property, lru_cache
 from heapq import merge
 from http import HTTPStatus
 from operator import attrgetter, itemgetter
+from operator import index as as_int
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, unquote
@@ -147,7 +148,7 @@ BUSY_SECONDS = 1  # how long a commit waits for another process that has locked 
 GATHER_SECONDS = 0.001  # how long a commit waits for more to come with it
 SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way
 END_SECONDS = 4.7  # from the signal on, whatever the disk and the clients do; 5 are promised
-LATE_SECONDS = 5  # without a batch for so long, and for three intervals, the simulation counts as stopped
+LATE_SECONDS = 5  # or three intervals, if that is longer, without a batch: the simulation has stopped
 IMPORT_BYTES = 256 * 1024 * 1024  # at most, of each file of an import
 LINE_CHARACTERS = 65_536
 IMPORT_FAULTS = 20  # an import is read up to so many
@@ -254,8 +255,8 @@ class Event:
         # The same few names and numbers come again and again: one object of each takes half the memory.
         self.user_id, self.track_id = sys.intern(self.user_id), sys.intern(self.track_id)
         self.label = sys.intern(self.label)
-        if self.seconds_streamed < len(COMMON_SECONDS):  # these two lines raise for what a damaged file holds
-            self.seconds_streamed = COMMON_SECONDS[self.seconds_streamed]
+        seconds = self.seconds_streamed  # of a damaged file, what is no int from 0 on raises
+        self.seconds_streamed = COMMON_SECONDS[seconds] if seconds < len(COMMON_SECONDS) else as_int(seconds)
 
     @property
     def version(self) -> int:
@@ -446,7 +447,7 @@ class Order:
             found[0] = Chunk(found[0][bisect_left(found[0], low, key=self.value) :])
         if found and self.value(found[-1][-1]) >= high:
             last = found.pop()
-            if end_of_last := bisect_left(last, high, key=self.value):  # 0 if all before was cut off above
+            if end_of_last := bisect_left(last, high, key=self.value):  # 0: the lower are cut off above
                 found.append(Chunk(last[:end_of_last]))
         return found
 
@@ -520,8 +521,8 @@ class Usage:
         if over <= 0:
             return False
         first = min(event.stream_started_on for event in events)
-        # It goes after all that start no later: of equal starts the kept ones go, for their ids are lower.
-        return sum(map(len, self.by_start.between(high=first + 1))) < over
+        dropped_before = sum(map(len, self.by_start.between(high=first + 1)))  # or equal: lower ids
+        return dropped_before < over
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
@@ -652,13 +653,13 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
     A chunk remembers totals that are few. Where they are many, to filter before counting saves work.
     """
     key = window, names
-    if key in chunk.known:
-        found = chunk.known[key] or totals_of(matching(chunk, wanted), names, window)  # None: they are many
-    else:
+    if key not in chunk.known:
         found = totals_of(chunk, names, window)
         chunk.known[key] = found if len(found) <= len(chunk) // 4 else None
         if len(chunk.known) > KNOWN_TOTALS:
             del chunk.known[next(iter(chunk.known))]
+    elif not (found := chunk.known[key] or {}):  # they are many
+        return totals_of(matching(chunk, wanted), names, window)
     for name, values in wanted:
         at = names.index(name) - len(names)  # from the end: the window may stand before the names
         found = {key: total for key, total in found.items() if key[at] in values}
@@ -672,14 +673,14 @@ def aggregate(
 
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
-    names = (*by, *(name for name, _ in wanted if name not in by))  # the latter are cut off in `sums`
-    windowed, width = bool(window), bool(window) + len(by)  # cells of a key: before its names, and in all
+    names = (*by, *(name for name, _ in wanted if name not in by))  # `sums` have no cells of the latter
+    width = bool(window) + len(by)  # of the keys in `sums`
     sums: Totals = {}  # in order of the window, as the events are in order of time
     sorted_parts, count = list[Iterable[tuple[Any, Total]]](), 0  # count: of the totals in them
 
     def place(item: tuple[tuple[Any, ...], Total]) -> tuple[Any, ...]:
         key, (_, seconds) = item
-        return key[:windowed], -seconds, key
+        return key[0] if window else 0, -seconds, key
 
     for chunk in chunks:
         yield
@@ -849,9 +850,9 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
     # Each second adds two prices to a claim, the user's and that of the silent, each rounded up by less than
-    # 1. So a claim is too high by less than 2 x seconds, and a remainder of cents x claim by less than 2 x
-    # seconds x cents, which is below 2**DOUBT_BITS. Remainders that are equal on paper must tie, so these
-    # bits are cut off. Two that truly differ only in them take figures that are made up for it.
+    # 1. So a remainder is above the one on paper by less than 2 x seconds x cents, which is below
+    # 2**DOUBT_BITS. These bits are cut off, so that what ties on paper ties here. A cut between two that tie,
+    # or a difference that is lost in it, takes figures that are made up for it.
     in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -878,11 +879,10 @@ class Account:
     revenue: int
     labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
-    late: Adjustments = field(init=False, default_factory=dict)  # a cache of `changed_since_close`,
-    late_by: ByUser = field(init=False)  # valid while these are the month's totals (see Books)
+    late: tuple[ByUser, Adjustments] = field(init=False)  # a cache: by these totals, this is late
 
     def __post_init__(self) -> None:
-        self.late_by = self.totals  # by the totals of the close nothing is late
+        self.late = self.totals, {}  # by the totals of the close nothing is
 
     @property
     def status(self) -> str:
@@ -927,8 +927,7 @@ class Books:
     def snapshot(self) -> Books:
         """Return the books as they are now; the next change of a month copies its totals first."""
         self.copy_on_record |= self.months.keys()
-        names = "subscriptions", "months", "tracks", "closed"
-        return replace(self, **{name: getattr(self, name).copy() for name in names})
+        return Books(self.subscriptions.copy(), self.months.copy(), self.tracks.copy(), self.closed.copy())
 
     def close(self, month: str, account: Account) -> None:
         """Close the month with this account."""
@@ -993,7 +992,7 @@ def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
     account, users = books.closed.get(month), books.months.get(month, NOBODY)
     if not account:
         return {}
-    if account.late_by is not users:
+    if account.late[0] is not users:  # it is another object after each change: see Books
         now = yield from share_month((yield from tally(users, account.subscriptions)))
         late: Adjustments = {}
         for label in {**now, **account.labels}:
@@ -1002,8 +1001,8 @@ def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
             more = gets.amount - got.amount, gets.amount_user_centric - got.amount_user_centric
             if any(more):
                 late[month, label] = more
-        account.late, account.late_by = late, users
-    return account.late
+        account.late = users, late
+    return account.late[1]
 
 
 def unpaid(books: Books) -> Steps[Adjustments]:
@@ -1011,10 +1010,10 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     due: Adjustments = {}
     for month in books.closed:
         due |= yield from changed_since_close(books, month)
-    # What closed months have paid is taken off, also for a month that is open again: its next close pays all
-    # of it. For instance, March is closed while February is empty. Then streams come to both. February is
-    # closed, and pays x for March. March is opened again: its close will pay its own amount, x included, so
-    # -x is due.
+    # What closed months have paid is taken off, also for a month that is open again. For instance, March is
+    # closed while February is empty. Then streams come to both. February is closed, and pays x for March.
+    # March is opened again: nothing of it is late now, but its next close pays all of it, so x too much. -x
+    # is due.
     for account in books.closed.values():
         for key, (amount, user_centric) in account.adjustments.items():
             yield
@@ -1293,7 +1292,7 @@ class Import:
             told = telling(f"reading {path.name}, lines", map(check_line, lines))
             rows = csv.reader(told, delimiter=delimiter, strict=True)
             while True:  # to the end, or to an overlong line: its error ends the generator `told`
-                with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):  # the header is line 1
+                with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):  # + header + next line
                     if (row := next(rows, None)) is None:
                         break
                     if not "".join(row).strip() and len(row) in (0, 1, len(names)):  # an empty line
@@ -1518,7 +1517,7 @@ class Journal:
         self.storing: asyncio.Task[None] | None = None
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.failed = False
-        self.wal_in_doubt = False  # it may hold what was refused, or lack what was stored
+        self.wal_in_doubt = False  # whether it may differ from what is committed: see `_checkpoint`
         self.last_commit = -math.inf
         self.path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         real = os.path.realpath(self.path)
@@ -1530,8 +1529,8 @@ class Journal:
             raise StorageError("it must be a plain file with one name (no hard links)")
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
-        # The header is read by hand: SQLite would write beside a foreign file or, asked not to, could not
-        # read one of ours that a kill has left incomplete without its WAL.
+        # The header is read by hand: SQLite would write beside a foreign file. Where it writes nothing it
+        # leaves out the WAL, without which a file of ours may be incomplete after a kill.
         header = os.pread(self.lock.fileno(), 72, 0)
         if header and (header[:16] != b"SQLite format 3\0" or header[68:] != APPLICATION_ID):
             raise StorageError("it is no database of this program")
@@ -1552,9 +1551,9 @@ class Journal:
     def _checkpoint(self) -> None:
         """Have SQLite move what it holds for committed from the WAL into the file, and empty the WAL.
 
-        The WAL is in doubt when a commit was refused because its sync failed: SQLite does not hold that for
-        committed, but a restart would. And when somebody has emptied or removed the WAL: if commits went with
-        that, this raises sqlite3.Error.
+        The WAL is in doubt in two cases. A commit was refused because its sync failed: SQLite does not hold
+        that for committed, but a restart would. Or somebody has emptied or removed the WAL: if commits went
+        with it, this raises sqlite3.Error.
         """
         busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
@@ -1588,7 +1587,7 @@ class Journal:
             with self.connection:  # it rolls back what fails
                 self.connection.execute("BEGIN IMMEDIATE")  # from here on no other process empties the WAL
                 if self.wal.stat().st_size < self.sizes[self.wal]:
-                    self.wal_in_doubt = True  # and none can be made in a transaction
+                    self.wal_in_doubt = True  # the checkpoint is made below, outside of the transaction
                     raise StorageError("another process has just emptied the WAL")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
@@ -1832,11 +1831,6 @@ class Cursor(NamedTuple):
     sequence: str = ""
     after: int = 0
     began: int = 0
-
-    @property
-    def needs_tombstones_after(self) -> int:
-        """In a first reading no stream has been shown that was removed before it began."""
-        return max(self.after, self.began)
 
     def __str__(self) -> str:
         return f"{self.sequence}-{self.after}" + (f"-{self.began}" if self.after < self.began else "")
@@ -2146,8 +2140,8 @@ class SingleFlight:
     async def get(self, key: object, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Return what `work` returns, or raise what it raises; it is cancelled when nobody waits any more.
 
-        If nobody has asked for it before, `work` is called now, and can take what it needs of this moment;
-        what it returns is awaited later. Only KEPT_ANSWERS are kept: other questions do not fill the memory.
+        Who asks first has `work` called before anything is awaited, so that it takes the data of this moment.
+        Only the coroutine that it returns runs later. KEPT_ANSWERS are kept: more would fill the memory.
         """
         if self.moment != self.usage.sequence:
             self.moment, self.flights = self.usage.sequence, {}
@@ -2206,7 +2200,7 @@ async def answer_cached(
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
         return Answer(304, headers=headers)
     name = (etag, key)
-    body = await state.answers.get(name, lambda: finish(state, join_up_to(most, make())))
+    body = await state.answers.get(name, lambda: finish(state, join_up_to(most, make())))  # `make` runs now
     if body is None:  # too long
         return Answer(200, make(), cache_headers(own_etag or state.usage.etag, kind) + more)
     if len(body) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
@@ -2531,7 +2525,9 @@ async def get_changes(request: web.Request) -> Answer:
     cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
     if cursor.after == 0:
         cursor = cursor._replace(began=usage.sequence)  # a first reading begins now
-    is_known = usage.tombstones_since <= cursor.needs_tombstones_after <= usage.sequence
+    # Which tombstones it needs: a first reading has not shown what was removed before it began.
+    needed_after = max(cursor.after, cursor.began)
+    is_known = usage.tombstones_since <= needed_after <= usage.sequence
     if cursor.sequence not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     number = usage.sequence
@@ -2673,7 +2669,7 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # For its cache, `Account.late`: so `decide`, for which all other writes wait, is short.
+            # This fills `Account.late`: so `decide`, for which all other writes wait, is short.
             await finish(state, unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await finish(state, month_rows(state.books.snapshot(), month))

@@ -5436,7 +5436,7 @@ async def test_a_damaged_file_ends_it_with_status_2_and_one_line(start: Start, t
     await client.close()
     whole = path.read_bytes()
     wrong = list[bytes]()
-    for seconds in (-5, "x", 1.5):
+    for seconds in (-5, "x", 1.5, 7_200.5):
         with contextlib.closing(sqlite3.connect(path)) as other:
             other.execute("UPDATE streams SET seconds_streamed = ? WHERE id = 5", [seconds])
             other.commit()
@@ -5444,7 +5444,7 @@ async def test_a_damaged_file_ends_it_with_status_2_and_one_line(start: Start, t
     for damaged in (*wrong, whole[:-2_000], whole[:8_192] + b"\xaa" * 4_096 + whole[12_288:], whole[:4_096] + bytes(4_096) + whole[8_192:]):
         path.write_bytes(damaged)
         async with started("--db", str(path), "--no-simulation") as program:
-            _, errors = await program.process.communicate()
+            _, errors = await asyncio.wait_for(program.process.communicate(), 20)
             assert program.process.returncode == 2
             assert re.match(rf"server.py: cannot use the database {path}: (it is damaged: |disk I/O error)", errors.decode())
             assert errors.count(b"\n") == 1
