@@ -255,7 +255,7 @@ class Event:
         # The same few names and numbers come again and again: one object of each takes half the memory.
         self.user_id, self.track_id = sys.intern(self.user_id), sys.intern(self.track_id)
         self.label = sys.intern(self.label)
-        seconds = self.seconds_streamed  # of a damaged file, what is no int from 0 on raises
+        seconds = self.seconds_streamed  # what is no int or below 0 raises: a damaged file may hold it
         self.seconds_streamed = COMMON_SECONDS[seconds] if seconds < len(COMMON_SECONDS) else as_int(seconds)
 
     @property
@@ -446,9 +446,9 @@ class Order:
         if found and self.value(found[0][0]) < low:
             found[0] = Chunk(found[0][bisect_left(found[0], low, key=self.value) :])
         if found and self.value(found[-1][-1]) >= high:
-            last = found.pop()
-            if end_of_last := bisect_left(last, high, key=self.value):  # 0: the lower are cut off above
-                found.append(Chunk(last[:end_of_last]))
+            found[-1] = Chunk(found[-1][: bisect_left(found[-1], high, key=self.value)])
+            if not found[-1]:  # `low` and `high` lie between two of its events
+                found.pop()
         return found
 
     def _by_chunk(self, events: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
@@ -652,14 +652,15 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
 
     A chunk remembers totals that are few. Where they are many, to filter before counting saves work.
     """
-    key = window, names
-    if key not in chunk.known:
+    grouping = window, names
+    found = chunk.known.get(grouping, {})
+    if found is None:  # they are many
+        return totals_of(matching(chunk, wanted), names, window)
+    if not found:
         found = totals_of(chunk, names, window)
-        chunk.known[key] = found if len(found) <= len(chunk) // 4 else None
+        chunk.known[grouping] = found if len(found) <= len(chunk) // 4 else None
         if len(chunk.known) > KNOWN_TOTALS:
             del chunk.known[next(iter(chunk.known))]
-    elif not (found := chunk.known[key] or {}):  # they are many
-        return totals_of(matching(chunk, wanted), names, window)
     for name, values in wanted:
         at = names.index(name) - len(names)  # from the end: the window may stand before the names
         found = {key: total for key, total in found.items() if key[at] in values}
@@ -849,10 +850,10 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # Each second adds two prices to a claim, the user's and that of the silent, each rounded up by less than
-    # 1. So a remainder is above the one on paper by less than 2 x seconds x cents, which is below
-    # 2**DOUBT_BITS. These bits are cut off, so that what ties on paper ties here. A cut between two that tie,
-    # or a difference that is lost in it, takes figures that are made up for it.
+    # Remainders that are equal on paper must tie here. Each second adds two prices to a claim, the user's and
+    # that of the silent, each rounded up by less than 1. So a remainder is too high by less than 2 x seconds
+    # x cents, which is below 2**DOUBT_BITS: these bits are cut off. No real figures have equal remainders on
+    # both sides of such a cut, or unequal ones on one side so near to each other.
     in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -879,10 +880,11 @@ class Account:
     revenue: int
     labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
-    late: tuple[ByUser, Adjustments] = field(init=False)  # a cache: by these totals, this is late
+    late: Adjustments = field(init=False, default_factory=dict)  # a cache of `changed_since_close`
+    late_as_of: ByUser = field(init=False)  # the totals by which that is late: at first, those of the close
 
     def __post_init__(self) -> None:
-        self.late = self.totals, {}  # by the totals of the close nothing is
+        self.late_as_of = self.totals
 
     @property
     def status(self) -> str:
@@ -902,8 +904,8 @@ class Books:
     """What reports and users are made from. Who reads in steps needs a snapshot: others write in between.
 
     Months are copied on write: `record` first copies a month's totals if a snapshot or the account of a
-    closed month shares them, and replaces those of each user. So totals that were shared never change: while
-    a month has the same object, nothing has changed in it.
+    closed month shares them, and replaces those of each user. So if two snapshots have the same object for a
+    month, nothing has changed in it.
     """
 
     subscriptions: dict[str, Subscription]
@@ -992,7 +994,7 @@ def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
     account, users = books.closed.get(month), books.months.get(month, NOBODY)
     if not account:
         return {}
-    if account.late[0] is not users:  # it is another object after each change: see Books
+    if account.late_as_of is not users:  # in a snapshot the same object has not changed: see Books
         now = yield from share_month((yield from tally(users, account.subscriptions)))
         late: Adjustments = {}
         for label in {**now, **account.labels}:
@@ -1001,8 +1003,8 @@ def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
             more = gets.amount - got.amount, gets.amount_user_centric - got.amount_user_centric
             if any(more):
                 late[month, label] = more
-        account.late = users, late
-    return account.late[1]
+        account.late, account.late_as_of = late, users
+    return account.late
 
 
 def unpaid(books: Books) -> Steps[Adjustments]:
@@ -1010,10 +1012,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     due: Adjustments = {}
     for month in books.closed:
         due |= yield from changed_since_close(books, month)
-    # What closed months have paid is taken off, also for a month that is open again. For instance, March is
-    # closed while February is empty. Then streams come to both. February is closed, and pays x for March.
-    # March is opened again: nothing of it is late now, but its next close pays all of it, so x too much. -x
-    # is due.
+    # What closed months have paid is taken off, also for a month that is open again: its next close pays all
+    # of it, so that this part is due back. For instance, March is closed, and then February, which had no
+    # stream until now and pays x for March. March is opened again: -x is due.
     for account in books.closed.values():
         for key, (amount, user_centric) in account.adjustments.items():
             yield
@@ -1291,7 +1292,7 @@ class Import:
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
             told = telling(f"reading {path.name}, lines", map(check_line, lines))
             rows = csv.reader(told, delimiter=delimiter, strict=True)
-            while True:  # to the end, or to an overlong line: its error ends the generator `told`
+            while True:  # until None comes: at the end, or after an overlong line, whose error ends `told`
                 with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):  # + header + next line
                     if (row := next(rows, None)) is None:
                         break
@@ -1529,8 +1530,8 @@ class Journal:
             raise StorageError("it must be a plain file with one name (no hard links)")
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
-        # The header is read by hand: SQLite would write beside a foreign file. Where it writes nothing it
-        # leaves out the WAL, without which a file of ours may be incomplete after a kill.
+        # The header is read by hand: SQLite would write beside a foreign file. Opened so that it writes
+        # nothing, it would ignore the WAL, which after a kill may hold a part of a file of ours.
         header = os.pread(self.lock.fileno(), 72, 0)
         if header and (header[:16] != b"SQLite format 3\0" or header[68:] != APPLICATION_ID):
             raise StorageError("it is no database of this program")
@@ -1587,11 +1588,11 @@ class Journal:
             with self.connection:  # it rolls back what fails
                 self.connection.execute("BEGIN IMMEDIATE")  # from here on no other process empties the WAL
                 if self.wal.stat().st_size < self.sizes[self.wal]:
-                    self.wal_in_doubt = True  # the checkpoint is made below, outside of the transaction
+                    self.wal_in_doubt = True  # `except` makes the checkpoint, outside of the transaction
                     raise StorageError("another process has just emptied the WAL")
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-                self.wal_in_doubt = True  # until the sync has succeeded
+                self.wal_in_doubt = True  # taken back below, if the sync succeeds
                 self.connection.commit()
             self.wal_in_doubt = False
         except Exception as error:
@@ -2162,7 +2163,7 @@ class SingleFlight:
             self.waiters[flight] -= 1
             if not self.waiters[flight]:
                 del self.waiters[flight]
-                flight.cancel()  # nobody waits for it; if it is done, this does nothing
+                flight.cancel()  # the last to leave ends what is not done, and drops what is not to be kept
                 if not is_kept and flights.get(key) is flight:
                     del flights[key]
 
@@ -2211,7 +2212,7 @@ async def answer_cached(
 
 @dataclass
 class Rows:
-    """Rows, in the place of a chunk: of any cells for CSV, of columns of texts or of ints for JSON."""
+    """Rows that `write_list` takes like a chunk. For JSON a column has only texts or only ints."""
 
     template: str
     rows: list[Sequence[Any]]
