@@ -108,6 +108,7 @@ from operator import index as as_int
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, unquote
+from urllib.parse import quote as percent_encode
 from weakref import WeakValueDictionary
 
 try:
@@ -1556,9 +1557,11 @@ class Journal:
         that for committed, but a restart would. Or somebody has emptied or removed the WAL: if commits went
         with it, this raises sqlite3.Error.
         """
-        busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        if busy:
-            raise StorageError("another process reads the file")
+        until = time.monotonic() + BUSY_SECONDS  # SQLite waits for readers, but not for another's checkpoint
+        while self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            if time.monotonic() > until:
+                raise StorageError("another process reads the file")
+            time.sleep(0.01)
         self.wal_in_doubt = False
         self.sizes[self.wal] = 0
 
@@ -1579,17 +1582,22 @@ class Journal:
                 self.wal_in_doubt = True
             self.sizes[path] = now.st_size
 
-    def commit(self, statements: Statements) -> None:
-        """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
-        try:
+    def _begin(self) -> None:
+        """Begin a transaction in files that are whole: within it no other process can empty the WAL."""
+        while True:
             self._check_files()
             if self.wal_in_doubt:
                 self._checkpoint()
+            self.connection.execute("BEGIN IMMEDIATE")
+            if self.wal.stat().st_size >= self.sizes[self.wal]:
+                return
+            self.connection.rollback()  # another process has emptied it since `_check_files`
+
+    def commit(self, statements: Statements) -> None:
+        """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
+        try:
             with self.connection:  # it rolls back what fails
-                self.connection.execute("BEGIN IMMEDIATE")  # from here on no other process empties the WAL
-                if self.wal.stat().st_size < self.sizes[self.wal]:
-                    self.wal_in_doubt = True  # `except` makes the checkpoint, outside of the transaction
-                    raise StorageError("another process has just emptied the WAL")
+                self._begin()
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
                 self.wal_in_doubt = True  # taken back below, if the sync succeeds
@@ -1801,6 +1809,8 @@ async def run_simulation(state: State) -> None:
     does not make up for what it has missed.
     """
     interval, began = state.config.interval, time.monotonic()
+    if state.config.simulate:
+        state.last_batch = began  # it counts as running until its first batch is late
     while state.config.simulate:
         try:
             await tick(state, state.clock(), state.rng)
@@ -2154,17 +2164,15 @@ class SingleFlight:
         if flight.done():  # as most are
             return cast("T", flight.result())
         self.waiters[flight] += 1
-        is_kept = False
         try:
-            answer = await asyncio.shield(flight)
-            is_kept = len(answer or b"") <= KEPT_BYTES  # None, too: it tells that the answer is too long
-            return cast("T", answer)
+            return cast("T", await asyncio.shield(flight))
         finally:
             self.waiters[flight] -= 1
             if not self.waiters[flight]:
                 del self.waiters[flight]
-                flight.cancel()  # the last to leave ends what is not done, and drops what is not to be kept
-                if not is_kept and flights.get(key) is flight:
+                is_made = not flight.cancel() and not flight.cancelled() and not flight.exception()
+                # Long answers are dropped, too. None is kept: it tells that an answer is too long.
+                if not (is_made and len(flight.result() or b"") <= KEPT_BYTES) and flights.get(key) is flight:
                     del flights[key]
 
 
@@ -2602,7 +2610,9 @@ async def answer_money(
     if kind == "csv":
         letters = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
         file = re.sub(r"[^a-z0-9]+", "-", letters).strip("-")
-        named = (("Content-Disposition", f'attachment; filename="{file}.csv"'),)
+        whole = percent_encode(title.strip().lower().replace(" ", "-"), safe="")  # with all letters
+        names = f"filename=\"{file}.csv\"; filename*=UTF-8''{whole}.csv"
+        named = (("Content-Disposition", f"attachment; {names}"),)
     return await answer_cached(
         state, request, kind, (title, kind), lambda: make(kind, state.books.snapshot()), *named, most=math.inf
     )

@@ -1565,6 +1565,14 @@ async def test_a_batch_that_fails_is_counted_and_the_next_one_comes(start: Start
     assert health["simulation"]["errors"] == 2
 
 
+async def test_until_its_first_batch_is_late_a_simulation_is_running(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.State, "add", AsyncMock(side_effect=asyncio.Event().wait))
+    client = await start(simulate=True)
+    await asyncio.sleep(0)
+    answer = await client.get("/health")
+    assert (answer.status, (await answer.json())["simulation"]["running"]) == (200, True)
+
+
 async def test_a_simulation_whose_batches_all_fail_is_degraded(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -3161,14 +3169,15 @@ async def test_a_statement_leads_to_the_amount_in_two_formats(start: Start, tmp_
         walk(data)
         answer = await client.get(URL(f"/api/v1/report/{quote(label, '')}?month=2019-01&format=csv", encoded=True))
         assert (answer.headers["Content-Type"], answer.headers["Content-Disposition"]) == (
-            "text/csv; charset=utf-8; header=present", 'attachment; filename="statement-2019-01-groe-ltd-co.csv"',
-        )  # fmt: skip
+            "text/csv; charset=utf-8; header=present",
+            f"attachment; filename=\"statement-2019-01-groe-ltd-co.csv\"; filename*=UTF-8''statement-2019-01-{quote(label.lower().replace(' ', '-'), '')}.csv",
+        )
         header, *rows = csv.reader(io.StringIO(await answer.text(), newline=""))
         assert header == ["user_id", "product_type", "fee", "origin", "net", "seconds_streamed", "of_seconds", "part"]
         cells = [["" if cell is None else str(cell) for cell in row.values()] for row in data["user_centric"]["subscribers"]]
         assert rows == [[f"'{cell}" if cell[:1] in ("=", "+") else cell for cell in row] for row in cells]
     for path, name in (("report?format=csv", "report"), ("report?format=csv&month=2019-01", "report-2019-01"), ("report/a?month=2019-01&format=csv", "statement-2019-01-a")):
-        assert (await client.get(f"/api/v1/{path}")).headers["Content-Disposition"] == f'attachment; filename="{name}.csv"'
+        assert (await client.get(f"/api/v1/{path}")).headers["Content-Disposition"] == f"attachment; filename=\"{name}.csv\"; filename*=UTF-8''{name}.csv"
 
 
 async def test_a_month_is_closed_only_by_a_write_that_may_be_one(start: Start, tmp_path: Path) -> None:
@@ -5715,6 +5724,27 @@ async def test_another_process_may_read_back_up_and_empty_the_log(tmp_path: Path
         await program.process.wait()
     async with started("--db", str(path), "--no-simulation") as program:
         assert (await get_json(f"{await program.url()}/health"))["events"] == 5
+
+
+CHECKPOINT_OFTEN = """
+import sqlite3, sys, time
+other = sqlite3.connect(sys.argv[1])
+while True:
+    other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    print(flush=True)
+    time.sleep(0.001)
+"""
+
+
+async def test_checkpoints_of_another_process_refuse_no_write_however_many(tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        other = await asyncio.create_subprocess_exec(sys.executable, "-c", CHECKPOINT_OFTEN, path, stdout=asyncio.subprocess.PIPE)
+        statuses = Counter([await post_one(session, url) for _ in range(300)])
+        other.kill()
+        out, _ = await other.communicate()
+        assert (statuses, out.count(b"\n") > 50) == ({201: 300}, True)
 
 
 async def undo(path: Path, *options: str) -> tuple[int | None, str, str]:
@@ -8761,3 +8791,136 @@ async def test_a_printed_statement_has_the_tables_head_on_each_page_and_nothing_
         await page.set_viewport_size({"width": 687, "height": 1_000})  # A4 within its margins, at 96 dpi
         beyond = await page.evaluate("[...document.querySelectorAll('dialog *')].filter(each => each.checkVisibility() && each.getBoundingClientRect().right > innerWidth + 1).map(each => each.outerHTML.slice(0, 99))")
         assert beyond == []
+
+
+CUT_OFF = """selector => [...document.querySelectorAll(selector)].filter(each => each.checkVisibility()).flatMap(each => {
+    const scroll = each.closest('.scroll').getBoundingClientRect(), cell = each.getBoundingClientRect()
+    return cell.right > scroll.right + 1 || cell.left < scroll.left - 1 ? [each.textContent] : []
+})"""
+
+
+async def test_no_name_or_number_is_so_long_that_a_table_hides_its_figures(page: Any) -> None:
+    async with started("--no-simulation") as program:
+        url, now = await program.url(), int(time.time())
+        names = ["w" * 128, *(f"label {number}" for number in range(20))]
+        await post(url, [STREAM | {"label": name, "stream_started_on": now - 60, "seconds_streamed": 2_000_000_000} for name in names for _ in range(40)])
+        await page.goto(f"{url}/?all=label")
+        await page.wait_for_selector(by_testid("all-label"))
+        assert await page.evaluate(CUT_OFF, "dialog td") == []
+        await page.goto(f"{url}/?view=money&label={'w' * 128}")
+        await page.wait_for_selector(by_testid("statement-row"))
+        assert await page.evaluate(CUT_OFF, "dialog :is(td, th)") == []
+
+
+@pytest.mark.parametrize("width", [768, 1_000])
+async def test_all_columns_of_the_money_can_be_seen_on_a_tablet(page: Any, tmp_path: Path, width: int) -> None:
+    await page.set_viewport_size({"width": width, "height": 1_024})
+    async with money_server(tmp_path) as url:
+        await page.goto(f"{url}/{MONEY_VIEW}")
+        await page.wait_for_selector(by_testid("money-row"))
+        assert await page.evaluate(CUT_OFF, ".shares td") == []
+
+
+async def test_on_paper_no_heading_of_a_statement_lies_on_its_text_and_a_long_table_begins_on_the_first_page(page: Any, tmp_path: Path) -> None:
+    async with money_server(tmp_path, count=100) as url:
+        await page.goto(f"{url}/{MONEY_VIEW}&label=label+00")
+        await page.wait_for_selector(by_testid("statement-row"))
+        await page.emulate_media(media="print")
+        gaps = await page.evaluate("""() => [...document.querySelectorAll('.statement h3')].map(each =>
+            each.nextElementSibling.getBoundingClientRect().top - each.getBoundingClientRect().bottom)""")
+        assert (len(gaps) >= 2, min(gaps) >= 0) == (True, True)
+        await page.keyboard.press("Escape")
+        await page.wait_for_selector('main[aria-busy="false"]')
+        pages = pdf_pages(await page.pdf(prefer_css_page_size=True))
+        first = next(text for text in pages if "1 of " in text).replace("\u00a0", " ")
+        assert ("What each label gets" in first, "label 00" in first) == (True, True)
+
+
+async def test_what_a_user_asks_for_while_the_server_is_away_makes_no_wait_longer(page: Any) -> None:
+    async with started("--no-simulation", "--history=0.1") as program:
+        await page.goto(await program.url())
+        await page.wait_for_selector(by_testid("label-row"))
+        await program.stop()
+    await ask_now(page)
+    await page.wait_for_selector(f'{by_testid("status")}:has-text("retrying in")')
+    for picked in ("1h", "24h", "15m", "1h"):
+        await page.click(by_testid(f"range-{picked}"))
+        await page.wait_for_function("document.querySelector('[data-testid=status]').textContent.includes('retrying')")
+    assert int(re.findall(r"retrying in (\d+) s", await page.text_content(by_testid("status")))[0]) < 10
+
+
+async def test_the_dialog_that_closes_a_month_is_of_that_month_only(page: Any, tmp_path: Path) -> None:
+    async with money_server(tmp_path) as url:
+        await page.goto(f"{url}/?view=money&month=2019-02")
+        await page.click(by_testid("month-row", month="2019-01"))
+        await page.click(f'{by_testid("close-month")}:not([disabled])')
+        await page.fill(by_testid("typed-month"), "2019-01")
+        await page.go_back()
+        await page.wait_for_selector(by_testid("typed-month"), state="detached")
+
+
+async def test_a_tap_elsewhere_lets_a_pinned_bucket_go(browser: Any) -> None:
+    async with started("--no-simulation", "--history=1.2") as program:
+        context = await browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+        await serve_vue(context)
+        page = await context.new_page()
+        await page.goto(await program.url())
+        await page.wait_for_selector(by_testid("label-row"))
+        bar = page.locator(f"{by_testid('chart')} g:has(> rect)").nth(3)
+        await bar.scroll_into_view_if_needed()
+        box = await bar.bounding_box()
+        await page.touchscreen.tap(box["x"] + 2, box["y"] + 10)
+        await page.wait_for_selector(by_testid("tip"))
+        heading = await page.locator("#chart-heading").bounding_box()
+        await page.touchscreen.tap(heading["x"] + 5, heading["y"] + 5)
+        await page.wait_for_selector(by_testid("tip"), state="detached")
+
+
+async def test_stale_ticks_can_be_read_and_a_day_on_a_phone_has_more_than_one(page: Any) -> None:
+    await page.set_viewport_size({"width": 390, "height": 844})
+    async with started("--no-simulation", "--history=1") as program:
+        await page.goto(await program.url())
+        await page.wait_for_selector(by_testid("label-row"))
+        await program.stop()
+    await ask_now(page)
+    await page.wait_for_selector(f'{by_testid("status")}:has-text("retrying in")')
+    ticks = await page.evaluate("""() => [...document.querySelectorAll('.plot text[text-anchor=middle]')].map(each => {
+        let seen = 1
+        for (let up = each; up; up = up.parentElement) seen *= getComputedStyle(up).opacity
+        return seen
+    })""")
+    assert (len(ticks) > 1, set(ticks)) == (True, {1})
+
+
+async def test_a_name_that_is_written_from_the_right_keeps_its_beginning(page: Any) -> None:
+    name = "שלום עולם " * 10
+    async with started("--no-simulation") as program:
+        url = await program.url()
+        await post(url, STREAM | {"label": name, "track_id": name, "stream_started_on": int(time.time()) - 60})
+        for width, query in ((390, ""), (1280, ""), (390, "/?view=money"), (1280, "/?view=money")):
+            await page.set_viewport_size({"width": width, "height": 844})
+            await page.goto(url + query)
+            await page.wait_for_selector(by_testid("money-row" if "money" in query else "event-row"))
+            beyond = await page.evaluate("""() => [...document.querySelectorAll('.name bdi, .legend bdi')].filter(each =>
+                each.checkVisibility() && each.getBoundingClientRect().right > each.parentElement.getBoundingClientRect().right + 1).map(each => each.parentElement.outerHTML)""")
+            assert (width, query, beyond) == (width, query, [])
+
+
+async def test_a_focus_ring_is_seen_whole(page: Any, tmp_path: Path) -> None:
+    async with money_server(tmp_path) as url:
+        for query, part in (("/?view=money", ".month"), ("", ".ranking button.name")):
+            await page.goto(url + query)
+            await page.wait_for_selector(part)
+            await page.keyboard.press("Tab")  # so that what has the focus shows it
+            ring = await page.evaluate("""part => {
+                const each = document.querySelector(part)
+                each.focus({ focusVisible: true })
+                const style = getComputedStyle(each)
+                return [style.outlineStyle, parseFloat(style.outlineWidth) + parseFloat(style.outlineOffset)]
+            }""", part)
+            assert (part, ring[0], ring[1] <= 0) == (part, "solid", True)
+
+
+async def test_a_change_is_told_only_against_a_period_that_streams_fill(page: Any, moment: Moment) -> None:
+    await moment.open([event(NOW - 60 * number) for number in range(1, 1_500)], "/?range=24h")  # of 25 h
+    assert "against" not in await page.text_content(by_testid("beneath"))
