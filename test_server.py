@@ -8857,6 +8857,25 @@ async def test_the_dialog_that_closes_a_month_is_of_that_month_only(page: Any, t
         await page.fill(by_testid("typed-month"), "2019-01")
         await page.go_back()
         await page.wait_for_selector(by_testid("typed-month"), state="detached")
+        await page.go_forward()
+        await page.click(f'{by_testid("close-month")}:not([disabled])')
+        async with aiohttp.ClientSession() as session:
+            assert await put_month(session, url, "2019-01", "closed") == 200
+        await ask_now(page)
+        await page.wait_for_selector(by_testid("typed-month"), state="detached")
+
+
+async def test_a_token_that_no_header_can_hold_is_not_the_right_one(page: Any, tmp_path: Path) -> None:
+    async with money_server(tmp_path, USAGE_TOKEN="s3cret") as url:  # noqa: S106 - of this server
+        await page.goto(f"{url}/?view=money&month=2019-01")
+        await page.click(f'{by_testid("close-month")}:not([disabled])')
+        await page.fill(by_testid("typed-month"), "2019-01")
+        await page.click(by_testid("confirm-close"))
+        await page.wait_for_selector("text=asks for a token")
+        await page.wait_for_function("document.activeElement.dataset.testid === 'token'")
+        await page.keyboard.type("s3cret€")
+        await page.keyboard.press("Enter")
+        await page.wait_for_selector("text=not the right one")
 
 
 async def test_a_tap_elsewhere_lets_a_pinned_bucket_go(browser: Any) -> None:
