@@ -522,8 +522,8 @@ class Usage:
         if over <= 0:
             return False
         first = min(event.stream_started_on for event in events)
-        dropped_before = sum(map(len, self.by_start.between(high=first + 1)))  # or equal: lower ids
-        return dropped_before < over
+        go_first = sum(map(len, self.by_start.between(high=first + 1)))  # of equal starts, too: lower ids
+        return go_first < over
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
@@ -853,8 +853,8 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     left = cents - sum(share for _, share, _ in shares)
     # Remainders that are equal on paper must tie here. Each second adds two prices to a claim, the user's and
     # that of the silent, each rounded up by less than 1. So a remainder is too high by less than 2 x seconds
-    # x cents, which is below 2**DOUBT_BITS: these bits are cut off. No real figures have equal remainders on
-    # both sides of such a cut, or unequal ones on one side so near to each other.
+    # x cents, which is below 2**DOUBT_BITS: these bits are cut off. Real figures never come so near to a
+    # multiple of 2**DOUBT_BITS that equal ones part there, nor so near to each other that unequal ones tie.
     in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -881,8 +881,8 @@ class Account:
     revenue: int
     labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
-    late: Adjustments = field(init=False, default_factory=dict)  # a cache of `changed_since_close`
-    late_as_of: ByUser = field(init=False)  # the totals by which that is late: at first, those of the close
+    late: Adjustments = field(init=False, default_factory=dict)  # the last result of `changed_since_close`
+    late_as_of: ByUser = field(init=False)  # the totals that it came from: by those of the close it is empty
 
     def __post_init__(self) -> None:
         self.late_as_of = self.totals
@@ -1013,9 +1013,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     due: Adjustments = {}
     for month in books.closed:
         due |= yield from changed_since_close(books, month)
-    # What closed months have paid is taken off, also for a month that is open again: its next close pays all
-    # of it, so that this part is due back. For instance, March is closed, and then February, which had no
-    # stream until now and pays x for March. March is opened again: -x is due.
+    # What closed months have paid is taken off. If the month that it was for is open again, its next close
+    # will pay it anew in full, so it is due back. For instance, March is closed, and then February, which had
+    # no stream until then, pays x for March. March is opened again: -x is due.
     for account in books.closed.values():
         for key, (amount, user_centric) in account.adjustments.items():
             yield
@@ -1531,8 +1531,8 @@ class Journal:
             raise StorageError("it must be a plain file with one name (no hard links)")
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
-        # The header is read by hand: SQLite would write beside a foreign file. Opened so that it writes
-        # nothing, it would ignore the WAL, which after a kill may hold a part of a file of ours.
+        # The header is read by hand, before SQLite opens the file: SQLite would write beside a foreign one
+        # or, with immutable=1, ignore the WAL that a kill has left of ours, and misread the file.
         header = os.pread(self.lock.fileno(), 72, 0)
         if header and (header[:16] != b"SQLite format 3\0" or header[68:] != APPLICATION_ID):
             raise StorageError("it is no database of this program")
@@ -1573,7 +1573,7 @@ class Journal:
         for path, opened in self.opened.items():
             now = path.stat() if path.exists() else None
             if not now or not os.path.samestat(now, opened):
-                self.wal_in_doubt |= path == self.wal  # what it held can be saved: SQLite has it open
+                self.wal_in_doubt |= path == self.wal  # SQLite has it open: `commit` saves it
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes[path]:
                 # Only the WAL may become shorter, and only empty: by a checkpoint of another process.
@@ -1809,8 +1809,7 @@ async def run_simulation(state: State) -> None:
     does not make up for what it has missed.
     """
     interval, began = state.config.interval, time.monotonic()
-    if state.config.simulate:
-        state.last_batch = began  # it counts as running until its first batch is late
+    state.simulating_since = began
     while state.config.simulate:
         try:
             await tick(state, state.clock(), state.rng)
@@ -1836,7 +1835,7 @@ GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permu
 class Cursor(NamedTuple):
     """How far a client of the feed has read: in this sequence, up to the number `after`.
 
-    `began` is there only in a first reading in pages: the latest number when that began.
+    Until a first reading in pages is over, `began` is the latest number at its start.
     """
 
     sequence: str = ""
@@ -2170,9 +2169,9 @@ class SingleFlight:
             self.waiters[flight] -= 1
             if not self.waiters[flight]:
                 del self.waiters[flight]
-                is_made = not flight.cancel() and not flight.cancelled() and not flight.exception()
-                # Long answers are dropped, too. None is kept: it tells that an answer is too long.
-                if not (is_made and len(flight.result() or b"") <= KEPT_BYTES) and flights.get(key) is flight:
+                failed = flight.cancel() or flight.cancelled() or flight.exception()
+                # A long answer is dropped, too. The result None stays: it says that there is a long one.
+                if (failed or len(flight.result() or b"") > KEPT_BYTES) and flights.get(key) is flight:
                     del flights[key]
 
 
@@ -2396,7 +2395,8 @@ async def get_health(request: web.Request) -> Answer:
     """Tell whether all is well: 503 when the simulation has stopped or the last write failed."""
     state = request.app[STATE]
     age = time.monotonic() - state.last_batch
-    running = state.config.simulate and age < max(LATE_SECONDS, 3 * state.config.interval)
+    waited = min(age, time.monotonic() - state.simulating_since)  # for the first batch, too
+    running = state.config.simulate and waited < max(LATE_SECONDS, 3 * state.config.interval)
     journal = state.journal
     healthy = (running or not state.config.simulate) and not (journal and journal.failed)
     commit_age = time.monotonic() - journal.last_commit if journal else math.inf
@@ -2534,7 +2534,7 @@ async def get_changes(request: web.Request) -> Answer:
     cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
     if cursor.after == 0:
         cursor = cursor._replace(began=usage.sequence)  # a first reading begins now
-    # Which tombstones it needs: a first reading has not shown what was removed before it began.
+    # A first reading needs no tombstones from before it began: it has never shown those streams.
     needed_after = max(cursor.after, cursor.began)
     is_known = usage.tombstones_since <= needed_after <= usage.sequence
     if cursor.sequence not in ("", usage.sequence_name) or not is_known:
@@ -2772,6 +2772,7 @@ class State:
     clock: Callable[[], float]
     answers: SingleFlight
     last_batch: float = -math.inf  # of the simulation, in monotonic seconds
+    simulating_since: float = math.inf
     batch_errors: int = 0
     requests: Counter[int] = field(default_factory=Counter)  # answered, by the status' first digit
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)

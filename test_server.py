@@ -6678,7 +6678,7 @@ async def test_the_page_says_that_it_is_stale_and_catches_up_by_itself(page: Any
     await page.wait_for_selector(f'{by_testid("status")}:has-text("Stale since")')
     assert re.fullmatch(r"Stale since \d\d:\d\d:\d\d · retrying in \d+ s", await page.text_content(by_testid("status")))
     assert await figures(page) == before
-    assert float(await page.eval_on_selector(by_testid("chart"), "chart => getComputedStyle(chart).opacity")) < 1
+    assert float(await page.eval_on_selector(f"{by_testid('chart')} .mark", "mark => getComputedStyle(mark).opacity")) < 1
     async with started("--no-simulation", "--history=0.02", f"--port={url.rsplit(':')[-1]}") as program:
         await program.url()
         await page.wait_for_selector(f'{by_testid("status")}:has-text("Live")', timeout=30_000)
