@@ -1474,7 +1474,8 @@ def is_mounted_alone(path: str) -> bool:
     """Tell whether the file itself is a mount point, as of `docker -v`: its WAL would stay behind."""
     with contextlib.suppress(OSError):
         mounts = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
-        return path.replace(" ", "\\040") in (line.split(" ")[4] for line in mounts)
+        written = path.translate({ord(each): f"\\{ord(each):03o}" for each in " \t\n\\"})  # as proc(5) has it
+        return written in (line.split(" ")[4] for line in mounts)
     return os.path.ismount(path)
 
 

@@ -5501,14 +5501,14 @@ CAN_MOUNT = shutil.which("unshare") and not subprocess.run([*MOUNT, "mount -t tm
 @pytest.mark.skipif(not CAN_MOUNT, reason="nothing can be mounted here")
 @pytest.mark.parametrize("directory", ["mount -t tmpfs none there", "true"])  # of another device, of the same one
 async def test_a_file_that_is_mounted_alone_is_refused_for_its_log_would_stay_behind(tmp_path: Path, directory: str) -> None:
-    (tmp_path / "a dir").mkdir()
-    (tmp_path / "a dir" / "there").mkdir()
+    place = tmp_path / "a dir \\ with a\ttab"
+    (place / "there").mkdir(parents=True)
     (tmp_path / "usage.db").touch()
     script = f"{directory} && touch there/usage.db && mount --bind ../usage.db there/usage.db && ln -s there/usage.db link.db"
     for name in ("there/usage.db", "link.db"):
         process = await asyncio.create_subprocess_exec(
             *MOUNT, f"{script} && exec {sys.executable} {HERE / 'server.py'} --port=0 --db {name}",
-            cwd=tmp_path / "a dir", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            cwd=place, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )
         try:
             _, errors = await asyncio.wait_for(process.communicate(), 20)
@@ -5516,7 +5516,7 @@ async def test_a_file_that_is_mounted_alone_is_refused_for_its_log_would_stay_be
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
         assert (process.returncode, errors.decode()) == (2, f"server.py: cannot use the database {name}: it is mounted alone: mount its directory\n")
-        (tmp_path / "a dir" / "link.db").unlink()
+        (place / "link.db").unlink()
     assert (tmp_path / "usage.db").read_bytes() == b""
 
 
@@ -8847,6 +8847,14 @@ async def test_what_a_user_asks_for_while_the_server_is_away_makes_no_wait_longe
         await page.click(by_testid(f"range-{picked}"))
         await page.wait_for_function("document.querySelector('[data-testid=status]').textContent.includes('retrying')")
     assert int(re.findall(r"retrying in (\d+) s", await page.text_content(by_testid("status")))[0]) < 10
+
+
+async def test_a_statement_that_is_opened_while_the_server_is_away_says_so(page: Any, tmp_path: Path) -> None:
+    async with money_server(tmp_path) as url:
+        await page.goto(f"{url}/{MONEY_VIEW}")
+        await page.wait_for_selector(by_testid("money-row"))
+    await page.click(f"{by_testid('money-row', label='label 00')} .name")
+    await page.wait_for_selector("dialog :text('The server could not be')")
 
 
 async def test_the_dialog_that_closes_a_month_is_of_that_month_only(page: Any, tmp_path: Path) -> None:
