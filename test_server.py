@@ -8816,8 +8816,9 @@ async def test_no_name_or_number_is_so_long_that_a_table_hides_its_figures(page:
 async def test_all_columns_of_the_money_can_be_seen_on_a_tablet(page: Any, tmp_path: Path, width: int) -> None:
     await page.set_viewport_size({"width": width, "height": 1_024})
     async with money_server(tmp_path) as url:
+        await post(url, STREAM | {"user_id": "user 01", "label": "House Recordings", "stream_started_on": MONTHS["2019-05"] + 9, "seconds_streamed": 900_000_000})
         await page.goto(f"{url}/{MONEY_VIEW}")
-        await page.wait_for_selector(by_testid("money-row"))
+        await page.wait_for_selector(by_testid("money-row", label="House Recordings"))
         assert await page.evaluate(CUT_OFF, ".shares td") == []
 
 
