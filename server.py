@@ -2245,17 +2245,15 @@ def write_list(kind: str, columns: Sequence[str], batches: Iterable[Chunk | Rows
         for batch in batches:
             yield batch.csv.encode()
         return
-    if kind == "json":
-        yield b"["
+    opening, end = (b"[", b"]") if kind == "json" else (b"", b"\n")
+    yield opening
     is_first = True
     for batch in batches:  # it may be empty, where a filter leaves nothing
         lines = batch.json_lines.replace(b"\n", b",") if kind == "json" else batch.json_lines
         yield lines[1:] if is_first else lines  # nothing separates the first event from one before it
         is_first = is_first and not lines
-    if kind == "json":
-        yield b"]"
-    elif not is_first:
-        yield b"\n"
+    if kind == "json" or not is_first:
+        yield end
 
 
 def write_rows(kind: str, columns: Sequence[str], work: Steps[Iterable[Sequence[Any]]]) -> Pieces:

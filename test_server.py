@@ -6848,35 +6848,41 @@ async def test_the_chart_is_read_by_keyboard_pointer_and_table_and_leads_into_it
         assert "0 s" in ticks
 
 
-async def test_a_tap_pins_what_the_chart_says_of_a_bucket_until_escape(browser: Any) -> None:
+@pytest.fixture
+async def phone(browser: Any) -> Any:
+    """Give a page on a phone, which is tapped."""
+    context = await browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    await serve_vue(context)
+    page = await context.new_page()
+    page.set_default_timeout(15_000)
+    return page
+
+
+async def tap_bucket(page: Any) -> None:
+    """Tap the fourth bar of the chart."""
+    bar = page.locator(f"{by_testid('chart')} g:has(> rect)").nth(3)
+    await bar.scroll_into_view_if_needed()
+    box = await bar.bounding_box()
+    await page.touchscreen.tap(box["x"] + 2, box["y"] + 10)
+    await asyncio.sleep(0.3)  # the finger has gone
+
+
+async def test_a_tap_pins_what_the_chart_says_of_a_bucket_until_escape(phone: Any) -> None:
     async with started("--no-simulation", "--history=1.2") as program:
         url = await program.url()
         rows = await get_json(url + "/usage?window=hour")
-        context = await browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
-        await serve_vue(context)
-        page = await context.new_page()
-        page.set_default_timeout(15_000)
-        await page.goto(url)
-        await page.wait_for_selector(by_testid("label-row"))
-
-        async def tap() -> None:
-            bar = page.locator(f"{by_testid('chart')} g:has(> rect)").nth(3)
-            await bar.scroll_into_view_if_needed()
-            box = await bar.bounding_box()
-            await page.touchscreen.tap(box["x"] + 2, box["y"] + 10)
-            await asyncio.sleep(0.3)  # the finger has gone
-
-        await tap()
-        assert f"{rows[3]['seconds_streamed']:,} s" in await page.inner_text(f"section:has({by_testid('chart')})")
-        await page.click(f"{by_testid('tip')} button")
-        await settle(page, url, f"from={rows[3]['window_start']}&to={rows[4]['window_start']}")
-        await page.go_back()
-        await settle(page, url, "")
-        await tap()
-        await page.wait_for_selector(by_testid("tip"))
-        await page.keyboard.press("Escape")
-        await page.wait_for_selector(by_testid("tip"), state="detached")
-        await context.close()
+        await phone.goto(url)
+        await phone.wait_for_selector(by_testid("label-row"))
+        await tap_bucket(phone)
+        assert f"{rows[3]['seconds_streamed']:,} s" in await phone.inner_text(f"section:has({by_testid('chart')})")
+        await phone.click(f"{by_testid('tip')} button")
+        await settle(phone, url, f"from={rows[3]['window_start']}&to={rows[4]['window_start']}")
+        await phone.go_back()
+        await settle(phone, url, "")
+        await tap_bucket(phone)
+        await phone.wait_for_selector(by_testid("tip"))
+        await phone.keyboard.press("Escape")
+        await phone.wait_for_selector(by_testid("tip"), state="detached")
 
 
 async def test_the_last_half_hour_is_hatched_for_it_is_not_complete(page: Any) -> None:
@@ -8837,13 +8843,18 @@ async def test_on_paper_no_heading_of_a_statement_lies_on_its_text_and_a_long_ta
         assert ("What each label gets" in first, "label 00" in first) == (True, True)
 
 
-async def test_what_a_user_asks_for_while_the_server_is_away_makes_no_wait_longer(page: Any) -> None:
-    async with started("--no-simulation", "--history=0.1") as program:
+async def show_and_stop(page: Any, *options: str) -> None:
+    """Open the page of a server that then goes away, and wait until the page says so."""
+    async with started("--no-simulation", *options) as program:
         await page.goto(await program.url())
         await page.wait_for_selector(by_testid("label-row"))
         await program.stop()
     await ask_now(page)
     await page.wait_for_selector(f'{by_testid("status")}:has-text("retrying in")')
+
+
+async def test_what_a_user_asks_for_while_the_server_is_away_makes_no_wait_longer(page: Any) -> None:
+    await show_and_stop(page, "--history=0.1")
     for picked in ("1h", "24h", "15m", "1h"):
         await page.click(by_testid(f"range-{picked}"))
         await page.wait_for_function("document.querySelector('[data-testid=status]').textContent.includes('retrying')")
@@ -8887,31 +8898,20 @@ async def test_a_token_that_no_header_can_hold_is_not_the_right_one(page: Any, t
         await page.wait_for_selector("text=not the right one")
 
 
-async def test_a_tap_elsewhere_lets_a_pinned_bucket_go(browser: Any) -> None:
+async def test_a_tap_elsewhere_lets_a_pinned_bucket_go(phone: Any) -> None:
     async with started("--no-simulation", "--history=1.2") as program:
-        context = await browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
-        await serve_vue(context)
-        page = await context.new_page()
-        await page.goto(await program.url())
-        await page.wait_for_selector(by_testid("label-row"))
-        bar = page.locator(f"{by_testid('chart')} g:has(> rect)").nth(3)
-        await bar.scroll_into_view_if_needed()
-        box = await bar.bounding_box()
-        await page.touchscreen.tap(box["x"] + 2, box["y"] + 10)
-        await page.wait_for_selector(by_testid("tip"))
-        heading = await page.locator("#chart-heading").bounding_box()
-        await page.touchscreen.tap(heading["x"] + 5, heading["y"] + 5)
-        await page.wait_for_selector(by_testid("tip"), state="detached")
+        await phone.goto(await program.url())
+        await phone.wait_for_selector(by_testid("label-row"))
+        await tap_bucket(phone)
+        await phone.wait_for_selector(by_testid("tip"))
+        heading = await phone.locator("#chart-heading").bounding_box()
+        await phone.touchscreen.tap(heading["x"] + 5, heading["y"] + 5)
+        await phone.wait_for_selector(by_testid("tip"), state="detached")
 
 
 async def test_stale_ticks_can_be_read_and_a_day_on_a_phone_has_more_than_one(page: Any) -> None:
     await page.set_viewport_size({"width": 390, "height": 844})
-    async with started("--no-simulation", "--history=1") as program:
-        await page.goto(await program.url())
-        await page.wait_for_selector(by_testid("label-row"))
-        await program.stop()
-    await ask_now(page)
-    await page.wait_for_selector(f'{by_testid("status")}:has-text("retrying in")')
+    await show_and_stop(page, "--history=1")
     ticks = await page.evaluate("""() => [...document.querySelectorAll('.plot text[text-anchor=middle]')].map(each => {
         let seen = 1
         for (let up = each; up; up = up.parentElement) seen *= getComputedStyle(up).opacity
