@@ -104,7 +104,6 @@ from functools import cached_property, lru_cache
 from heapq import merge
 from http import HTTPStatus
 from operator import attrgetter, itemgetter
-from operator import index as as_int
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, unquote
@@ -215,6 +214,7 @@ FORBIDDEN_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 TEXT_CHARACTERS = 128
 
 INTEGER = re.compile(r"-?[0-9]{1,100}")
+HIGHEST_START = 253_402_300_799  # the end of the year 9999: no later month has a name
 HIGHEST_SECONDS = 2**31 - 1
 COMMON_SECONDS = {seconds: seconds for seconds in range(7_200)}  # one of each is enough
 CSV_END = "\r\n"
@@ -256,8 +256,7 @@ class Event:
         # The same few names and numbers come again and again: one object of each takes half the memory.
         self.user_id, self.track_id = sys.intern(self.user_id), sys.intern(self.track_id)
         self.label = sys.intern(self.label)
-        seconds = self.seconds_streamed  # what is no int or below 0 raises: a damaged file may hold it
-        self.seconds_streamed = COMMON_SECONDS[seconds] if seconds < len(COMMON_SECONDS) else as_int(seconds)
+        self.seconds_streamed = COMMON_SECONDS.get(self.seconds_streamed, self.seconds_streamed)
 
     @property
     def version(self) -> int:
@@ -1667,6 +1666,14 @@ class Journal:
         """Put what is stored into `usage` and `books`, and keep `usage`: `_store` advances it."""
         self.usage = usage
         execute = self.connection.execute
+        # What somebody has put there by hand: such a row would be answered with 500 long after.
+        damaged = """
+            SELECT id FROM streams WHERE '' IN (user_id, track_id, label)
+            OR stream_started_on NOT BETWEEN 0 AND ? OR seconds_streamed NOT BETWEEN 0 AND ?
+            OR 'real' IN (typeof(stream_started_on), typeof(seconds_streamed))
+        """
+        for (number,) in execute(damaged, [HIGHEST_START, HIGHEST_SECONDS]):
+            raise ValueError(f"stream {number}")
         rows = telling("loading, streams", execute("SELECT * FROM streams"))
         # The last two cells are the id and the version.
         usage.add([Event(*row[:-1]) if row[-1] == row[-2] else ChangedEvent(*row) for row in rows])

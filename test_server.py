@@ -5445,11 +5445,17 @@ async def test_a_damaged_file_ends_it_with_status_2_and_one_line(start: Start, t
     await client.close()
     whole = path.read_bytes()
     wrong = list[bytes]()
-    for seconds in (-5, "x", 1.5, 7_200.5):
-        with contextlib.closing(sqlite3.connect(path)) as other:
-            other.execute("UPDATE streams SET seconds_streamed = ? WHERE id = 5", [seconds])
-            other.commit()
-        wrong.append(path.read_bytes())
+    for column, cells in {
+        "seconds_streamed": (-5, "x", b"x", 1.5, 7_200.5, 2**31),
+        "stream_started_on": (-1, "x", 1.5, 253_402_300_800),  # the last is in the year 10000
+        "label": ("", b"x"),
+    }.items():
+        for cell in cells:
+            path.write_bytes(whole)
+            with contextlib.closing(sqlite3.connect(path)) as other:
+                other.execute(f"UPDATE streams SET {column} = ? WHERE id = 5", [cell])  # noqa: S608
+                other.commit()
+            wrong.append(path.read_bytes())
     for damaged in (*wrong, whole[:-2_000], whole[:8_192] + b"\xaa" * 4_096 + whole[12_288:], whole[:4_096] + bytes(4_096) + whole[8_192:]):
         path.write_bytes(damaged)
         async with started("--db", str(path), "--no-simulation") as program:
