@@ -1547,8 +1547,7 @@ class Journal:
         self.connection.executescript(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
         )
-        self.opened = {self.path: opened, **{file: file.stat() for file in (self.wal, Path(f"{real}-shm"))}}
-        self.sizes = {path: found.st_size for path, found in self.opened.items()}  # as they were last
+        self.files = {self.path: opened, **{file: file.stat() for file in (self.wal, Path(f"{real}-shm"))}}
 
     def _checkpoint(self) -> None:
         """Have SQLite move what it holds for committed from the WAL into the file, and empty the WAL.
@@ -1563,24 +1562,23 @@ class Journal:
                 raise StorageError("another process reads the file")
             time.sleep(0.01)
         self.wal_in_doubt = False
-        self.sizes[self.wal] = 0
 
     def _check_files(self) -> None:
-        """Note the files' sizes; raises StorageError if one is not the one that was opened, or was truncated.
+        """Note what the files are like; raises StorageError if one is not the one it was, or was truncated.
 
         SQLite would go on in files that nobody finds again.
         """
-        for path, opened in self.opened.items():
+        for path, before in self.files.items():
             now = path.stat() if path.exists() else None
-            if not now or not os.path.samestat(now, opened):
+            if not now or not os.path.samestat(now, before):
                 self.wal_in_doubt |= path == self.wal  # SQLite has it open: `commit` saves it
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
-            if now.st_size < self.sizes[path]:
-                # Only the WAL may become shorter, and only empty: by a checkpoint of another process.
+            if now.st_size < before.st_size:
+                # Only the WAL may become shorter, and only empty: by a checkpoint.
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
                 self.wal_in_doubt = True
-            self.sizes[path] = now.st_size
+            self.files[path] = now
 
     def _begin(self) -> None:
         """Begin a transaction in files that are whole: within it no other process can empty the WAL."""
@@ -1589,9 +1587,9 @@ class Journal:
             if self.wal_in_doubt:
                 self._checkpoint()
             self.connection.execute("BEGIN IMMEDIATE")
-            if self.wal.stat().st_size >= self.sizes[self.wal]:
+            if self.wal.stat().st_size >= self.files[self.wal].st_size:
                 return
-            self.connection.rollback()  # another process has emptied it since `_check_files`
+            self.connection.rollback()  # a checkpoint has emptied it since `_check_files`
 
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
