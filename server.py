@@ -1416,37 +1416,6 @@ INSERT_TOMBSTONE = "INSERT INTO tombstones VALUES {rows}"
 SET_SEQUENCE = "UPDATE sequence SET number = ?"
 INSERT_KEY = "INSERT INTO keys VALUES {rows}"
 SET_SUBSCRIPTION = "INSERT OR REPLACE INTO subscriptions VALUES {rows}"
-INSERT_IMPORT = "INSERT INTO imports VALUES {rows}"
-KEEP_REPLACED = "INSERT INTO replaced SELECT *, ? FROM subscriptions WHERE user_id = ?"
-LATEST_IMPORT = """
-    SELECT id, first_id, size,
-        (SELECT count(*) FROM streams WHERE streams.id >= first_id AND streams.id < first_id + size),
-        (SELECT count(*) FROM subscriptions WHERE import = imports.id)
-    FROM imports ORDER BY id DESC LIMIT 1
-"""
-CLOSED_MONTH_OF_IMPORT = """
-    SELECT month FROM closed_months JOIN streams ON id >= ? AND id < ?
-    AND month = strftime('%Y-%m', stream_started_on, 'unixepoch') ORDER BY month DESC LIMIT 1
-"""
-UNDO_IMPORT = (  # of the import :number, and what its subscriptions have replaced is there again
-    """INSERT INTO tombstones SELECT id, :last + row_number() OVER (ORDER BY id) FROM streams
-        WHERE id >= :first_id AND id < :first_id + :size""",
-    "DELETE FROM streams WHERE id >= :first_id AND id < :first_id + :size",
-    "DELETE FROM subscriptions WHERE import = :number",
-    """INSERT OR IGNORE INTO subscriptions
-        SELECT user_id, product_type, fee, origin, import FROM replaced WHERE replaced_by = :number""",
-    "DELETE FROM replaced WHERE replaced_by = :number",
-    "DELETE FROM imports WHERE id = :number",
-    "UPDATE sequence SET number = :last + :size + 1",  # one more: the subscriptions change, too
-)
-# The highest number in any table, so that none is given twice: `sequence` alone does not tell it in a file of
-# version 1, or where somebody has changed a table by hand.
-LAST_NUMBER = """
-    SELECT coalesce(max(number), 0) FROM (
-        SELECT number FROM sequence UNION ALL SELECT max(max(id), max(version)) FROM streams
-        UNION ALL SELECT max(version) FROM tombstones UNION ALL SELECT seq FROM sqlite_sequence
-        UNION ALL SELECT max(first_id + size) FROM imports UNION ALL SELECT max(first_id) FROM keys)
-"""
 
 # What was paid stays to the cent, whatever a later version would work out.
 CLOSED_TABLES = ("closed_months", "closed_labels", "closed_totals", "closed_subscriptions", "adjustments")
@@ -1634,29 +1603,53 @@ class Journal:
         first_id = self._last_number() + 1
         number_events(imported.events, first_id)
         users = ((user, *astuple(found), number) for user, found in imported.subscriptions.items())
+        replaced = ((number, user) for user in imported.subscriptions)
         self.commit([
             (INSERT_STREAMS, telling("storing, streams", map(CELLS, imported.events))),
-            (KEEP_REPLACED, ((number, user) for user in imported.subscriptions)),
+            ("INSERT INTO replaced SELECT *, ? FROM subscriptions WHERE user_id = ?", replaced),
             (SET_SUBSCRIPTION, users),
-            (INSERT_IMPORT, [(number, imported.hash, first_id, len(imported.events))]),
+            ("INSERT INTO imports VALUES {rows}", [(number, imported.hash, first_id, len(imported.events))]),
             (SET_SEQUENCE, [(first_id + len(imported.events),)]),  # one more: the import is a change, too
         ])
 
     @translate_errors()
     def undo_import(self) -> str:
         """Take the latest import back, and return what that took; raises StorageError."""
-        execute = self.connection.execute
-        if not (found := execute(LATEST_IMPORT).fetchone()):
+        latest = """
+            SELECT imports.id, first_id, size, count(streams.id), max(month),
+                (SELECT count(*) FROM subscriptions WHERE import = imports.id)
+            FROM imports LEFT JOIN streams ON streams.id >= first_id AND streams.id < first_id + size
+            LEFT JOIN closed_months ON month = strftime('%Y-%m', stream_started_on, 'unixepoch')
+            GROUP BY imports.id ORDER BY imports.id DESC LIMIT 1
+        """
+        if not (found := self.connection.execute(latest).fetchone()):
             raise StorageError("it holds none")
-        number, first_id, size, streams, subscriptions = found
-        if closed := execute(CLOSED_MONTH_OF_IMPORT, [first_id, first_id + size]).fetchone():
-            raise StorageError(f"{closed[0]} is closed: open it first")
+        number, first_id, size, streams, closed, subscriptions = found
+        if closed:
+            raise StorageError(f"{closed} is closed: open it first")
         names = {"number": number, "first_id": first_id, "size": size, "last": self._last_number()}
-        self.commit([(statement, [names]) for statement in UNDO_IMPORT])
+        self.commit([(statement, [names]) for statement in (
+            """INSERT INTO tombstones SELECT id, :last + row_number() OVER (ORDER BY id) FROM streams
+                WHERE id >= :first_id AND id < :first_id + :size""",
+            "DELETE FROM streams WHERE id >= :first_id AND id < :first_id + :size",
+            "DELETE FROM subscriptions WHERE import = :number",  # and those that they have replaced come back
+            """INSERT OR IGNORE INTO subscriptions SELECT user_id, product_type, fee, origin, import
+                FROM replaced WHERE replaced_by = :number""",
+            "DELETE FROM replaced WHERE replaced_by = :number",
+            "DELETE FROM imports WHERE id = :number",
+            "UPDATE sequence SET number = :last + :size + 1",  # one more: the subscriptions change, too
+        )])
         return f"import {number}: {streams} streams and {subscriptions} subscriptions"
 
     def _last_number(self) -> int:
-        (found,) = self.connection.execute(LAST_NUMBER).fetchone()
+        # In any table, so that none is given twice: `sequence` alone does not tell it in a file of version 1,
+        # or where somebody has changed a table by hand.
+        (found,) = self.connection.execute("""
+            SELECT coalesce(max(number), 0) FROM (
+                SELECT number FROM sequence UNION ALL SELECT max(max(id), max(version)) FROM streams
+                UNION ALL SELECT max(version) FROM tombstones UNION ALL SELECT seq FROM sqlite_sequence
+                UNION ALL SELECT max(first_id + size) FROM imports UNION ALL SELECT max(first_id) FROM keys)
+        """).fetchone()
         return int(found)
 
     @translate_errors()
