@@ -1284,16 +1284,15 @@ class Import:
             content = read_file(path)
             self.hash = hashlib.sha256(self.hash + content).digest()
             lines = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", "surrogateescape", newline="")
-            header = check_line(lines.readline())
+            header = lines.readline()
             delimiter = ";" if ";" in header else ","
-            cells = next(csv.reader([header], delimiter=delimiter))
-            names = [cell.strip().casefold().replace(" ", "_") for cell in cells]
+            told = telling(f"reading {path.name}, lines", map(check_line, itertools.chain([header], lines)))
+            rows = csv.reader(told, delimiter=delimiter, strict=True)
+            names = [cell.strip().casefold().replace(" ", "_") for cell in next(rows, [])]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            told = telling(f"reading {path.name}, lines", map(check_line, lines))
-            rows = csv.reader(told, delimiter=delimiter, strict=True)
             while True:  # until None comes: at the end, or after an overlong line, whose error ends `told`
-                with self._noting_fault(f"{path.name}:{rows.line_num + 2}"):  # + header + next line
+                with self._noting_fault(f"{path.name}:{rows.line_num + 1}"):
                     if (row := next(rows, None)) is None:
                         break
                     if not "".join(row).strip() and len(row) in (0, 1, len(names)):  # an empty line
@@ -1414,7 +1413,6 @@ SET_STREAM = "INSERT OR REPLACE INTO streams VALUES {rows}"
 DELETE_STREAM = "DELETE FROM streams WHERE id = ?"
 INSERT_TOMBSTONE = "INSERT INTO tombstones VALUES {rows}"
 SET_SEQUENCE = "UPDATE sequence SET number = ?"
-INSERT_KEY = "INSERT INTO keys VALUES {rows}"
 SET_SUBSCRIPTION = "INSERT OR REPLACE INTO subscriptions VALUES {rows}"
 
 # What was paid stays to the cent, whatever a later version would work out.
@@ -2803,7 +2801,7 @@ class State:
             if key:
                 self.usage.keys[key[0]] = key[1], first_id
 
-        keys = [(INSERT_KEY, [(*key, first_id)])] if key else []
+        keys = [("INSERT INTO keys VALUES {rows}", [(*key, first_id)])] if key else []
         await self.store(last_id, [(INSERT_STREAMS, map(CELLS, events)), *keys], apply)
 
 
