@@ -1712,11 +1712,10 @@ class Journal:
         try:
             while self.waiting:
                 await asyncio.sleep(GATHER_SECONDS)
-                batch = [*self.waiting]
                 # Those without `decide`, as most are, stay together; each that has one is alone.
-                for _, group in itertools.groupby(batch, key=attrgetter("decide")):
-                    await self._store([*group])
-                del self.waiting[: len(batch)]
+                for _, group in itertools.groupby([*self.waiting], key=attrgetter("decide")):
+                    await self._store(batch := [*group])
+                    del self.waiting[: len(batch)]
         except Exception:
             # As a kill does, end the process: what is stored and what is visible could differ from now on.
             log.critical("the journal has failed; start again, nothing stored is lost", exc_info=True)
