@@ -1488,10 +1488,10 @@ class Journal:
         self.failed = False
         self.wal_in_doubt = False  # whether it may differ from what is committed: see `_checkpoint`
         self.last_commit = -math.inf
-        self.path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
-        real = os.path.realpath(self.path)
+        path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
+        real = os.path.realpath(path)
         self.wal = Path(f"{real}-wal")
-        self.lock = self.path.open(mode, buffering=0)  # to the end: closing it would drop SQLite's locks
+        self.lock = path.open(mode, buffering=0)  # to the end: closing it would drop SQLite's locks
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         opened = os.fstat(self.lock.fileno())
         if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:  # the WAL goes by its name
@@ -1503,7 +1503,7 @@ class Journal:
         header = os.pread(self.lock.fileno(), 72, 0)
         if header and (header[:16] != b"SQLite format 3\0" or header[68:] != APPLICATION_ID):
             raise StorageError("it is no database of this program")
-        self.connection = sqlite3.connect(self.path, check_same_thread=False, timeout=BUSY_SECONDS)
+        self.connection = sqlite3.connect(path, check_same_thread=False, timeout=BUSY_SECONDS)
         (version,) = self.connection.execute("PRAGMA user_version").fetchone()
         if version > len(MIGRATIONS):
             raise StorageError(f"it is of version {version}, this program is of {len(MIGRATIONS)}")
@@ -1514,7 +1514,7 @@ class Journal:
         self.connection.executescript(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
         )
-        self.files = {self.path: opened, **{file: file.stat() for file in (self.wal, Path(f"{real}-shm"))}}
+        self.files = {path: opened, **{file: file.stat() for file in (self.wal, Path(f"{real}-shm"))}}
 
     def _checkpoint(self) -> None:
         """Have SQLite move what it holds for committed from the WAL into the file, and empty the WAL.
