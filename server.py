@@ -3005,18 +3005,13 @@ def listen(parser: Parser, host: str, port: int) -> socket.socket:
         parser.error(f"cannot listen on {host}, port {port}: {reason}; --host or --port names another")
 
 
-def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log what the event loop could not do, in one line if it is only that it takes no more connections."""
-    if getattr(context.get("exception"), "errno", None) == errno.EMFILE:
-        log.error("no connection can be taken: all file descriptors are in use (ulimit -n)")
-    else:
-        loop.default_exception_handler(context)
-
-
-def is_about_us(record: logging.LogRecord) -> bool:
-    """Tell whether a log line is about us, not about a client that sent what is no HTTP or has gone."""
-    faults = (http_exceptions.HttpProcessingError, ConnectionError)
-    return not (record.exc_info and isinstance(record.exc_info[1], faults))
+def tidy_log(record: logging.LogRecord) -> bool:
+    """Leave out that a client sent what is no HTTP or has gone, and say in one line that no more fit in."""
+    error = record.exc_info[1] if record.exc_info else None
+    if getattr(error, "errno", None) == errno.EMFILE:
+        record.msg = "no connection can be taken: all file descriptors are in use (ulimit -n)"
+        record.args = record.exc_info = None
+    return not isinstance(error, (http_exceptions.HttpProcessingError, ConnectionError))
 
 
 class FirstSignal:
@@ -3044,8 +3039,6 @@ async def serve(
     """Answer until the first signal; then answer what is under way, and end the process."""
     loop, signalled = asyncio.get_running_loop(), asyncio.Event()
     loop.set_default_executor(ThreadPoolExecutor(THREADS))  # each keeps some memory of its own
-    loop.set_exception_handler(log_loop_error)
-    logging.getLogger("aiohttp.server").addFilter(is_about_us)
     # A compressed body could hold a thousand times of what it may; none was promised, so none is unpacked.
     runner = web.AppRunner(
         app,
@@ -3093,6 +3086,7 @@ def set_up_process() -> None:
     sys.setswitchinterval(SLICE_SECONDS)  # so long may a thread that works keep others waiting
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=line, handlers=[output(2)])
+    output(2).addFilter(tidy_log)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # many shells allow 256 or 1,024 until they are asked
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
