@@ -2917,61 +2917,57 @@ def parse_name(text: str) -> str:
     return name
 
 
-def build_parser() -> Parser:
-    """Return the parser of the command line; HOST and PORT in the environment are the defaults of two."""
-    parser = Parser(
-        description="Collect usage events and share out royalties.",
-        epilog="In the environment HOST and PORT are defaults, and USAGE_TOKEN is what a write then needs:\n"
-        "  USAGE_TOKEN=s3cret PORT=8000 python server.py --db usage.db",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--host", help="address to listen on (HOST or 127.0.0.1)")
-    add("--port", type=parse_port, help="port; 0 picks a free one (PORT or 8080)")
-    add("--interval", default=Config.interval, type=number_from(float, 0.001, DAY), metavar="SECONDS",
-        help="time between two simulated batches (%(default)s)")
-    add("--no-simulation", dest="simulate", action="store_false", help="simulate nothing from now on")
-    add("--history", default=Config.history, type=number_from(float, 0, 3_650), metavar="DAYS",
-        help="simulate the DAYS before now, too")
-    add("--random-seed", type=int, metavar="N", help="make the simulation repeatable")
-    add("--keep", default=Config.keep, type=number_from(int, 1, 10**9), metavar="N",
-        help="without --db: keep N events at most (%(default)s)")
-    add("--db", type=Path, metavar="FILE", help="keep everything in an SQLite file")
-    add("--import", dest="directory", type=Path, metavar="DIR",
-        help="load users.csv, streaming.csv and tracks.json")
-    add("--tracks", metavar="FILE_OR_URL", help="the tracks of an import (DIR/tracks.json)")
-    add("--undo-import", action="store_true", help="with --db: take the latest import back, and end")
-    add("--allow-host", action="append", default=[], type=parse_name, metavar="NAME",
-        help="a further name that requests may come in under; repeatable")
-    add("--version", action="version", version=f"%(prog)s {__version__}", help="say the version, and end")
-    add("-v", "--verbose", action="store_true", help="log each request")
-    return parser
+# HOST and PORT in the environment are the defaults of two of them.
+PARSER = Parser(
+    description="Collect usage events and share out royalties.",
+    epilog="In the environment HOST and PORT are defaults, and USAGE_TOKEN is what a write then needs:\n"
+    "  USAGE_TOKEN=s3cret PORT=8000 python server.py --db usage.db",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+)
+option = PARSER.add_argument
+option("--host", help="address to listen on (HOST or 127.0.0.1)")
+option("--port", type=parse_port, help="port; 0 picks a free one (PORT or 8080)")
+option("--interval", default=Config.interval, type=number_from(float, 0.001, DAY), metavar="SECONDS",
+       help="time between two simulated batches (%(default)s)")
+option("--no-simulation", dest="simulate", action="store_false", help="simulate nothing from now on")
+option("--history", default=Config.history, type=number_from(float, 0, 3_650), metavar="DAYS",
+       help="simulate the DAYS before now, too")
+option("--random-seed", type=int, metavar="N", help="make the simulation repeatable")
+option("--keep", default=Config.keep, type=number_from(int, 1, 10**9), metavar="N",
+       help="without --db: keep N events at most (%(default)s)")
+option("--db", type=Path, metavar="FILE", help="keep everything in an SQLite file")
+option("--import", dest="directory", type=Path, metavar="DIR",
+       help="load users.csv, streaming.csv and tracks.json")
+option("--tracks", metavar="FILE_OR_URL", help="the tracks of an import (DIR/tracks.json)")
+option("--undo-import", action="store_true", help="with --db: take the latest import back, and end")
+option("--allow-host", action="append", default=[], type=parse_name, metavar="NAME",
+       help="a further name that requests may come in under; repeatable")
+option("--version", action="version", version=f"%(prog)s {__version__}", help="say the version, and end")
+option("-v", "--verbose", action="store_true", help="log each request")
 
 
-def parse_options(
-    parser: Parser, environment: Mapping[str, str], arguments: Sequence[str] | None = None
-) -> argparse.Namespace:
+def parse_options(environment: Mapping[str, str], arguments: Sequence[str]) -> argparse.Namespace:
     """Return what the command line and the environment say, or exit with status 2 and what is wrong."""
-    options = parser.parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     if options.host is None:
         options.host = environment.get("HOST") or "127.0.0.1"
     if options.port is None:
         try:
             options.port = parse_port(environment.get("PORT") or "8080")
         except argparse.ArgumentTypeError as error:
-            parser.error(f"PORT in the environment: {error}")
+            PARSER.error(f"PORT in the environment: {error}")
     options.token = environment.get("USAGE_TOKEN", "").strip()  # a file with a secret ends with a newline
     if "USAGE_TOKEN" in environment and not (options.token and options.token.isprintable()):
-        parser.error("USAGE_TOKEN is empty or no printable text; unset it if a write is to need no token")
+        PARSER.error("USAGE_TOKEN is empty or no printable text; unset it if a write is to need no token")
     if options.tracks and not options.directory:
-        parser.error("--tracks goes with --import")
+        PARSER.error("--tracks goes with --import")
     if options.undo_import and (options.directory or not options.db):
-        parser.error("--undo-import goes " + ("without --import" if options.db else "with --db"))
+        PARSER.error("--undo-import goes " + ("without --import" if options.db else "with --db"))
     return options
 
 
-def read_import(parser: Parser, directory: Path, tracks: str | None) -> Import:
+def read_import(directory: Path, tracks: str | None) -> Import:
     """Return what is to be imported, or exit with status 2 and what is wrong with it."""
     source = tracks or str(directory / "tracks.json")
     remote = source.lower().startswith(("http://", "https://"))
@@ -2979,20 +2975,12 @@ def read_import(parser: Parser, directory: Path, tracks: str | None) -> Import:
         content = asyncio.run(fetch_tracks(source)) if remote else read_file(Path(source))
         return Import(directory, content, time.time())
     except (OSError, ValueError) as error:
-        parser.error(f"cannot read the tracks from {source}: {getattr(error, 'strerror', None) or error}")
+        PARSER.error(f"cannot read the tracks from {source}: {getattr(error, 'strerror', None) or error}")
     except ImportFailedError as error:
-        parser.exit(2, f"{error}\n")
+        PARSER.exit(2, f"{error}\n")
 
 
-def undo_import(parser: Parser, path: Path) -> None:
-    """Take the latest import back and say what that took, or exit with status 2 and what is wrong."""
-    try:
-        output(1).say(f"Took back {Journal(path, 'r+b').undo_import()}\n")
-    except StorageError as error:
-        parser.error(f"cannot take back an import of {path}: {error}")
-
-
-def listen(parser: Parser, host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Open the port, before any work begins, so that one that is taken is known at once, or exit."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -3002,7 +2990,7 @@ def listen(parser: Parser, host: str, port: int) -> socket.socket:
         return listener
     except (OSError, UnicodeError) as error:
         reason = str(getattr(error, "strerror", None) or error).partition(" (while attempting to bind")[0]
-        parser.error(f"cannot listen on {host}, port {port}: {reason}; --host or --port names another")
+        PARSER.error(f"cannot listen on {host}, port {port}: {reason}; --host or --port names another")
 
 
 def tidy_log(record: logging.LogRecord) -> bool:
@@ -3096,30 +3084,28 @@ def main() -> None:
     """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
     first_signal = FirstSignal()  # before any thread begins: each inherits what signals are blocked
     set_up_process()
-    parser = build_parser()
-    options = parse_options(parser, os.environ)
-    if options.undo_import:
-        undo_import(parser, options.db)
-        return
-    listener = listen(parser, options.host, options.port)
-    names = ("interval", "simulate", "history", "random_seed", "keep", "db", "token")
-    # The name that it listens under is its own, too, or the URL that is printed would not work.
-    own_names = (options.host.lower().removesuffix("."), *options.allow_host)
-    config = Config(allow_host=own_names, **{name: getattr(options, name) for name in names})
-    address, port, *_ = listener.getsockname()
-    if not options.token and not ipaddress.ip_address(address).is_loopback:
-        log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
-    url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
+    options = parse_options(os.environ, sys.argv[1:])
     try:
+        if options.undo_import:
+            output(1).say(f"Took back {Journal(options.db, 'r+b').undo_import()}\n")
+            return
+        listener = listen(options.host, options.port)
+        names = ("interval", "simulate", "history", "random_seed", "keep", "db", "token")
+        # The name that it listens under is its own, too, or the URL that is printed would not work.
+        own_names = (options.host.lower().removesuffix("."), *options.allow_host)
+        config = Config(allow_host=own_names, **{name: getattr(options, name) for name in names})
+        address, port, *_ = listener.getsockname()
+        if not options.token and not ipaddress.ip_address(address).is_loopback:
+            log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
+        url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
         # While it serves, no variable holds what was imported: with --db that would be in memory twice.
-        app = create_app(
-            config, read_import(parser, options.directory, options.tracks) if options.directory else None
-        )
+        app = create_app(config, options.directory and read_import(options.directory, options.tracks))
         asyncio.run(serve(app, listener, url, options.verbose, first_signal))
     except StorageError as error:
-        parser.error(f"cannot use the database {options.db}: {error}")
+        task = "take back an import of" if options.undo_import else "use the database"
+        PARSER.error(f"cannot {task} {options.db}: {error}")
     except OSError as error:  # of the page
-        parser.error(f"cannot serve: {error}")
+        PARSER.error(f"cannot serve: {error}")
 
 
 if __name__ == "__main__":

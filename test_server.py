@@ -4332,9 +4332,9 @@ async def test_a_token_is_what_stands_between_the_white_space(token: str) -> Non
 
 
 async def test_host_and_port_come_from_the_environment_and_options_win() -> None:
-    options = server.parse_options(server.build_parser(), {"HOST": "127.0.0.9", "PORT": "5500"}, ["--port", "0"])
+    options = server.parse_options({"HOST": "127.0.0.9", "PORT": "5500"}, ["--port", "0"])
     assert (options.host, options.port) == ("127.0.0.9", 0)
-    assert server.parse_options(server.build_parser(), {"PORT": "5500", "HOST": ""}, []).port == 5500
+    assert server.parse_options({"PORT": "5500", "HOST": ""}, []).port == 5500
     async with started("--no-simulation", HOST="127.0.0.2") as program:
         url = await program.url()
         assert re.fullmatch(r"http://127\.0\.0\.2:\d+", url)
