@@ -1819,8 +1819,7 @@ async def run_simulation(state: State) -> None:
 # What comes in: who may ask, and what is asked for. The rules above know nothing of HTTP.
 
 NUMBER = "[0-9]{1,100}"
-HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?")  # RFC 3986: the port may be empty
-HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?)(:[0-9]*)?")  # the port may be empty
 READING = (hdrs.METH_GET, hdrs.METH_HEAD)  # any other method writes
 JSON_TYPES = ("application/json",)
 PATCH_TYPES = (*JSON_TYPES, "application/merge-patch+json")
@@ -2910,14 +2909,6 @@ def number_from(kind: type[int] | type[float], low: float, high: float) -> Calla
 parse_port = number_from(int, 0, 65_535)
 
 
-def parse_name(text: str) -> str:
-    """Return a name that a Host can have; as the type of an option, it raises ArgumentTypeError."""
-    if not HOST_NAME.fullmatch(name := text.lower()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no plain host name such as usage.example.com")
-    return name
-
-
-# HOST and PORT in the environment are the defaults of two of them.
 PARSER = Parser(
     description="Collect usage events and share out royalties.",
     epilog="In the environment HOST and PORT are defaults, and USAGE_TOKEN is what a write then needs:\n"
@@ -2941,7 +2932,7 @@ option("--import", dest="directory", type=Path, metavar="DIR",
        help="load users.csv, streaming.csv and tracks.json")
 option("--tracks", metavar="FILE_OR_URL", help="the tracks of an import (DIR/tracks.json)")
 option("--undo-import", action="store_true", help="with --db: take the latest import back, and end")
-option("--allow-host", action="append", default=[], type=parse_name, metavar="NAME",
+option("--allow-host", action="append", default=[], metavar="NAME",
        help="a further name that requests may come in under; repeatable")
 option("--version", action="version", version=f"%(prog)s {__version__}", help="say the version, and end")
 option("-v", "--verbose", action="store_true", help="log each request")
@@ -2960,6 +2951,9 @@ def parse_options(environment: Mapping[str, str], arguments: Sequence[str]) -> a
     options.token = environment.get("USAGE_TOKEN", "").strip()  # a file with a secret ends with a newline
     if "USAGE_TOKEN" in environment and not (options.token and options.token.isprintable()):
         PARSER.error("USAGE_TOKEN is empty or no printable text; unset it if a write is to need no token")
+    for name in options.allow_host:
+        if not is_own_name(name, (name.lower(),)):
+            PARSER.error(f"--allow-host: {name!r} is no plain host name such as usage.example.com")
     if options.tracks and not options.directory:
         PARSER.error("--tracks goes with --import")
     if options.undo_import and (options.directory or not options.db):
@@ -3092,7 +3086,7 @@ def main() -> None:
         listener = listen(options.host, options.port)
         names = ("interval", "simulate", "history", "random_seed", "keep", "db", "token")
         # The name that it listens under is its own, too, or the URL that is printed would not work.
-        own_names = (options.host.lower().removesuffix("."), *options.allow_host)
+        own_names = (options.host.lower().removesuffix("."), *map(str.lower, options.allow_host))
         config = Config(allow_host=own_names, **{name: getattr(options, name) for name in names})
         address, port, *_ = listener.getsockname()
         if not options.token and not ipaddress.ip_address(address).is_loopback:
