@@ -3016,7 +3016,7 @@ class FirstSignal:
 
 
 async def serve(
-    app: web.Application, listener: socket.socket, url: str, verbose: bool, first_signal: FirstSignal
+    app: web.Application, listener: socket.socket, verbose: bool, first_signal: FirstSignal
 ) -> NoReturn:
     """Answer until the first signal; then answer what is under way, and end the process."""
     loop, signalled = asyncio.get_running_loop(), asyncio.Event()
@@ -3037,7 +3037,7 @@ async def serve(
     site = web.SockSite(runner, listener, backlog=1)
     await site.start()
     listener.listen(BACKLOG)
-    output(1).say(f"Listening on {url}\n")
+    output(1).say(f"Listening on {site.name}\n")
     await signalled.wait()
     await site.stop()
     await finish_requests(cast("web.Server", runner.server))
@@ -3085,16 +3085,13 @@ def main() -> None:
             return
         listener = listen(options.host, options.port)
         names = ("interval", "simulate", "history", "random_seed", "keep", "db", "token")
-        # The name that it listens under is its own, too, or the URL that is printed would not work.
-        own_names = (options.host.lower().removesuffix("."), *map(str.lower, options.allow_host))
+        own_names = tuple(map(str.lower, options.allow_host))
         config = Config(allow_host=own_names, **{name: getattr(options, name) for name in names})
-        address, port, *_ = listener.getsockname()
-        if not options.token and not ipaddress.ip_address(address).is_loopback:
+        if not options.token and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
-        url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
         # While it serves, no variable holds what was imported: with --db that would be in memory twice.
         app = create_app(config, options.directory and read_import(options.directory, options.tracks))
-        asyncio.run(serve(app, listener, url, options.verbose, first_signal))
+        asyncio.run(serve(app, listener, options.verbose, first_signal))
     except StorageError as error:
         task = "take back an import of" if options.undo_import else "use the database"
         PARSER.error(f"cannot {task} {options.db}: {error}")
