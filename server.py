@@ -2954,6 +2954,7 @@ def parse_options(environment: Mapping[str, str], arguments: Sequence[str]) -> a
     for name in options.allow_host:
         if not is_own_name(name, (name.lower(),)):
             PARSER.error(f"--allow-host: {name!r} is no plain host name such as usage.example.com")
+    options.allow_host = tuple(map(str.lower, options.allow_host))
     if options.tracks and not options.directory:
         PARSER.error("--tracks goes with --import")
     if options.undo_import and (options.directory or not options.db):
@@ -3015,16 +3016,13 @@ class FirstSignal:
         os._exit(0)  # all that was acknowledged is stored
 
 
-async def serve(
-    app: web.Application, listener: socket.socket, verbose: bool, first_signal: FirstSignal
-) -> NoReturn:
+async def serve(app: web.Application, listener: socket.socket, first_signal: FirstSignal) -> NoReturn:
     """Answer until the first signal; then answer what is under way, and end the process."""
     loop, signalled = asyncio.get_running_loop(), asyncio.Event()
     loop.set_default_executor(ThreadPoolExecutor(THREADS))  # each keeps some memory of its own
     # A compressed body could hold a thousand times of what it may; none was promised, so none is unpacked.
     runner = web.AppRunner(
         app,
-        access_log=logging.getLogger("aiohttp.access") if verbose else None,
         access_log_format='%a "%r" %s %b',  # no header: it may hold any control character above 127
         auto_decompress=False,
         handler_cancellation=True,
@@ -3079,19 +3077,18 @@ def main() -> None:
     first_signal = FirstSignal()  # before any thread begins: each inherits what signals are blocked
     set_up_process()
     options = parse_options(os.environ, sys.argv[1:])
+    logging.getLogger("aiohttp.access").disabled = not options.verbose
     try:
         if options.undo_import:
             output(1).say(f"Took back {Journal(options.db, 'r+b').undo_import()}\n")
             return
         listener = listen(options.host, options.port)
-        names = ("interval", "simulate", "history", "random_seed", "keep", "db", "token")
-        own_names = tuple(map(str.lower, options.allow_host))
-        config = Config(allow_host=own_names, **{name: getattr(options, name) for name in names})
+        config = Config(**{name: getattr(options, name) for name in Config.__match_args__ if name in options})
         if not options.token and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
         # While it serves, no variable holds what was imported: with --db that would be in memory twice.
         app = create_app(config, options.directory and read_import(options.directory, options.tracks))
-        asyncio.run(serve(app, listener, options.verbose, first_signal))
+        asyncio.run(serve(app, listener, first_signal))
     except StorageError as error:
         task = "take back an import of" if options.undo_import else "use the database"
         PARSER.error(f"cannot {task} {options.db}: {error}")
