@@ -2849,35 +2849,32 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 class Output(logging.Handler):
     """Standard output or error, which a thread writes to: the server never waits for who reads it.
 
-    What finds the queue full is dropped, and what cannot be written stops nothing. `logging.shutdown` flushes
+    What finds the queue full is dropped, and what cannot be written stops nothing. `logging.shutdown` closes
     both, as they are handlers.
     """
 
     def __init__(self, descriptor: int) -> None:
-        """Begin to write to this file descriptor."""
         super().__init__()
-        self.texts: queue.Queue[str] = queue.Queue(OUTPUT_LINES)
-        threading.Thread(target=self._write, args=(descriptor,), daemon=True).start()
+        self.texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._write, args=(descriptor,), daemon=True)
+        self.thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.say(f"{self.format(record)}\n")
 
     def say(self, text: str) -> None:
-        """Write `text` as soon as that is possible."""
-        with contextlib.suppress(queue.Full):
-            self.texts.put_nowait(text)
+        if self.texts.qsize() < OUTPUT_LINES:
+            self.texts.put(text)
 
-    def flush(self) -> None:
+    def close(self) -> None:
         """Wait until all is written, half a second at most."""
-        with self.texts.all_tasks_done:
-            self.texts.all_tasks_done.wait_for(lambda: not self.texts.unfinished_tasks, 0.5)
+        self.texts.put(None)
+        self.thread.join(0.5)
 
     def _write(self, descriptor: int) -> None:
-        while True:
-            text = self.texts.get()
+        for text in iter(self.texts.get, None):
             with contextlib.suppress(OSError):
                 os.write(descriptor, text.encode("utf-8", "backslashreplace"))
-            self.texts.task_done()
 
 
 output = lru_cache(Output)  # one for each file descriptor, 1 or 2
