@@ -97,7 +97,7 @@ from collections.abc import (
     Sequence,
     Set,
 )
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
 from email.utils import formatdate
 from functools import cached_property, lru_cache
@@ -135,7 +135,6 @@ KEPT_ANSWERS = 64
 MOST_ROWS = 100_000  # of totals, in one answer
 KNOWN_TOTALS = 8  # so many groupings a chunk remembers
 PAGE_STREAMS = 1_000
-THREADS = 4
 SLICE_SECONDS = 0.0005  # a time slice: how long something may keep the event loop at a stretch
 SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
@@ -2994,29 +2993,18 @@ def tidy_log(record: logging.LogRecord) -> bool:
     return not isinstance(error, (http_exceptions.HttpProcessingError, ConnectionError))
 
 
-class FirstSignal:
-    """The first SIGINT or SIGTERM ends the process: at once or, once it serves, within END_SECONDS.
-
-    A thread waits for it, so neither a disk nor an event loop that is busy can keep the process alive.
-    """
-
-    def __init__(self) -> None:
-        self.end_serving: Callable[[], object] | None = None
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        threading.Thread(target=self._wait, daemon=True).start()
-
-    def _wait(self) -> None:
-        signal.sigwait(SIGNALS)
-        if self.end_serving:
-            self.end_serving()
-            time.sleep(END_SECONDS)
-        os._exit(0)  # all that was acknowledged is stored
+def await_signal(signalled: Future[None]) -> None:
+    """Wait for SIGINT or SIGTERM, and end the process: at once or, once it serves, within END_SECONDS."""
+    signal.sigwait(SIGNALS)
+    if signalled.running():  # `serve` waits for it
+        signalled.set_result(None)
+        time.sleep(END_SECONDS)
+    os._exit(0)  # all that was acknowledged is stored
 
 
-async def serve(app: web.Application, listener: socket.socket, first_signal: FirstSignal) -> NoReturn:
+async def serve(app: web.Application, listener: socket.socket, signalled: Future[None]) -> NoReturn:
     """Answer until the first signal; then answer what is under way, and end the process."""
-    loop, signalled = asyncio.get_running_loop(), asyncio.Event()
-    loop.set_default_executor(ThreadPoolExecutor(THREADS))  # each keeps some memory of its own
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4))  # each thread keeps memory
     # A compressed body could hold a thousand times of what it may; none was promised, so none is unpacked.
     runner = web.AppRunner(
         app,
@@ -3026,14 +3014,14 @@ async def serve(app: web.Application, listener: socket.socket, first_signal: Fir
         lingering_time=LINGER_SECONDS,
     )
     await runner.setup()
-    first_signal.end_serving = lambda: loop.call_soon_threadsafe(signalled.set)
+    signalled.set_running_or_notify_cancel()
     # asyncio takes `backlog` connections at a stretch, and logs an error for each that it cannot take:
     # so it gets 1, and the system afterwards how many may wait.
     site = web.SockSite(runner, listener, backlog=1)
     await site.start()
     listener.listen(BACKLOG)
     output(1).say(f"Listening on {site.name}\n")
-    await signalled.wait()
+    await asyncio.wrap_future(signalled)
     await site.stop()
     await finish_requests(cast("web.Server", runner.server))
     logging.shutdown()
@@ -3071,7 +3059,10 @@ def set_up_process() -> None:
 
 def main() -> None:
     """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
-    first_signal = FirstSignal()  # before any thread begins: each inherits what signals are blocked
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # before any thread begins: each inherits that
+    # A thread waits for the signal, so neither a disk nor a busy event loop can keep the process alive.
+    signalled: Future[None] = Future()
+    threading.Thread(target=await_signal, args=(signalled,), daemon=True).start()
     set_up_process()
     options = parse_options(os.environ, sys.argv[1:])
     logging.getLogger("aiohttp.access").disabled = not options.verbose
@@ -3085,7 +3076,7 @@ def main() -> None:
             log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
         # While it serves, no variable holds what was imported: with --db that would be in memory twice.
         app = create_app(config, options.directory and read_import(options.directory, options.tracks))
-        asyncio.run(serve(app, listener, first_signal))
+        asyncio.run(serve(app, listener, signalled))
     except StorageError as error:
         task = "take back an import of" if options.undo_import else "use the database"
         PARSER.error(f"cannot {task} {options.db}: {error}")
