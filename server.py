@@ -128,7 +128,6 @@ CHUNK_EVENTS = 1024  # at most, in one chunk: about 100 kB of JSON and a millise
 PIECE_BYTES = 64 * 1024  # of an answer, written at a time
 GZIP_BYTES = 1024  # a shorter answer is not worth compressing
 GZIP_WBITS = 31  # as zlib calls a gzip stream
-LARGE_BYTES = 512 * 1024  # for mallopt: so much memory, once it is free, goes back to the system at once
 FREEZE_EVENTS = 20_000  # a search for garbage among so many takes some milliseconds
 KEPT_BYTES = 1024 * 1024  # a longer answer is not kept, and a longer list is sent in pieces as they are made
 KEPT_ANSWERS = 64
@@ -145,7 +144,6 @@ BODY_SECONDS = 10
 POST_EVENTS = 1_000
 BUSY_SECONDS = 1  # how long a commit waits for another process that has locked the file
 GATHER_SECONDS = 0.001  # how long a commit waits for more to come with it
-SHUTDOWN_SECONDS = 1.5  # aiohttp waits up to twice this for requests under way
 END_SECONDS = 4.7  # from the signal on, whatever the disk and the clients do; 5 are promised
 LATE_SECONDS = 5  # or three intervals, if that is longer, without a batch: the simulation has stopped
 IMPORT_BYTES = 256 * 1024 * 1024  # at most, of each file of an import
@@ -154,7 +152,6 @@ IMPORT_FAULTS = 20  # an import is read up to so many
 FAULT_CHARACTERS = 300
 FETCH_SECONDS = 30  # how long each try to get the tracks may take
 FETCH_WAITS = (0, 0.5, 1, 2, 4)  # seconds before each of these tries
-BACKLOG = 1024  # how many connections may wait to be taken
 OUTPUT_LINES = 1_000  # so many lines may wait to be read, further ones are dropped
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DAY = 86_400
@@ -2842,8 +2839,6 @@ def create_app(
 # ── Command line ────────────────────────────────────────────────────────────────────────────────
 # The process: its options, its outputs, its signals, and how it starts and ends.
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
-
 
 class Output(logging.Handler):
     """Standard output or error, which a thread writes to: the server never waits for who reads it.
@@ -2975,7 +2970,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Open the port, before any work begins, so that one that is taken is known at once, or exit."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address, family=family, backlog=BACKLOG)
+        listener = socket.create_server(address, family=family)
         # Or the system would hold megabytes for a slow reader, and say for a minute that it is full.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PIECE_BYTES)
         return listener
@@ -3019,7 +3014,7 @@ async def serve(app: web.Application, listener: socket.socket, signalled: Future
     # so it gets 1, and the system afterwards how many may wait.
     site = web.SockSite(runner, listener, backlog=1)
     await site.start()
-    listener.listen(BACKLOG)
+    listener.listen(1024)
     output(1).say(f"Listening on {site.name}\n")
     await asyncio.wrap_future(signalled)
     await site.stop()
@@ -3033,7 +3028,7 @@ async def finish_requests(server: web.Server) -> None:
     transports = [connection.transport for connection in server.connections]
     await asyncio.sleep(0)  # lets the requests that have come begin
     server.pre_shutdown()
-    await server.shutdown(SHUTDOWN_SECONDS)
+    await server.shutdown(1.5)  # seconds; it waits up to twice that
     for _ in range(50):  # half a second
         if not any(each and each.get_write_buffer_size() for each in transports):
             break
@@ -3045,8 +3040,8 @@ def set_up_process() -> None:
     for _ in range(3):  # fill 0, 1 and 2 if they are closed, or the database could become one of them
         os.open(os.devnull, os.O_RDWR)
     with contextlib.suppress(AttributeError):  # not every C library has mallopt
-        for limit in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            ctypes.CDLL(None).mallopt(limit, LARGE_BYTES)
+        for limit in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: so much free memory goes back
+            ctypes.CDLL(None).mallopt(limit, 512 * 1024)
     gc.set_threshold(10_000, 10, 10)  # seldom, for requests leave few cycles behind
     sys.setswitchinterval(SLICE_SECONDS)  # so long may a thread that works keep others waiting
     line = "%(asctime)s %(levelname)s %(message)s"
