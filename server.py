@@ -127,8 +127,6 @@ __version__ = "2.0"
 CHUNK_EVENTS = 1024  # at most, in one chunk: about 100 kB of JSON and a millisecond of work
 PIECE_BYTES = 64 * 1024  # of an answer, written at a time
 GZIP_BYTES = 1024  # a shorter answer is not worth compressing
-GZIP_WBITS = 31  # as zlib calls a gzip stream
-FREEZE_EVENTS = 20_000  # a search for garbage among so many takes some milliseconds
 KEPT_BYTES = 1024 * 1024  # a longer answer is not kept, and a longer list is sent in pieces as they are made
 KEPT_ANSWERS = 64
 MOST_ROWS = 100_000  # of totals, in one answer
@@ -143,13 +141,11 @@ BODY_BYTES = 1024 * 1024
 BODY_SECONDS = 10
 POST_EVENTS = 1_000
 BUSY_SECONDS = 1  # how long a commit waits for another process that has locked the file
-GATHER_SECONDS = 0.001  # how long a commit waits for more to come with it
 END_SECONDS = 4.7  # from the signal on, whatever the disk and the clients do; 5 are promised
 LATE_SECONDS = 5  # or three intervals, if that is longer, without a batch: the simulation has stopped
 IMPORT_BYTES = 256 * 1024 * 1024  # at most, of each file of an import
 LINE_CHARACTERS = 65_536
 IMPORT_FAULTS = 20  # an import is read up to so many
-FAULT_CHARACTERS = 300
 FETCH_SECONDS = 30  # how long each try to get the tracks may take
 FETCH_WAITS = (0, 0.5, 1, 2, 4)  # seconds before each of these tries
 OUTPUT_LINES = 1_000  # so many lines may wait to be read, further ones are dropped
@@ -524,7 +520,7 @@ class Usage:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
         self._put(events, 1)
         self.advance(max(map(attrgetter("version"), events), default=0))
-        if self.sequence >= self.gc_frozen_at + FREEZE_EVENTS:  # none is garbage, so none is searched
+        if self.sequence >= self.gc_frozen_at + 20_000:  # none is garbage: to search so many takes ms
             self.gc_frozen_at = self.sequence
             gc.freeze()
         if self.count <= self.keep:
@@ -1252,7 +1248,7 @@ class Import:
             yield
         except (OSError, ValueError, RecursionError, csv.Error) as error:
             fault = str(getattr(error, "strerror", None) or error)
-            self.faults.append(f"{where}: {fault[:FAULT_CHARACTERS]}")
+            self.faults.append(f"{where}: {fault[:300]}")
             if len(self.faults) == IMPORT_FAULTS:
                 raise ImportFailedError("\n".join(self.faults)) from None
 
@@ -1707,7 +1703,7 @@ class Journal:
         """Store what waits, in one commit, and make it visible, until nothing waits any more."""
         try:
             while self.waiting:
-                await asyncio.sleep(GATHER_SECONDS)
+                await asyncio.sleep(0.001)  # more may come, for the same commit
                 # Those without `decide`, as most are, stay together; each that has one is alone.
                 for _, group in itertools.groupby([*self.waiting], key=attrgetter("decide")):
                     await self._store(batch := [*group])
@@ -2039,7 +2035,7 @@ class Answer(web.StreamResponse):
         """Send `pieces` in chunks, compressed if the client likes, and yield to others in between."""
         chunked, headers, compressor = request.version >= aiohttp.HttpVersion11, self.more_headers, None
         if accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
-            compressor = zlib.compressobj(wbits=GZIP_WBITS)
+            compressor = zlib.compressobj(wbits=31)  # a gzip stream
             headers += (("Content-Encoding", "gzip"),)
         if chunked:
             headers += (("Transfer-Encoding", "chunked"),)
