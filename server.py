@@ -100,7 +100,7 @@ from collections.abc import (
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
 from email.utils import formatdate
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from heapq import merge
 from http import HTTPStatus
 from operator import attrgetter, itemgetter
@@ -2881,19 +2881,15 @@ class Parser(argparse.ArgumentParser):
         output(1 if file is sys.stdout else 2).say(message)
 
 
-def number_from(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
-    """Return the type of an option that is a number from `low` to `high`."""
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low:,} to {high:,}")
-
-    return parse
+def parse_number(kind: type[int] | type[float], low: float, high: float, text: str) -> float:
+    """Return what an option says if that is a number from `low` to `high`."""
+    with contextlib.suppress(ValueError):
+        if low <= kind(text) <= high:
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low:,} to {high:,}")
 
 
-parse_port = number_from(int, 0, 65_535)
+parse_port = partial(parse_number, int, 0, 65_535)
 
 
 PARSER = Parser(
@@ -2906,13 +2902,13 @@ PARSER = Parser(
 option = PARSER.add_argument
 option("--host", help="address to listen on (HOST or 127.0.0.1)")
 option("--port", type=parse_port, help="port; 0 picks a free one (PORT or 8080)")
-option("--interval", default=Config.interval, type=number_from(float, 0.001, DAY), metavar="SECONDS",
-       help="time between two simulated batches (%(default)s)")
+option("--interval", default=Config.interval, type=partial(parse_number, float, 0.001, DAY),
+       metavar="SECONDS", help="time between two simulated batches (%(default)s)")
 option("--no-simulation", dest="simulate", action="store_false", help="simulate nothing from now on")
-option("--history", default=Config.history, type=number_from(float, 0, 3_650), metavar="DAYS",
+option("--history", default=Config.history, type=partial(parse_number, float, 0, 3_650), metavar="DAYS",
        help="simulate the DAYS before now, too")
 option("--random-seed", type=int, metavar="N", help="make the simulation repeatable")
-option("--keep", default=Config.keep, type=number_from(int, 1, 10**9), metavar="N",
+option("--keep", default=Config.keep, type=partial(parse_number, int, 1, 10**9), metavar="N",
        help="without --db: keep N events at most (%(default)s)")
 option("--db", type=Path, metavar="FILE", help="keep everything in an SQLite file")
 option("--import", dest="directory", type=Path, metavar="DIR",
