@@ -2871,10 +2871,9 @@ output = lru_cache(Output)  # one for each file descriptor, 1 or 2
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says in one line what is wrong."""
+    """A parser that says in one line what is wrong, without the usage: that is for `--help`."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and the message, without the usage: that is for `--help`."""
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -3036,8 +3035,7 @@ def set_up_process() -> None:
             ctypes.CDLL(None).mallopt(limit, 512 * 1024)
     gc.set_threshold(10_000, 10, 10)  # seldom, for requests leave few cycles behind
     sys.setswitchinterval(SLICE_SECONDS)  # so long may a thread that works keep others waiting
-    line = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=line, handlers=[output(2)])
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s", handlers=[output(2)])
     output(2).addFilter(tidy_log)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # many shells allow 256 or 1,024 until they are asked
