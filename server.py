@@ -485,7 +485,7 @@ class Usage:
         self.last_number = 0  # the highest that was given
         self.sequence = 0  # the highest that is visible
         self.tombstones_since = 0  # all removals after this number still have theirs
-        self.gc_frozen_at = 0  # the sequence when the events were last set apart for the garbage collector
+        self.gc_frozen_at = 0  # the last number when the events were last set apart for the garbage collector
         self.warned = False
 
     @property
@@ -493,19 +493,10 @@ class Usage:
         """What names the moment that is visible."""
         return f"{self.sequence_name}-{self.sequence}"
 
-    def next_number(self) -> int:
-        """Give the next change its number, which no other has ever had."""
-        self.last_number += 1
-        return self.last_number
-
-    def advance(self, number: int) -> None:
-        """Have the changes up to this number visible."""
-        self.sequence = max(self.sequence, number)
-
-    def give_ids(self, events: Sequence[Event]) -> None:
-        """Give each new event its id."""
-        number_events(events, self.last_number + 1)
-        self.last_number += len(events)
+    def next_number(self, count: int = 1) -> int:
+        """Give the next `count` changes their numbers, which no others have ever had; return the first."""
+        self.last_number += count
+        return self.last_number - count + 1
 
     def is_too_old(self, events: Sequence[Event]) -> bool:
         """Tell whether `keep` would drop one of these new events at once."""
@@ -519,17 +510,16 @@ class Usage:
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
         self._put(events, 1)
-        self.advance(max(map(attrgetter("version"), events), default=0))
-        if self.sequence >= self.gc_frozen_at + 20_000:  # none is garbage: to search so many takes ms
-            self.gc_frozen_at = self.sequence
+        if self.last_number >= self.gc_frozen_at + 20_000:  # none is garbage: to search so many takes ms
+            self.gc_frozen_at = self.last_number
             gc.freeze()
         if self.count <= self.keep:
             return
         if not self.warned:
             self.warned = True
             log.warning("there are more than %d events: from now on the oldest go (--keep, --db)", self.keep)
-        oldest = itertools.chain(*first_of(self.by_start.chunks, self.count - self.keep))
-        self.remove([(event, self.next_number()) for event in oldest])
+        oldest = [*itertools.chain(*first_of(self.by_start.chunks, self.count - self.keep))]
+        self.remove(oldest, self.next_number(len(oldest)))
 
     def find(self, stream_id: int) -> Event:
         """Return the event with this id; raises MissingError."""
@@ -553,11 +543,10 @@ class Usage:
         self._put([old], -1)
         self.add([new])
 
-    def remove(self, events: Sequence[tuple[Event, int]]) -> None:
-        """Forget events that are there, each under the number of this change."""
-        self._put([event for event, _ in events], -1)
-        self.tombstones.add(Tombstone(event.id, number) for event, number in events)
-        self.advance(events[-1][1])
+    def remove(self, events: Sequence[Event], number: int) -> None:
+        """Forget events that are there, under this number and those that follow it."""
+        self._put(events, -1)
+        self.tombstones.add(Tombstone(event.id, version) for version, event in enumerate(events, number))
         over = sum(map(len, self.tombstones.chunks)) - self.keep  # `keep` is how many of these are kept, too
         if over > 0:  # who follows from before has to begin anew
             oldest = [*itertools.chain(*first_of(self.tombstones.chunks, over))]
@@ -1644,9 +1633,10 @@ class Journal:
 
     @translate_errors()
     def load(self, usage: Usage, books: Books) -> None:
-        """Put what is stored into `usage` and `books`, and keep `usage`: `_store` advances it."""
+        """Put what is stored into `usage` and `books`, and keep `usage`: `_store` moves its sequence on."""
         self.usage = usage
         execute = self.connection.execute
+        usage.last_number = usage.sequence = self._last_number()
         # What somebody has put there by hand: such a row would be answered with 500 long after.
         damaged = """
             SELECT id FROM streams WHERE '' IN (user_id, track_id, label)
@@ -1660,7 +1650,6 @@ class Journal:
         usage.add([Event(*row[:-1]) if row[-1] == row[-2] else ChangedEvent(*row) for row in rows])
         usage.tombstones.add(Tombstone(*row) for row in execute("SELECT * FROM tombstones"))
         (usage.sequence_name,) = execute("SELECT name FROM sequence").fetchone()
-        usage.last_number = usage.sequence = self._last_number()
         usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
         if execute("SELECT 1 FROM imports").fetchone():
             books.subscriptions.clear()  # of the three that are built in
@@ -1730,7 +1719,7 @@ class Journal:
         began = time.monotonic()
         for change in group:
             change.apply()
-            self.usage.advance(change.number)
+            self.usage.sequence = change.number
             change.done.set_result(None)
             if time.monotonic() > began + SLICE_SECONDS:
                 await asyncio.sleep(SLICE_SECONDS)  # several rounds of the event loop: a request needs them
@@ -2505,7 +2494,7 @@ async def delete_stream(request: web.Request) -> Answer:
         check_version(request, stream)
         number = state.usage.next_number()
         statements: Statements = [(DELETE_STREAM, [(stream.id,)]), (INSERT_TOMBSTONE, [(stream.id, number)])]
-        await state.store(number, statements, lambda: state.usage.remove([(stream, number)]))
+        await state.store(number, statements, lambda: state.usage.remove([stream], number))
     return answer_stream("Stream Removed", stream)
 
 
@@ -2779,12 +2768,12 @@ class State:
             await self.journal.append(Change(number, statements, apply))
         else:
             apply()
-            self.usage.advance(number)
+            self.usage.sequence = self.usage.last_number  # what `keep` then drops has numbers, too
 
     async def add(self, events: Sequence[Event], key: tuple[str, bytes] | None = None) -> None:
         """Create and keep `events`, and the idempotency key, with the body's hash, that they came with."""
-        self.usage.give_ids(events)
-        first_id, last_id = events[0].id, events[-1].id
+        first_id = self.usage.next_number(len(events))
+        number_events(events, first_id)
 
         def apply() -> None:
             self.usage.add(events)
@@ -2792,7 +2781,7 @@ class State:
                 self.usage.keys[key[0]] = key[1], first_id
 
         keys = [("INSERT INTO keys VALUES {rows}", [(*key, first_id)])] if key else []
-        await self.store(last_id, [(INSERT_STREAMS, map(CELLS, events)), *keys], apply)
+        await self.store(events[-1].id, [(INSERT_STREAMS, map(CELLS, events)), *keys], apply)
 
 
 @contextlib.asynccontextmanager
@@ -2820,8 +2809,9 @@ def create_app(
         journal.load(usage, books)
     elif imported:
         books.subscriptions = {**imported.subscriptions}
-        usage.give_ids(imported.events)
+        number_events(imported.events, usage.next_number(len(imported.events)))
         usage.add(imported.events)
+        usage.sequence = usage.last_number
     rng = random.Random(config.random_seed)  # noqa: S311 - no secret comes of it
     app[STATE] = State(config, usage, books, rng, journal, page, clock, SingleFlight(usage))
     app.add_routes(ROUTES)

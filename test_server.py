@@ -99,8 +99,9 @@ def usage_of(keep: float) -> Usage:
 
 def add(usage: Usage, events: list[Event]) -> None:
     """Create events and have them kept."""
-    usage.give_ids(events)
+    server.number_events(events, usage.next_number(len(events)))
     usage.add(events)
+    usage.sequence = usage.last_number
 
 
 def flat(chunks: Iterable[list[Event]]) -> list[Event]:
@@ -1071,7 +1072,7 @@ def test_totals_stay_right_after_any_mix_of_changes(monkeypatch: pytest.MonkeyPa
                     usage.replace(old, made)
                     model[old.id] = made
                 else:
-                    usage.remove([(old, usage.next_number())])
+                    usage.remove([old], usage.next_number())
                     del model[old.id]
             else:
                 add(usage, [made])
