@@ -411,24 +411,26 @@ class Order:
         self.key = attrgetter(field, "id")
         self.chunks: deque[Chunk] = deque()
 
-    def add(self, events: Iterable[Any]) -> None:
-        """Put each event in its place."""
-        for at, group in self._by_chunk(events):
-            merged = [*self.chunks[at]] if self.chunks else []
-            if not merged or self.key(group[0]) > self.key(merged[-1]):  # new ids and versions come last
-                merged += group
-            elif len(group) > len(merged) // 16:  # sorting anew is quicker than finding so many places
-                merged = sorted(merged + group, key=self.key)
+    def put(self, events: Iterable[Any], sign: int = 1) -> None:
+        """Put each event in its place or, with a `sign` of -1, take out events that are there."""
+        pending = sorted(events, key=self.key)
+        while pending:  # the last chunk comes first: so the places of those before it stay what they are
+            found = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
+            at = max(0, found - 1)  # the first takes what is lower than all, even when there is none yet
+            first = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
+            group, chunk = pending[first:], [*self.chunks[at]] if self.chunks else []
+            if sign < 0:
+                leaving = set(group)
+                chunk = [event for event in chunk if event not in leaving]
+            elif not chunk or self.key(group[0]) > self.key(chunk[-1]):  # new ids and versions come last
+                chunk += group
+            elif len(group) > len(chunk) // 16:  # sorting anew is quicker than finding so many places
+                chunk = sorted(chunk + group, key=self.key)
             else:
                 for event in group:
-                    insort(merged, event, key=self.key)
-            self._replace(at, merged)
-
-    def remove(self, events: Iterable[Any]) -> None:
-        """Take out events that are there."""
-        for at, group in self._by_chunk(events):
-            leaving = set(group)
-            self._replace(at, [event for event in self.chunks[at] if event not in leaving])
+                    insort(chunk, event, key=self.key)
+            self._replace(at, chunk)
+            del pending[first:]
 
     def between(self, low: float = -math.inf, high: float = math.inf) -> deque[Chunk]:
         """Return the events with `low <= field < high`, in order, as chunks, none of them empty."""
@@ -442,20 +444,6 @@ class Order:
             if not found[-1]:  # `low` and `high` lie between two of its events
                 found.pop()
         return found
-
-    def _by_chunk(self, events: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
-        """Yield the place of each chunk that events belong to, and these events in order.
-
-        The last chunk comes first, and after each step the caller replaces it, perhaps by several: the places
-        of those before it stay what they are.
-        """
-        pending = sorted(events, key=self.key)
-        while pending:
-            found = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
-            at = max(0, found - 1)  # the first takes what is lower than all, even when there is none yet
-            first = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
-            yield at, pending[first:]
-            del pending[first:]
 
     def _replace(self, at: int, events: list[Any]) -> None:
         """Put `events`, if any, in the place of the chunk there, cut into chunks of about equal length."""
@@ -546,19 +534,18 @@ class Usage:
     def remove(self, events: Sequence[Event], number: int) -> None:
         """Forget events that are there, under this number and those that follow it."""
         self._put(events, -1)
-        self.tombstones.add(Tombstone(event.id, version) for version, event in enumerate(events, number))
+        self.tombstones.put(Tombstone(event.id, version) for version, event in enumerate(events, number))
         over = sum(map(len, self.tombstones.chunks)) - self.keep  # `keep` is how many of these are kept, too
         if over > 0:  # who follows from before has to begin anew
             oldest = [*itertools.chain(*first_of(self.tombstones.chunks, over))]
-            self.tombstones.remove(oldest)
+            self.tombstones.put(oldest, -1)
             self.tombstones_since = oldest[-1].version
 
     def _put(self, events: Sequence[Event], sign: int) -> None:
         """Put events into all orders (1) or take them out (-1)."""
-        put = Order.add if sign > 0 else Order.remove
-        put(self.by_start, events)
-        put(self.by_id, events)
-        put(self.changed, (event for event in events if type(event) is ChangedEvent))
+        self.by_start.put(events, sign)
+        self.by_id.put(events, sign)
+        self.changed.put((event for event in events if type(event) is ChangedEvent), sign)
         self.count += sign * len(events)
         self.record(events, sign)
 
@@ -1648,7 +1635,7 @@ class Journal:
         rows = telling("loading, streams", execute("SELECT * FROM streams"))
         # The last two cells are the id and the version.
         usage.add([Event(*row[:-1]) if row[-1] == row[-2] else ChangedEvent(*row) for row in rows])
-        usage.tombstones.add(Tombstone(*row) for row in execute("SELECT * FROM tombstones"))
+        usage.tombstones.put(Tombstone(*row) for row in execute("SELECT * FROM tombstones"))
         (usage.sequence_name,) = execute("SELECT name FROM sequence").fetchone()
         usage.keys = {key: (digest, first_id) for key, digest, first_id in execute("SELECT * FROM keys")}
         if execute("SELECT 1 FROM imports").fetchone():
