@@ -489,11 +489,9 @@ class Usage:
     def is_too_old(self, events: Sequence[Event]) -> bool:
         """Tell whether `keep` would drop one of these new events at once."""
         over = self.count + len(events) - self.keep  # so many will be dropped
-        if over <= 0:
-            return False
         first = min(event.stream_started_on for event in events)
-        go_first = sum(map(len, self.by_start.between(high=first + 1)))  # of equal starts, too: lower ids
-        return go_first < over
+        # Those that go before it are of its own start, too: their ids are lower.
+        return over > 0 and sum(map(len, self.by_start.between(high=first + 1))) < over
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
