@@ -2700,9 +2700,6 @@ ROUTES = (
 # ── The application ─────────────────────────────────────────────────────────────────────────────
 # What the handlers share, made from a Config alone, and the tasks that live as long as it does.
 
-PAGE = Path(__file__).with_name("index.html")
-
-
 @dataclass(frozen=True)
 class Config:
     """What the command line decides; `interval` is in seconds, `history` in days."""
@@ -2715,7 +2712,7 @@ class Config:
     db: Path | None = None
     allow_host: tuple[str, ...] = ()
     token: str = field(default="", repr=False)  # empty: none is needed
-    page: Path = PAGE
+    page: Path = Path(__file__).parent / "index.html"
 
 
 @dataclass
