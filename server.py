@@ -844,11 +844,7 @@ class Account:
     revenue: int
     labels: Mapping[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
-    late: Adjustments = field(init=False, default_factory=dict)  # the last result of `changed_since_close`
-    late_as_of: ByUser = field(init=False)  # the totals that it came from: by those of the close it is empty
-
-    def __post_init__(self) -> None:
-        self.late_as_of = self.totals
+    late: tuple[ByUser, Adjustments] = ({}, {})  # what `changed` was last asked, and its answer
 
     @property
     def status(self) -> str:
@@ -861,6 +857,23 @@ class Account:
         for (_, label), cents in self.adjustments.items():
             lines[label] = add_lines([lines.get(label, Line()), Line(0, 0, 0, 0, *cents)])
         return lines
+
+    def changed(self, month: str, users: ByUser) -> Steps[Adjustments]:
+        """Return how much more each label would get by the totals of now than by these."""
+        if users is self.totals:  # in a snapshot the same object has not changed: see Books
+            return {}
+        as_of, late = self.late
+        if users is not as_of:
+            now = yield from share_month((yield from tally(users, self.subscriptions)))
+            late = {}
+            for label in {**now, **self.labels}:
+                yield
+                gets, got = now.get(label, Line()), self.labels.get(label, Line())
+                more = gets.amount - got.amount, gets.amount_user_centric - got.amount_user_centric
+                if any(more):
+                    late[month, label] = more
+            self.late = users, late
+        return late
 
 
 @dataclass
@@ -953,29 +966,11 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
     }
 
 
-def changed_since_close(books: Books, month: str) -> Steps[Adjustments]:
-    """Return how much more each label of a month would get now than when it was closed, if it was."""
-    account, users = books.closed.get(month), books.months.get(month, NOBODY)
-    if not account:
-        return {}
-    if account.late_as_of is not users:  # in a snapshot the same object has not changed: see Books
-        now = yield from share_month((yield from tally(users, account.subscriptions)))
-        late: Adjustments = {}
-        for label in {**now, **account.labels}:
-            yield
-            gets, got = now.get(label, Line()), account.labels.get(label, Line())
-            more = gets.amount - got.amount, gets.amount_user_centric - got.amount_user_centric
-            if any(more):
-                late[month, label] = more
-        account.late, account.late_as_of = late, users
-    return account.late
-
-
 def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid for each month: what has changed since the close less what was paid."""
     due: Adjustments = {}
-    for month in books.closed:
-        due |= yield from changed_since_close(books, month)
+    for month, account in books.closed.items():
+        due |= yield from account.changed(month, books.months.get(month, NOBODY))
     # What closed months have paid is taken off. If the month that it was for is open again, its next close
     # will pay it anew in full, so it is due back. For instance, March is closed, and then February, which had
     # no stream until then, pays x for March. March is opened again: -x is due.
@@ -1017,6 +1012,7 @@ def month_rows(books: Books, only: str | None = None) -> Steps[list[dict[str, An
     accounts = yield from accounts_of(books, only)
     for month, account in reversed(accounts.items()):
         line = add_lines(account.lines().values())
+        late = yield from account.changed(month, books.months.get(month, NOBODY))
         rows.append({
             "month": month,
             "status": account.status,
@@ -1028,7 +1024,7 @@ def month_rows(books: Books, only: str | None = None) -> Steps[list[dict[str, An
             "revenue": euros(account.revenue),
             "distributed": euros(line.amount),
             "adjusted": euros(line.adjustment),
-            "late": len((yield from changed_since_close(books, month))),  # labels, whether paid since or not
+            "late": len(late),  # labels, whether paid since or not
         })
     return rows
 
@@ -1652,7 +1648,7 @@ class Journal:
         for user, label, streams, seconds in rows("closed_totals"):
             totals.setdefault(user, {})[label] = streams, seconds
         if totals == current:
-            totals = current  # the object itself, by which `changed_since_close` knows
+            totals = current  # the object itself, by which `Account.changed` knows
         else:  # equal ones take no memory twice
             totals |= {user: current[user] for user, own in totals.items() if current.get(user) == own}
         one_of_each = lru_cache(Subscription)
