@@ -880,9 +880,8 @@ class Account:
 class Books:
     """What reports and users are made from. Who reads in steps needs a snapshot: others write in between.
 
-    Months are copied on write: `record` first copies a month's totals if a snapshot or the account of a
-    closed month shares them, and replaces those of each user. So if two snapshots have the same object for a
-    month, nothing has changed in it.
+    Months are copied on write: `record` first copies a month's totals if a snapshot shares them, and replaces
+    those of each user. So if two snapshots have the same object for a month, nothing has changed in it.
     """
 
     subscriptions: dict[str, Subscription]
@@ -901,21 +900,14 @@ class Books:
                 self.months[month] = {**self.months[month]}
                 self.copy_on_record.remove(month)
             record_users(self.months[month], of_month, "label", sign)
+            if not self.months[month]:
+                del self.months[month]
         record_users(self.tracks, events, "track_id", sign)
 
     def snapshot(self) -> Books:
         """Return the books as they are now; the next change of a month copies its totals first."""
         self.copy_on_record |= self.months.keys()
         return Books(self.subscriptions.copy(), self.months.copy(), self.tracks.copy(), self.closed.copy())
-
-    def close(self, month: str, account: Account) -> None:
-        """Close the month with this account."""
-        self.closed[month] = account
-        self.copy_on_record.add(month)
-
-    def open_months(self) -> list[str]:
-        """Return the open months with a stream."""
-        return [month for month, users in self.months.items() if users and month not in self.closed]
 
     def paying_month(self) -> str:
         """Return the first open month, or the one after the last closed one: with it adjustments are paid.
@@ -924,7 +916,7 @@ class Books:
         """
         last = max(self.closed, default="")
         after_last = month_of(month_start(last) // DAY + 31) if last else ""
-        return min(self.open_months(), default=after_last)
+        return min(self.months.keys() - self.closed.keys(), default=after_last)
 
     def obstacle(self, month: str, new_status: str, now: float) -> str:
         """Return why a closed month cannot be opened again, or an open one closed, or "" if it can."""
@@ -932,7 +924,7 @@ class Books:
             return f"{max(self.closed)} is closed: open it first" if max(self.closed) > month else ""
         if month >= month_of(int(now) // DAY):
             return f"{month} is not over"
-        first = min(self.open_months(), default=month)
+        first = min(self.months.keys() - self.closed.keys(), default=month)
         return f"{first} has streams and is open: close it first" if first < month else ""
 
 
@@ -1047,7 +1039,7 @@ def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
     """Return the report over a month, or over all that have a stream now or a line in their account."""
     accounts = yield from accounts_of(books, month)
     if not month:
-        accounts = {name: each for name, each in accounts.items() if books.months.get(name) or each.lines()}
+        accounts = {name: each for name, each in accounts.items() if name in books.months or each.lines()}
     by_label: defaultdict[str, list[Line]] = defaultdict(list)
     for account in accounts.values():
         for label, line in account.lines().items():
@@ -1634,8 +1626,9 @@ class Journal:
             books.subscriptions.clear()  # of the three that are built in
         for user, *cells, _ in execute("SELECT * FROM subscriptions"):
             books.subscriptions[user] = Subscription(*cells)
+        current = books.snapshot().months
         for month, *cells in execute("SELECT * FROM closed_months").fetchall():
-            books.close(month, self._load_account(month, books.months.get(month, NOBODY), *cells))
+            books.closed[month] = self._load_account(month, current.get(month, NOBODY), *cells)
 
     def _load_account(self, month: str, current: ByUser, closed_on: int, fees: int, revenue: int) -> Account:
         """Return a closed month's account, with the totals of `Books` themselves where these are equal."""
@@ -2627,7 +2620,7 @@ async def put_month(request: web.Request) -> Answer:
             return [(statement, [(month,)]) for statement in REOPEN_MONTH], lambda: books.closed.pop(month)
         work = account_of(books.snapshot(), month, int(now))
         account = await finish(state, work, first=True)  # all other writes wait for it
-        return store_account(month, account), lambda: books.close(month, account)
+        return store_account(month, account), lambda: books.closed.update({month: account})
 
     async with state.lock("months"):
         if (month in state.books.closed) != (status == "closed"):

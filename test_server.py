@@ -392,7 +392,7 @@ def books_of(usage: Usage, subscriptions: dict[str, Subscription]) -> server.Boo
 def close(books: server.Books, month: str) -> None:
     """Close a month that can be closed."""
     assert books.obstacle(month, "closed", NOW) == ""
-    books.close(month, result(server.account_of(books.snapshot(), month, NOW)))
+    books.closed[month] = result(server.account_of(books.snapshot(), month, NOW))
 
 
 def row_of(books: server.Books, month: str) -> dict[str, Any]:
@@ -615,7 +615,7 @@ def example() -> server.Books:
 def test_the_statement_has_the_shape_and_the_numbers_of_the_contract() -> None:
     books = example()
     paid = server.Account(0, {}, {}, 0, 0, {"a": server.Line(0, 0, 12, -3)}, {})  # in 2018-12, too much and too little
-    books.close("2018-12", paid)
+    books.closed["2018-12"] = paid
     found = statement_of(books, "2019-01", "a")
     wanted = {
         "month": "2019-01", "status": "open", "currency": "EUR",
@@ -679,7 +679,7 @@ def test_the_month_of_the_readme_is_as_it_says() -> None:
         return {line["label"]: tuple(line[name] for name in server.LABEL_COLUMNS[4:]) for line in report_of(books, month)[0]["labels"]}
 
     assert books.obstacle("2019-01", "closed", 1_548_979_199) == "2019-01 is not over"
-    books.close("2019-01", result(server.account_of(books.snapshot(), "2019-01", 1_549_008_000)))
+    books.closed["2019-01"] = result(server.account_of(books.snapshot(), "2019-01", 1_549_008_000))
     assert json.dumps(row_of(books, "2019-01"), separators=(",", ":")) == (
         '{"month":"2019-01","status":"closed","closed_on":1549008000,"subscribers":3,"streams":2,"seconds_streamed":1000,'
         '"fees":"30.97","revenue":"26.28","distributed":"26.28","adjusted":"0.00","late":0}'
@@ -751,7 +751,7 @@ def test_a_month_with_nothing_in_it_distributes_nothing_but_can_be_closed() -> N
             for label in ("a",) if totals else ():
                 found = statement_of(books, "2019-01", label)
                 assert [found[column]["exact"] for column in ("pro_rata", "user_centric")] == ["0.000000"] * 2
-            books.close("2019-01", result(server.account_of(books.snapshot(), "2019-01", NOW)))
+            books.closed["2019-01"] = result(server.account_of(books.snapshot(), "2019-01", NOW))
 
 
 def steps_of(steps: server.Steps[Any]) -> Iterator[Any]:
