@@ -749,14 +749,14 @@ DOUBT_BITS = 160  # so many of the last bits of a remainder may come of rounding
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a month's streams and fees come to.
+    """What a month's streams and fees come to, and what each label is owed of it.
 
     Fees and revenue are in cents, net fees and claims in hundredths of one.
     A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
     user, and a part of the fees of the silent by the seconds of all.
     """
 
-    labels: Totals
+    labels: dict[str, Line]
     claims: Counter[str]
     seconds: int
     fees: int
@@ -779,32 +779,6 @@ def price_of_second(net: int, seconds: int) -> int:
     return -((-net << CLAIM_BITS) // (seconds or 1))
 
 
-def tally(totals: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Ledger]:
-    """Return a month's ledger: the one place where its seconds and fees are added up."""
-    fees = net = 0
-    for subscription in subscriptions.values():
-        yield
-        fees, net = fees + subscription.fee, net + subscription.net
-    silent_net, silent_users = net, len(subscriptions)  # until they are found to have streamed
-    labels: Totals = {}
-    claims = Counter[str]()
-    for user, own in totals.items():
-        yield
-        price, seconds = 0, seconds_of(own)
-        if seconds and user in subscriptions:
-            price = price_of_second(subscriptions[user].net, seconds)
-            silent_net, silent_users = silent_net - subscriptions[user].net, silent_users - 1
-        for label, total in own.items():
-            add_up(labels, label, total)
-            claims[label] += price * total[1]
-    seconds = seconds_of(labels)
-    price = price_of_second(silent_net, seconds)
-    for label, total in labels.items():
-        yield
-        claims[label] += price * total[1]
-    return Ledger(labels, claims, seconds, fees, net, (net + 50) // 100, silent_net, silent_users)
-
-
 def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[str, int]]:
     """Share out `cents` by claims on `whole`, to the last cent: by the largest remainder.
 
@@ -823,14 +797,36 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     return dict((yield from in_steps(rounded)))
 
 
-def share_month(ledger: Ledger) -> Steps[dict[str, Line]]:
-    """Return what each label is owed, pro rata and user-centric."""
-    cents = ledger.revenue if ledger.seconds else 0
-    by_seconds = {label: seconds << CLAIM_BITS for label, (_, seconds) in ledger.labels.items()}
-    pro_rata = yield from share_out(cents, ledger.seconds or 1, by_seconds)
-    centric = yield from share_out(cents, ledger.net or 1, ledger.claims)
-    lines = ((label, Line(*own, pro_rata[label], centric[label])) for label, own in ledger.labels.items())
-    return dict((yield from in_steps(lines)))
+def tally(users: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Ledger]:
+    """Return a month's ledger: the one place where its seconds and fees are added up and shared out."""
+    fees = net = 0
+    for subscription in subscriptions.values():
+        yield
+        fees, net = fees + subscription.fee, net + subscription.net
+    silent_net, silent_users = net, len(subscriptions)  # until they are found to have streamed
+    totals: Totals = {}
+    claims = Counter[str]()
+    for user, own in users.items():
+        yield
+        price, seconds = 0, seconds_of(own)
+        if seconds and user in subscriptions:
+            price = price_of_second(subscriptions[user].net, seconds)
+            silent_net, silent_users = silent_net - subscriptions[user].net, silent_users - 1
+        for label, total in own.items():
+            add_up(totals, label, total)
+            claims[label] += price * total[1]
+    seconds, revenue = seconds_of(totals), (net + 50) // 100
+    price, by_seconds = price_of_second(silent_net, seconds), Counter[str]()
+    for label, total in totals.items():
+        yield
+        claims[label] += price * total[1]
+        by_seconds[label] = total[1] << CLAIM_BITS
+    cents = revenue if seconds else 0
+    pro_rata = yield from share_out(cents, seconds or 1, by_seconds)
+    centric = yield from share_out(cents, net or 1, claims)
+    lines = ((label, Line(*total, pro_rata[label], centric[label])) for label, total in totals.items())
+    labels = dict((yield from in_steps(lines)))
+    return Ledger(labels, claims, seconds, fees, net, revenue, silent_net, silent_users)
 
 
 @dataclass
@@ -864,11 +860,11 @@ class Account:
             return {}
         as_of, late = self.late
         if users is not as_of:
-            now = yield from share_month((yield from tally(users, self.subscriptions)))
+            now = yield from tally(users, self.subscriptions)
             late = {}
-            for label in {**now, **self.labels}:
+            for label in {**now.labels, **self.labels}:
                 yield
-                gets, got = now.get(label, Line()), self.labels.get(label, Line())
+                gets, got = now.labels.get(label, Line()), self.labels.get(label, Line())
                 more = gets.amount - got.amount, gets.amount_user_centric - got.amount_user_centric
                 if any(more):
                     late[month, label] = more
@@ -981,9 +977,9 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
         return books.closed[month]
     users = books.months.get(month, NOBODY)
     ledger = yield from tally(users, books.subscriptions)
-    labels = yield from share_month(ledger)
     adjustments = (yield from unpaid(books)) if month == books.paying_month() else {}
-    return Account(closed_on, users, books.subscriptions, ledger.fees, ledger.revenue, labels, adjustments)
+    fees, revenue, labels = ledger.fees, ledger.revenue, ledger.labels
+    return Account(closed_on, users, books.subscriptions, fees, revenue, labels, adjustments)
 
 
 def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Account]]:
@@ -1098,7 +1094,7 @@ def find_payers(
     in_order = yield from sort_in_steps(payers, lambda payer: (-payer[0], payer[1]["user_id"]))
     rows = yield from in_steps(row for _, row in in_order)
     if ledger.silent_users:
-        seconds = ledger.labels.get(label, (0, 0))[1]
+        seconds = ledger.labels.get(label, Line()).seconds_streamed
         rows.append(describe_payer([None] * 4, ledger.silent_net, seconds, ledger.seconds)[1])
     return rows, others
 
