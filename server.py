@@ -99,6 +99,7 @@ from collections.abc import (
 )
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
+from decimal import Decimal
 from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from heapq import merge
@@ -967,8 +968,7 @@ def unpaid(books: Books) -> Steps[Adjustments]:
             yield
             a, b = due.get(key, (0, 0))
             due[key] = a - amount, b - user_centric
-    in_order = yield from sort_in_steps(due.items(), itemgetter(0))
-    return dict((yield from in_steps(item for item in in_order if any(item[1]))))
+    return dict((yield from in_steps(item for item in due.items() if any(item[1]))))
 
 
 def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[Account]:
@@ -1065,38 +1065,27 @@ def report_by_month(books: Books, month: str | None) -> Steps[Iterator[tuple[Any
     return ((name, CURRENCY, *line.values()) for name, lines in by_month for line in lines)
 
 
-def describe_payer(
-    terms: Sequence[str | None], net: int, seconds: int, of_seconds: int
-) -> tuple[int, dict[str, Any]]:
-    """Return a subscriber's part of a fee, in millionths of a euro, and the row of the statement."""
+def describe_payer(terms: Sequence[str | None], net: int, seconds: int, of_seconds: int) -> dict[str, Any]:
+    """Return the row of a statement for a subscriber, or for all the silent."""
     part = 100 * net * seconds // (of_seconds or 1)
     cells = (*terms, euros(100 * net, 6), seconds, of_seconds, euros(part, 6))
-    return part, dict(zip(PAYER_COLUMNS, cells, strict=True))
+    return dict(zip(PAYER_COLUMNS, cells, strict=True))
 
 
-def find_payers(
-    account: Account, ledger: Ledger, label: str
-) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
-    """Return a statement's rows, and the seconds of each listener who does not subscribe.
-
-    A row is for who subscribes and streamed the label, highest part first; the last is for the silent.
-    """
+def find_payers(account: Account, label: str) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
+    """Return the rows for who subscribes and streamed the label, and the seconds of each other who did."""
     others: list[int] = []
-    payers: list[tuple[int, dict[str, Any]]] = []
+    rows: list[dict[str, Any]] = []
     for user, own in account.totals.items():
         yield
         _, seconds = own.get(label, (0, 0))
         if seconds and (found := account.subscriptions.get(user)):
             terms = user, found.product_type, euros(found.fee), found.origin
-            payers.append(describe_payer(terms, found.net, seconds, seconds_of(own)))
+            rows.append(describe_payer(terms, found.net, seconds, seconds_of(own)))
         elif seconds:
             others.append(seconds)
-    in_order = yield from sort_in_steps(payers, lambda payer: (-payer[0], payer[1]["user_id"]))
-    rows = yield from in_steps(row for _, row in in_order)
-    if ledger.silent_users:
-        seconds = ledger.labels.get(label, Line()).seconds_streamed
-        rows.append(describe_payer([None] * 4, ledger.silent_net, seconds, ledger.seconds)[1])
-    return rows, others
+    in_order = yield from sort_in_steps(rows, lambda row: (-Decimal(row["part"]), row["user_id"]))
+    return (yield from in_steps(in_order)), others
 
 
 def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
@@ -1106,8 +1095,12 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
     if line is None:
         raise MissingError(f"there is nothing for the label {label!r} in {month}")
     ledger = yield from tally(account.totals, account.subscriptions)
-    payers, others = yield from find_payers(account, ledger, label)
+    payers, others = yield from find_payers(account, label)
+    if ledger.silent_users:
+        totals = ledger.silent_net, line.seconds_streamed, ledger.seconds
+        payers.append(describe_payer([None] * 4, *totals))
     revenue, claim = account.revenue, ledger.claims[label]
+    adjusted = {name: cents for (name, of_label), cents in account.adjustments.items() if of_label == label}
 
     def rounded(exact: int, paid: int) -> dict[str, Any]:  # from millionths of a euro, to cents
         down = exact // 10_000
@@ -1134,8 +1127,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
         "listeners_without_subscription": {"users": len(others), "seconds_streamed": sum(others)},
         "adjustments": [
             {"month": name} | dict(zip(AMOUNTS, map(euros, cents), strict=True))
-            for (name, of_label), cents in account.adjustments.items()
-            if of_label == label
+            for name, cents in sorted(adjusted.items())
         ],
     }
 
