@@ -2531,16 +2531,16 @@ async def put_user(request: web.Request) -> Answer:
 
 
 async def answer_money(
-    request: web.Request, title: str, asked: Mapping[str, Any], make: Callable[[str, Books], Pieces]
+    request: web.Request, title: str, asked: Mapping[str, Any], **formats: Callable[[Books], Pieces]
 ) -> Answer:
-    """Answer with what `make` yields in the format that is asked for.
+    """Answer with what the format that is asked for makes of the books.
 
     `title` is the answer's key in the cache, so it names all that is asked for; a CSV file is called so, too.
     """
     state, kind = request.app[STATE], asked.get("format", "json")
     named: Headers = ()
-    if kind == "ndjson":
-        raise InvalidError("format must be json or csv")
+    if not (make := formats.get(kind)):
+        raise InvalidError(f"format must be {' or '.join(formats)}")
     if kind == "csv":
         letters = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
         file = re.sub(r"[^a-z0-9]+", "-", letters).strip("-")
@@ -2548,7 +2548,7 @@ async def answer_money(
         names = f"filename=\"{file}.csv\"; filename*=UTF-8''{whole}.csv"
         named = (("Content-Disposition", f"attachment; {names}"),)
     return await answer_cached(
-        state, request, kind, (title, kind), lambda: make(kind, state.books.snapshot()), *named, most=math.inf
+        state, request, kind, (title, kind), lambda: make(state.books.snapshot()), *named, most=math.inf
     )
 
 
@@ -2556,13 +2556,13 @@ async def get_report(request: web.Request) -> Answer:
     """Tell how much each label is owed, for a month or for all."""
     asked = parse_query(request.rel_url.raw_query_string, "month", "format")
     month = asked.get("month")
-
-    def make(kind: str, books: Books) -> Pieces:
-        if kind == "csv":
-            return write_rows(kind, REPORT_COLUMNS, report_by_month(books, month))
-        return write_success("Found Label Stream Report", report(books, month))
-
-    return await answer_money(request, f"report {month or ''}", asked, make)
+    return await answer_money(
+        request,
+        f"report {month or ''}",
+        asked,
+        json=lambda books: write_success("Found Label Stream Report", report(books, month)),
+        csv=lambda books: write_rows("csv", REPORT_COLUMNS, report_by_month(books, month)),
+    )
 
 
 async def get_statement(request: web.Request) -> Answer:
@@ -2571,24 +2571,20 @@ async def get_statement(request: web.Request) -> Answer:
     asked = parse_query(request.rel_url.raw_query_string, "month", "format")
     if not (month := asked.get("month")):
         raise InvalidError("month is missing")
-
-    def make(kind: str, books: Books) -> Pieces:
-        if kind == "csv":
-            return write_rows(kind, PAYER_COLUMNS, payer_rows(books, month, label))
-        return write_success("Found Label Statement", statement(books, month, label))
-
-    return await answer_money(request, f"statement {month} {label}", asked, make)
+    return await answer_money(
+        request,
+        f"statement {month} {label}",
+        asked,
+        json=lambda books: write_success("Found Label Statement", statement(books, month, label)),
+        csv=lambda books: write_rows("csv", PAYER_COLUMNS, payer_rows(books, month, label)),
+    )
 
 
 async def get_months(request: web.Request) -> Answer:
     """List the months, the latest first."""
-    state = request.app[STATE]
-    parse_query(request.rel_url.raw_query_string)  # it has no parameters
-
-    def make() -> Pieces:
-        return write_success("Found Months", month_rows(state.books.snapshot()))
-
-    return await answer_cached(state, request, "json", "months", make, most=math.inf)
+    asked = parse_query(request.rel_url.raw_query_string)  # it has no parameters
+    make = {"json": lambda books: write_success("Found Months", month_rows(books))}
+    return await answer_money(request, "months", asked, **make)
 
 
 async def put_month(request: web.Request) -> Answer:
