@@ -671,7 +671,7 @@ def aggregate(
 # it follows the streams while the month is open, and is frozen when it is closed.
 
 FACTORS = {"app_store": 70, "web": 90}  # per cent: what the store or the payment provider leaves
-FEE = re.compile(r"([0-9]{1,5})(?:\.([0-9]{1,2}))?")
+FEE = re.compile(r"[0-9]{1,5}(\.[0-9]{1,2})?")
 HIGHEST_FEE = 1_000_000  # cents
 CURRENCY = "EUR"
 AMOUNTS = ("amount", "amount_user_centric")
@@ -710,8 +710,8 @@ SUBSCRIPTIONS = {
 def parse_subscription(value: object) -> Subscription:
     """Return the subscription that `value`, parsed JSON, is; raises InvalidError, which names the field."""
     fields = check_keys("the subscription", value, {"product_type", "fee", "origin"})
-    fee = FEE.fullmatch(check_text("fee", fields["fee"]))
-    if not fee or (cents := int(fee[1]) * 100 + int((fee[2] or "").ljust(2, "0"))) > HIGHEST_FEE:
+    fee = check_text("fee", fields["fee"])
+    if not FEE.fullmatch(fee) or (cents := int(100 * Decimal(fee))) > HIGHEST_FEE:
         raise InvalidError("fee must be a decimal text from 0 to 10000 with two decimals at most")
     if fields["origin"] not in tuple(FACTORS):  # it may be a list, which no dict looks up
         raise InvalidError(f"origin must be one of {', '.join(FACTORS)}")
@@ -724,8 +724,7 @@ class Money(str):
 
 def euros(units: int, places: int = 2) -> Money:
     """Write cents as a decimal; with more `places`, fractions of them."""
-    whole, rest = divmod(abs(units), 10**places)
-    return Money(f"{'-' * (units < 0)}{whole}.{rest:0{places}}")
+    return Money(f"{Decimal(units).scaleb(-places):f}")
 
 
 class Line(NamedTuple):
