@@ -739,7 +739,6 @@ class Line(NamedTuple):
 
 
 def add_lines(lines: Iterable[Line]) -> Line:
-    """Return the sum of lines."""
     return Line(*map(sum, zip(Line(), *lines, strict=True)))
 
 
@@ -767,7 +766,6 @@ class Ledger:
 
 
 def seconds_of(totals: Totals) -> int:
-    """Add up the seconds of such totals."""
     return sum(seconds for _, seconds in totals.values())
 
 
@@ -844,7 +842,6 @@ class Account:
 
     @property
     def status(self) -> str:
-        """Whether it was closed."""
         return "open" if self.closed_on is None else "closed"
 
     def lines(self) -> dict[str, Line]:
@@ -855,7 +852,7 @@ class Account:
         return lines
 
     def changed(self, month: str, users: ByUser) -> Steps[Adjustments]:
-        """Return how much more each label would get by the totals of now than by these."""
+        """Return how much more each label would get than it got, if `users` are the month's totals of now."""
         if users is self.totals:  # in a snapshot the same object has not changed: see Books
             return {}
         as_of, late = self.late
