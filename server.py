@@ -2579,8 +2579,9 @@ async def get_statement(request: web.Request) -> Answer:
 async def get_months(request: web.Request) -> Answer:
     """List the months, the latest first."""
     asked = parse_query(request.rel_url.raw_query_string)  # it has no parameters
-    make = {"json": lambda books: write_success("Found Months", month_rows(books))}
-    return await answer_money(request, "months", asked, **make)
+    return await answer_money(
+        request, "months", asked, json=lambda books: write_success("Found Months", month_rows(books))
+    )
 
 
 async def put_month(request: web.Request) -> Answer:
