@@ -114,7 +114,6 @@ from weakref import WeakValueDictionary
 try:
     import aiohttp
     from aiohttp import hdrs, http_exceptions, web
-    from aiohttp.abc import AbstractStreamWriter
     from aiohttp.typedefs import Handler
 
     if [int(part) for part in aiohttp.__version__.split(".")[:2]] < [3, 14]:
@@ -1943,22 +1942,14 @@ class Answer(web.StreamResponse):
     """
 
     keep_alive = True  # aiohttp reads it when all is sent
-    body_length = 0  # its access log reads it
+    body_length = 0  # its access log reads it: all that was sent, as with its own answers
 
     def __init__(self, status: int, body: bytes | Pieces = b"", headers: Headers = ()) -> None:
         super().__init__(status=status)
         self.body, self.more_headers = body, headers
 
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        """Send all of it: aiohttp calls this with what a handler has returned."""
-        await self.send(cast("web.Request", request))
-        return request.writer
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Send nothing more."""
-
-    async def send(self, request: web.Request) -> None:
-        """Send all of it, as fast as the client takes it.
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Send all of it, as fast as the client takes it: aiohttp calls this with what a handler returned.
 
         A request whose body has not been read to its end is its connection's last (RFC 9110, 15.5.9).
         """
@@ -1966,15 +1957,17 @@ class Answer(web.StreamResponse):
         self.keep_alive = request.keep_alive and request.content.is_eof()
         if not isinstance(body, bytes):
             with contextlib.closing(body):  # or an error would hold all that it is made from
-                await self._send_pieces(request, body)
+                await self._send_pieces(cast("web.Request", request), body)
             return
-        self.body_length = len(body)
         head = write_head(self.status, len(body), self.keep_alive, int(time.time()), self.more_headers)
         if request.method == hdrs.METH_HEAD:
             body = b""
         await self._write(request, head + body[:PIECE_BYTES])
         for at in range(PIECE_BYTES, len(body), PIECE_BYTES):  # or the connection would hold a copy of all
             await self._write(request, body[at : at + PIECE_BYTES])
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Send nothing more."""
 
     async def _send_pieces(self, request: web.Request, pieces: Pieces) -> None:
         """Send `pieces` in chunks, compressed if the client likes, and yield to others in between."""
@@ -1999,17 +1992,16 @@ class Answer(web.StreamResponse):
         await self._write(request, b"0\r\n\r\n" if chunked else b"")
 
     async def _write_chunk(self, request: web.Request, data: bytes, chunked: bool) -> None:
-        self.body_length += len(data)
         if data:
             await self._write(request, b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
 
-    @staticmethod
-    async def _write(request: web.Request, data: bytes) -> None:
+    async def _write(self, request: web.BaseRequest, data: bytes) -> None:
         """Write, and wait until the client has taken enough; raises ConnectionResetError if it does not."""
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError
         transport.write(data)
+        self.body_length += len(data)
         if request.protocol.writing_paused:
             try:
                 async with asyncio.timeout(WRITE_SECONDS):
