@@ -2013,30 +2013,26 @@ class Answer(web.StreamResponse):
 
 def joined(pieces: Pieces) -> Iterator[bytes]:
     """Yield `pieces`, those that are shorter than PIECE_BYTES together; b"" where others may go on."""
-    ready: list[bytes] = []
-    size = 0
+    ready = b""
     for piece in pieces:
-        if piece:
-            ready.append(piece)
-            size += len(piece)
-        if size < PIECE_BYTES:
+        ready += piece or b""  # to add a piece to nothing copies nothing, and most are long
+        if len(ready) < PIECE_BYTES:
             yield b""
         else:
-            yield b"".join(ready)
-            ready, size = [], 0
-    yield b"".join(ready)
+            yield ready
+            ready = b""
+    yield ready
 
 
 def join_up_to(most: float, pieces: Pieces) -> Steps[bytes | None]:
     """Return `pieces` as one, or None if they are longer than `most` bytes."""
-    made, size = list[bytes](), 0
+    made = bytearray()
     for piece in pieces:
         yield
-        made.append(piece or b"")
-        size += len(made[-1])
-        if size > most:
+        made += piece or b""
+        if len(made) > most:
             return None
-    return b"".join(made)
+    return bytes(made)
 
 
 async def finish(state: State, work: Generator[Any, None, T], first: bool = False) -> T:
@@ -2046,19 +2042,18 @@ async def finish(state: State, work: Generator[Any, None, T], first: bool = Fals
     """
     async with contextlib.AsyncExitStack() as held:
         held.enter_context(contextlib.closing(work))
-        slices = 0
-        while True:
-            until = time.monotonic() + SLICE_SECONDS
-            try:
+        slices, until = 0, time.monotonic() + SLICE_SECONDS
+        try:
+            while True:
                 next(work)
-                while time.monotonic() < until:
-                    next(work)
-            except StopIteration as end:
-                return cast("T", end.value)
-            slices += 1
-            if slices == SHORT_SLICES and not first:
-                await held.enter_async_context(state.long_work)
-            await state.yield_to_others()
+                if time.monotonic() >= until:
+                    slices += 1
+                    if slices == SHORT_SLICES and not first:
+                        await held.enter_async_context(state.long_work)
+                    await state.yield_to_others()
+                    until = time.monotonic() + SLICE_SECONDS
+        except StopIteration as end:
+            return cast("T", end.value)
 
 
 class SingleFlight:
