@@ -377,13 +377,13 @@ class Chunk(list[Any]):
         return "".join([f"\n{{{event.fields}}}" for event in self]).encode()
 
     @property
-    def csv(self) -> str:
+    def csv(self) -> bytes:
         """The lines of a CSV file."""
         return "".join([
             f"{encode_cells(event.user_id, event.track_id, event.label)},"  # few names: so they are cached
             f"{event.stream_started_on},{event.seconds_streamed}{CSV_END}"
             for event in self
-        ])
+        ]).encode()
 
     @property
     def feed_lines(self) -> bytes:
@@ -2136,49 +2136,34 @@ async def answer_cached(
     return Answer(200, body, headers)
 
 
-@dataclass
-class Rows:
-    """Rows that `write_list` takes like a chunk. For JSON a column has only texts or only ints."""
-
-    template: str
-    rows: list[Sequence[Any]]
-
-    @property
-    def json_lines(self) -> bytes:
-        """The JSON of each row after a newline."""
-        columns = zip(*self.rows, strict=True)
-        cells = [map(quote, each) if isinstance(each[0], str) else each for each in columns]
-        return "".join([self.template % row for row in zip(*cells, strict=True)]).encode()
-
-    @property
-    def csv(self) -> str:
-        """The lines of a CSV file."""
-        return "".join([encode_cells(*row) + CSV_END for row in self.rows])
-
-
-def write_list(kind: str, columns: Sequence[str], batches: Iterable[Chunk | Rows]) -> Pieces:
-    """Yield batches of rows as json, ndjson or csv."""
+def write_list(kind: str, columns: Sequence[str], lines: Iterable[bytes]) -> Pieces:
+    """Yield lines as json, ndjson or csv; each of JSON comes after a newline, each of csv ends with one."""
     if kind == "csv":
         yield (encode_cells(*columns) + CSV_END).encode()
-        for batch in batches:
-            yield batch.csv.encode()
+        yield from lines
         return
     opening, end = (b"[", b"]") if kind == "json" else (b"", b"\n")
     yield opening
     is_first = True
-    for batch in batches:  # it may be empty, where a filter leaves nothing
-        lines = batch.json_lines.replace(b"\n", b",") if kind == "json" else batch.json_lines
-        yield lines[1:] if is_first else lines  # nothing separates the first event from one before it
-        is_first = is_first and not lines
+    for some in lines:  # none, where a filter leaves nothing
+        separated = some.replace(b"\n", b",") if kind == "json" else some
+        yield separated[1:] if is_first else separated  # nothing separates the first event from one before it
+        is_first = is_first and not some
     if kind == "json" or not is_first:
         yield end
 
 
 def write_rows(kind: str, columns: Sequence[str], work: Steps[Iterable[Sequence[Any]]]) -> Pieces:
-    """Yield the rows that `work` returns as csv or, if they are of texts and ints, as json or ndjson."""
+    """Yield the rows that `work` returns as csv or, if a column has only texts or only ints, as JSON."""
     template = "\n{" + ",".join(f'"{column}":%s' for column in columns) + "}"
-    rows = yield from work
-    yield from write_list(kind, columns, (Rows(template, some) for some in batched(rows, CHUNK_EVENTS)))
+
+    def lines(rows: list[Sequence[Any]]) -> bytes:
+        if kind == "csv":
+            return "".join([encode_cells(*row) + CSV_END for row in rows]).encode()
+        cells = (map(quote, each) if isinstance(each[0], str) else each for each in zip(*rows, strict=True))
+        return "".join([template % row for row in zip(*cells, strict=True)]).encode()
+
+    yield from write_list(kind, columns, map(lines, batched((yield from work), CHUNK_EVENTS)))
 
 
 def write_success(message: str, work: Steps[Any]) -> Pieces:
@@ -2301,7 +2286,8 @@ async def get_usage(request: web.Request) -> Answer:
         if grouped:
             columns = (*(["window_start"] if window else []), *by, "events", "seconds_streamed")
             return write_rows(kind, columns, aggregate(chunks, by, window, wanted_in(asked), limit))
-        return write_list(kind, FIELDS, first_of(select(chunks, asked), limit or math.inf))
+        found = first_of(select(chunks, asked), limit or math.inf)
+        return write_list(kind, FIELDS, (each.csv if kind == "csv" else each.json_lines for each in found))
 
     meant_anyway = {("order", "asc"), ("format", "json")}  # who says so gets the same answer as who does not
     key = "usage", frozenset(asked.items()) - meant_anyway
