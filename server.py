@@ -1763,24 +1763,10 @@ PATCH_TYPES = (*JSON_TYPES, "application/merge-patch+json")
 GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permutations(NAMES, size))
 
 
-class Cursor(NamedTuple):
-    """How far a client of the feed has read: in this sequence, up to the number `after`.
-
-    Until a first reading in pages is over, `began` is the latest number at its start.
-    """
-
-    sequence: str = ""
-    after: int = 0
-    began: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.sequence}-{self.after}" + (f"-{self.began}" if self.after < self.began else "")
-
-
-def parse_cursor(text: str) -> Cursor:
-    """Return the cursor NAME-AFTER, NAME-AFTER-BEGAN or AFTER; a page of streams takes an id as AFTER."""
-    name, *numbers = text.split("-") if "-" in text else ("", text)
-    return Cursor(name, *map(int, numbers))
+def parse_cursor(text: str) -> tuple[str, int, int]:
+    """Return the parts of a cursor NAME-AFTER-BEGAN, NAME-AFTER or AFTER; see `get_changes`."""
+    name, after, began = [*text.split("-"), "0"][:3] if "-" in text else ("", text, "0")
+    return name, int(after), int(began)
 
 
 # What a parameter may be, what that is called, and what is made of it.
@@ -2317,16 +2303,16 @@ async def get_streams(request: web.Request) -> Answer:
     """List a page of streams in order of id."""
     state = request.app[STATE]
     asked = dict(parse_query(request.rel_url.raw_query_string, *FILTERS, "limit", "after"))
-    limit, cursor = asked.pop("limit", 100), asked.pop("after", Cursor())
+    limit, (name, after, _) = asked.pop("limit", 100), asked.pop("after", ("", 0, 0))
     if limit > PAGE_STREAMS:
         raise InvalidError(f"limit must be an int from 1 to {PAGE_STREAMS}")
-    if cursor.sequence:
+    if name:
         raise InvalidError("after must be an id")
     if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
     by_name, since, until = wanted_in(asked), asked.get("from", 0), asked.get("to", sys.maxsize)
     # The page is of the events by id, the total of those by start, both of now: an await ends this moment.
-    following, total = state.usage.by_id.between(cursor.after + 1), state.usage.count
+    following, total = state.usage.by_id.between(after + 1), state.usage.count
     if asked:
         counted = state.usage.by_start.between(since, until)
         rows = await finish(state, aggregate(counted, by=(), window=None, wanted=by_name, limit=None))
@@ -2430,32 +2416,33 @@ async def delete_stream(request: web.Request) -> Answer:
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a number, each stream once, as it is now.
 
-    A client can go on while all tombstones that it needs are kept.
+    A cursor names the sequence and the number up to which a client has read. Until a first reading in pages
+    is over, it also says at which number that began. A client can go on while all tombstones that it needs
+    are kept: those after its number, but in a first reading none from before that began, for it has never
+    shown those streams.
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
-    cursor, limit = asked.get("after", Cursor()), asked.get("limit", math.inf)
-    if cursor.after == 0:
-        cursor = cursor._replace(began=usage.sequence)  # a first reading begins now
-    # A first reading needs no tombstones from before it began: it has never shown those streams.
-    needed_after = max(cursor.after, cursor.began)
-    is_known = usage.tombstones_since <= needed_after <= usage.sequence
-    if cursor.sequence not in ("", usage.sequence_name) or not is_known:
-        raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
+    (name, after, began), limit = asked.get("after", ("", 0, 0)), asked.get("limit", math.inf)
     number = usage.sequence
-    chunks: Iterable[Chunk] = first_of(usage.changes_after(cursor.after), limit)
+    if after == 0:
+        began = number
+    is_known = usage.tombstones_since <= max(after, began) <= number
+    if name not in ("", usage.sequence_name) or not is_known:
+        raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
+    chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
+    is_more = after < number  # most who poll have read everything
     if "limit" in asked:
         chunks = page = await finish(state, in_steps(chunks))
         if sum(map(len, page)) == limit:
             number = page[-1][-1].version
-    following = Cursor(usage.sequence_name, number, cursor.began)
+    following = f"{usage.sequence_name}-{number}" + (f"-{began}" if number < began else "")
     headers = (
         ("Link", f'</api/v1/changes?after={following}>; rel="next"'),
         ("Cache-Control", "no-store"),
         ("Vary", "Accept-Encoding"),
         ("Content-Type", MEDIA_TYPES["ndjson"]),
     )
-    is_more = cursor.after < number  # most who poll have read everything
     return Answer(200, (chunk.feed_lines for chunk in chunks) if is_more else b"", headers)
 
 
