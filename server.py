@@ -1815,12 +1815,12 @@ def parse_query(query: str, *parameters: str) -> Mapping[str, Any]:
     return asked
 
 
-def is_listed(request: web.Request, name: str, *tags: str) -> bool:
-    """Tell whether If-Match or If-None-Match, in all its lines, is `*` or lists one of these tags."""
+def is_listed(request: web.Request, name: str, tag: str) -> bool:
+    """Tell whether If-Match or If-None-Match, in all its lines, is `*` or lists this tag."""
     if name not in request.headers:
         return False
-    listed = [tag.strip() for line in request.headers.getall(name) for tag in line.split(",")]
-    return listed == ["*"] or any(tag in listed for tag in tags)
+    listed = [each.strip() for line in request.headers.getall(name) for each in line.split(",")]
+    return listed == ["*"] or tag in listed or (name == hdrs.IF_NONE_MATCH and f"W/{tag}" in listed)
 
 
 def wanted_in(asked: Mapping[str, Any]) -> Wanted:
@@ -2042,8 +2042,14 @@ async def finish(state: State, work: Generator[Any, None, T], first: bool = Fals
             return cast("T", end.value)
 
 
+def is_kept(flight: asyncio.Task[Any]) -> bool:
+    """Tell whether an answer was made and is short; None says in its place that it would be long."""
+    made = flight.done() and not flight.cancelled() and not flight.exception()
+    return made and len(flight.result() or b"") <= KEPT_BYTES
+
+
 class SingleFlight:
-    """Answers: each is made once for all who wait for it, and kept until the data change."""
+    """Answers: each is made once for all who wait for it and, if it is short, kept until the data change."""
 
     def __init__(self, usage: Usage) -> None:
         """Forget all answers whenever the usage has changed."""
@@ -2056,7 +2062,7 @@ class SingleFlight:
         """Return what `work` returns, or raise what it raises; it is cancelled when nobody waits any more.
 
         Who asks first has `work` called before anything is awaited, so that it takes the data of this moment.
-        Only the coroutine that it returns runs later. KEPT_ANSWERS are kept: more would fill the memory.
+        Only the coroutine that it returns runs later.
         """
         if self.moment != self.usage.sequence:
             self.moment, self.flights = self.usage.sequence, {}
@@ -2074,9 +2080,8 @@ class SingleFlight:
             self.waiters[flight] -= 1
             if not self.waiters[flight]:
                 del self.waiters[flight]
-                failed = flight.cancel() or flight.cancelled() or flight.exception()
-                # A long answer is dropped, too. The result None stays: it says that there is a long one.
-                if (failed or len(flight.result() or b"") > KEPT_BYTES) and flights.get(key) is flight:
+                flight.cancel()  # of one that is done this does nothing
+                if not is_kept(flight) and flights.get(key) is flight:
                     del flights[key]
 
 
@@ -2092,7 +2097,6 @@ def cache_headers(etag: str, kind: str) -> Headers:
 
 
 async def answer_cached(
-    state: State,
     request: web.Request,
     kind: str,
     key: object,
@@ -2108,9 +2112,10 @@ async def answer_cached(
     pieces: of the data of then, and under their ETag. With an infinite `most` all is made before the head is
     sent: so an error that comes while it is made has a status of its own.
     """
+    state = request.app[STATE]
     etag = own_etag or state.usage.etag
     headers = cache_headers(etag, kind) + more
-    if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"', f'W/"{etag}"'):
+    if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):
         return Answer(304, headers=headers)
     name = (etag, key)
     body = await state.answers.get(name, lambda: finish(state, join_up_to(most, make())))  # `make` runs now
@@ -2244,7 +2249,7 @@ async def get_page(request: web.Request) -> Answer:
         yield page
 
     header = ("Content-Security-Policy", policy)
-    return await answer_cached(state, request, "html", "page", make, header, own_etag=etag)
+    return await answer_cached(request, "html", "page", make, header, own_etag=etag)
 
 
 def select(chunks: deque[Chunk], asked: Mapping[str, Any]) -> Iterator[Chunk]:
@@ -2277,7 +2282,7 @@ async def get_usage(request: web.Request) -> Answer:
 
     meant_anyway = {("order", "asc"), ("format", "json")}  # who says so gets the same answer as who does not
     key = "usage", frozenset(asked.items()) - meant_anyway
-    return await answer_cached(state, request, kind, key, make, most=math.inf if grouped else KEPT_BYTES)
+    return await answer_cached(request, kind, key, make, most=math.inf if grouped else KEPT_BYTES)
 
 
 async def get_health(request: web.Request) -> Answer:
@@ -2379,7 +2384,7 @@ async def get_stream(request: web.Request) -> Answer:
     """Show a stream."""
     stream = find_stream(request)
     tag = f'"{stream.version}"'
-    if is_listed(request, hdrs.IF_NONE_MATCH, tag, f"W/{tag}"):
+    if is_listed(request, hdrs.IF_NONE_MATCH, tag):
         return Answer(304, headers=(("ETag", tag), ("Cache-Control", "no-store")))
     return answer_stream("Found Stream", stream)
 
@@ -2449,7 +2454,7 @@ async def get_changes(request: web.Request) -> Answer:
 async def get_users(request: web.Request) -> Answer:
     """List all who streamed or subscribe."""
     state = request.app[STATE]
-    return await answer_cached(state, request, "json", "users", lambda: write_users(state.books.snapshot()))
+    return await answer_cached(request, "json", "users", lambda: write_users(state.books.snapshot()))
 
 
 def write_users(books: Books) -> Pieces:
@@ -2504,7 +2509,7 @@ async def answer_money(
         names = f"filename=\"{file}.csv\"; filename*=UTF-8''{whole}.csv"
         named = (("Content-Disposition", f"attachment; {names}"),)
     return await answer_cached(
-        state, request, kind, (title, kind), lambda: make(state.books.snapshot()), *named, most=math.inf
+        request, kind, (title, kind), lambda: make(state.books.snapshot()), *named, most=math.inf
     )
 
 
