@@ -106,7 +106,7 @@ from heapq import merge
 from http import HTTPStatus
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, unquote
 from urllib.parse import quote as percent_encode
 from weakref import WeakValueDictionary
@@ -282,7 +282,7 @@ class Tombstone:
 
     id: int
     version: int
-    fields = '"deleted":true'  # in the place of an event's
+    fields: ClassVar[str] = '"deleted":true'  # in the feed it stands where an event has its five
 
 
 def number_events(events: Iterable[Event], first_id: int) -> None:
@@ -291,7 +291,7 @@ def number_events(events: Iterable[Event], first_id: int) -> None:
         event.id = number
 
 
-@lru_cache(maxsize=1024, typed=True)  # typed: -1.00 may be a text, or an amount of Money (see Royalties)
+@lru_cache(maxsize=1024, typed=True)  # typed: a Money is equal to the same text, but gets no quote
 def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no text that a spreadsheet runs."""
     text = io.StringIO()
@@ -412,11 +412,13 @@ class Order:
     def put(self, events: Iterable[Any], sign: int = 1) -> None:
         """Put each event in its place or, with a `sign` of -1, take out events that are there."""
         pending = sorted(events, key=self.key)
-        while pending:  # the last chunk comes first: so the places of those before it stay what they are
+        while pending:  # from the last chunk on: where one becomes several, only those after it move
+            # The last event belongs into the last chunk that begins at or before it or, if none does, into
+            # the first. With it come all events from that chunk's beginning on.
             found = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
-            at = max(0, found - 1)  # the first takes what is lower than all, even when there is none yet
-            first = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
-            group, chunk = pending[first:], [*self.chunks[at]] if self.chunks else []
+            at = max(0, found - 1)
+            start = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
+            group, chunk = pending[start:], [*self.chunks[at]] if self.chunks else []
             if sign < 0:
                 leaving = set(group)
                 chunk = [event for event in chunk if event not in leaving]
@@ -428,7 +430,7 @@ class Order:
                 for event in group:
                     insort(chunk, event, key=self.key)
             self._replace(at, chunk)
-            del pending[first:]
+            del pending[start:]
 
     def between(self, low: float = -math.inf, high: float = math.inf) -> deque[Chunk]:
         """Return the events with `low <= field < high`, in order, as chunks, none of them empty."""
@@ -488,13 +490,13 @@ class Usage:
         """Tell whether `keep` would drop one of these new events at once."""
         over = self.count + len(events) - self.keep  # so many will be dropped
         first = min(event.stream_started_on for event in events)
-        # Those that go before it are of its own start, too: their ids are lower.
+        # One with the same start goes before a new one, for its id is lower: so `first + 1`.
         return over > 0 and sum(map(len, self.by_start.between(high=first + 1))) < over
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
         self._put(events, 1)
-        if self.last_number >= self.gc_frozen_at + 20_000:  # none is garbage: to search so many takes ms
+        if self.last_number >= self.gc_frozen_at + 20_000:  # to search so many for garbage would take ms
             self.gc_frozen_at = self.last_number
             gc.freeze()
         if self.count <= self.keep:
@@ -617,14 +619,14 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
     A chunk remembers totals that are few. Where they are many, to filter before counting saves work.
     """
     grouping = window, names
-    found = chunk.known.get(grouping, {})
-    if found is None:  # they are many
-        return totals_of(matching(chunk, wanted), names, window)
-    if not found:
-        found = totals_of(chunk, names, window)
-        chunk.known[grouping] = found if len(found) <= len(chunk) // 4 else None
+    if grouping not in chunk.known:
+        totals = totals_of(chunk, names, window)
+        chunk.known[grouping] = totals if len(totals) <= len(chunk) // 4 else None
         if len(chunk.known) > KNOWN_TOTALS:
             del chunk.known[next(iter(chunk.known))]
+    found = chunk.known[grouping]
+    if found is None:  # they are many
+        return totals_of(matching(chunk, wanted), names, window)
     for name, values in wanted:
         at = names.index(name) - len(names)  # from the end: the window may stand before the names
         found = {key: total for key, total in found.items() if key[at] in values}
@@ -638,8 +640,9 @@ def aggregate(
 
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
-    names = (*by, *(name for name, _ in wanted if name not in by))  # `sums` have no cells of the latter
-    width = bool(window) + len(by)  # of the keys in `sums`
+    # Who filters by a name needs it in the keys; `key[:width]` then leaves out what is not grouped by.
+    names = (*by, *(name for name, _ in wanted if name not in by))
+    width = bool(window) + len(by)
     sums: Totals = {}  # in order of the window, as the events are in order of time
     sorted_parts, count = list[Iterable[tuple[Any, Total]]](), 0  # count: of the totals in them
 
@@ -780,15 +783,15 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     """Share out `cents` by claims on `whole`, to the last cent: by the largest remainder.
 
     Each gets its share rounded down; what is left goes, a cent each, to those who lost most by the
-    rounding, ties in order of the name.
+    rounding, ties in order of the name. Claims have CLAIM_BITS after the point, `whole` has none.
     """
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # Remainders that are equal on paper must tie here. Each second adds two prices to a claim, the user's and
-    # that of the silent, each rounded up by less than 1. So a remainder is too high by less than 2 x seconds
-    # x cents, which is below 2**DOUBT_BITS: these bits are cut off. Real figures never come so near to a
-    # multiple of 2**DOUBT_BITS that equal ones part there, nor so near to each other that unequal ones tie.
+    # The last DOUBT_BITS of a remainder are cut off, so that those that are equal on paper tie here. They may
+    # differ: to a claim each second adds two prices, the user's and that of the silent, each rounded up by
+    # less than 1, so a remainder is too high by less than 2 x seconds x cents. That is below 2**80. So equal
+    # ones part only if a multiple of 2**DOUBT_BITS lies so near to them: by chance, once in 2**80 times.
     in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -852,7 +855,7 @@ class Account:
 
     def changed(self, month: str, users: ByUser) -> Steps[Adjustments]:
         """Return how much more each label would get than it got, if `users` are the month's totals of now."""
-        if users is self.totals:  # in a snapshot the same object has not changed: see Books
+        if users is self.totals:  # the same object has not changed, for `Books` copies what is shared
             return {}
         as_of, late = self.late
         if users is not as_of:
@@ -872,8 +875,9 @@ class Account:
 class Books:
     """What reports and users are made from. Who reads in steps needs a snapshot: others write in between.
 
-    Months are copied on write: `record` first copies a month's totals if a snapshot shares them, and replaces
-    those of each user. So if two snapshots have the same object for a month, nothing has changed in it.
+    Months are copied on write: `record` copies a month that a snapshot shares before it changes it, and never
+    changes a user's totals in place, but puts new ones there. So a snapshot is of one moment, and where two
+    of them have the same object for a month, nothing in that month has changed.
     """
 
     subscriptions: dict[str, Subscription]
@@ -951,13 +955,14 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
 
 
 def unpaid(books: Books) -> Steps[Adjustments]:
-    """Return what is still to be paid for each month: what has changed since the close less what was paid."""
+    """Return what is still to be paid for each month and label.
+
+    For a closed month that is what has changed since its close, less what other months have paid for it. For
+    one that was opened again it is only the latter: that is due back, for its next close pays it in full.
+    """
     due: Adjustments = {}
     for month, account in books.closed.items():
         due |= yield from account.changed(month, books.months.get(month, NOBODY))
-    # What closed months have paid is taken off. If the month that it was for is open again, its next close
-    # will pay it anew in full, so it is due back. For instance, March is closed, and then February, which had
-    # no stream until then, pays x for March. March is opened again: -x is due.
     for account in books.closed.values():
         for key, (amount, user_centric) in account.adjustments.items():
             yield
@@ -1027,9 +1032,10 @@ def describe_lines(lines: Mapping[str, Line]) -> Steps[Iterator[dict[str, Any]]]
 
 
 def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
-    """Return the report over a month, or over all that have a stream now or a line in their account."""
+    """Return the report over a month, or over all."""
     accounts = yield from accounts_of(books, month)
     if not month:
+        # Closed months with nothing in them are left out.
         accounts = {name: each for name, each in accounts.items() if name in books.months or each.lines()}
     by_label: defaultdict[str, list[Line]] = defaultdict(list)
     for account in accounts.values():
@@ -1068,7 +1074,7 @@ def describe_payer(terms: Sequence[str | None], net: int, seconds: int, of_secon
 
 
 def find_payers(account: Account, label: str) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
-    """Return the rows for who subscribes and streamed the label, and the seconds of each other who did."""
+    """Return a row for each subscriber who streamed the label, and the seconds of each other listener."""
     others: list[int] = []
     rows: list[dict[str, Any]] = []
     for user, own in account.totals.items():
@@ -1092,12 +1098,13 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
     ledger = yield from tally(account.totals, account.subscriptions)
     payers, others = yield from find_payers(account, label)
     if ledger.silent_users:
-        totals = ledger.silent_net, line.seconds_streamed, ledger.seconds
-        payers.append(describe_payer([None] * 4, *totals))
-    revenue, claim = account.revenue, ledger.claims[label]
+        silent = [None] * 4, ledger.silent_net, line.seconds_streamed, ledger.seconds
+        payers.append(describe_payer(*silent))
+    revenue, claim, net = account.revenue, ledger.claims[label], ledger.net
     adjusted = {name: cents for (name, of_label), cents in account.adjustments.items() if of_label == label}
 
-    def rounded(exact: int, paid: int) -> dict[str, Any]:  # from millionths of a euro, to cents
+    # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100.
+    def rounded(exact: int, paid: int) -> dict[str, Any]:
         down = exact // 10_000
         return {"exact": euros(exact, 6), "rounded_down": euros(down), "cent_added": paid > down}
 
@@ -1114,10 +1121,10 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
         },
         "user_centric": {
             "subscribers": payers,
-            "sum": euros(100 * claim >> CLAIM_BITS, 6),
-            "of_sum": euros(100 * ledger.net, 6),
+            "sum": euros((100 * claim) >> CLAIM_BITS, 6),
+            "of_sum": euros(100 * net, 6),
             "revenue": euros(revenue),
-            **rounded(10_000 * revenue * claim // (ledger.net or 1) >> CLAIM_BITS, line.amount_user_centric),
+            **rounded((10_000 * revenue * claim // (net or 1)) >> CLAIM_BITS, line.amount_user_centric),
         },
         "listeners_without_subscription": {"users": len(others), "seconds_streamed": sum(others)},
         "adjustments": [
@@ -1207,7 +1214,7 @@ class Import:
     def _add_track(self, item: object) -> None:
         if not isinstance(item, dict) or "track_id" not in item:
             raise InvalidError("track_id is missing")
-        # Any key that starts with label will do: of several the first in the alphabet, as label itself is.
+        # Of several keys that start with label the first in the alphabet: so `label` itself wins.
         key = min((key for key in item if key.startswith("label")), default="label")
         track, label = check_text("track_id", item["track_id"]), check_text("label", item.get(key))
         if self.labels.setdefault(track, label) != label:
@@ -1226,7 +1233,7 @@ class Import:
             names = [cell.strip().casefold().replace(" ", "_") for cell in next(rows, [])]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            while True:  # until None comes: at the end, or after an overlong line, whose error ends `told`
+            while True:  # to the end, or to an overlong line: its error ends the generator `told`
                 with self._noting_fault(f"{path.name}:{rows.line_num + 1}"):
                     if (row := next(rows, None)) is None:
                         break
@@ -1426,15 +1433,15 @@ class Journal:
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         real = os.path.realpath(path)
         self.wal = Path(f"{real}-wal")
-        self.lock = path.open(mode, buffering=0)  # to the end: closing it would drop SQLite's locks
+        self.lock = path.open(mode, buffering=0)  # never closed: that would drop SQLite's locks
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         opened = os.fstat(self.lock.fileno())
         if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:  # the WAL goes by its name
             raise StorageError("it must be a plain file with one name (no hard links)")
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
-        # The header is read by hand, before SQLite opens the file: SQLite would write beside a foreign one
-        # or, with immutable=1, ignore the WAL that a kill has left of ours, and misread the file.
+        # The header is read by hand, before SQLite opens the file. SQLite would make files beside a foreign
+        # one. With immutable=1 it would not, but pass over the WAL that a kill has left of ours.
         header = os.pread(self.lock.fileno(), 72, 0)
         if header and (header[:16] != b"SQLite format 3\0" or header[68:] != APPLICATION_ID):
             raise StorageError("it is no database of this program")
@@ -1452,11 +1459,11 @@ class Journal:
         self.files = {path: opened, **{file: file.stat() for file in (self.wal, Path(f"{real}-shm"))}}
 
     def _checkpoint(self) -> None:
-        """Have SQLite move what it holds for committed from the WAL into the file, and empty the WAL.
+        """Move what is committed from the WAL into the file, and empty the WAL: then it is in doubt no more.
 
-        The WAL is in doubt in two cases. A commit was refused because its sync failed: SQLite does not hold
-        that for committed, but a restart would. Or somebody has emptied or removed the WAL: if commits went
-        with it, this raises sqlite3.Error.
+        It is in doubt after a commit whose sync failed: that is in the WAL, and SQLite passes over it now,
+        but would not after a restart. And it is in doubt when somebody has emptied or removed it: if commits
+        went with it, this raises sqlite3.Error.
         """
         until = time.monotonic() + BUSY_SECONDS  # SQLite waits for readers, but not for another's checkpoint
         while self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
@@ -1473,7 +1480,7 @@ class Journal:
         for path, before in self.files.items():
             now = path.stat() if path.exists() else None
             if not now or not os.path.samestat(now, before):
-                self.wal_in_doubt |= path == self.wal  # SQLite has it open: `commit` saves it
+                self.wal_in_doubt |= path == self.wal  # SQLite has it open: `commit` saves what is in it
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < before.st_size:
                 # Only the WAL may become shorter, and only empty: by a checkpoint.
@@ -1491,17 +1498,16 @@ class Journal:
             self.connection.execute("BEGIN IMMEDIATE")
             if self.wal.stat().st_size >= self.files[self.wal].st_size:
                 return
-            self.connection.rollback()  # a checkpoint has emptied it since `_check_files`
+            self.connection.rollback()  # our checkpoint, or another's, has emptied it since: look again
 
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
         try:
-            with self.connection:  # it rolls back what fails
+            with self.connection:  # it commits, or rolls back what fails
                 self._begin()
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-                self.wal_in_doubt = True  # taken back below, if the sync succeeds
-                self.connection.commit()
+                self.wal_in_doubt = True  # until the sync has succeeded
             self.wal_in_doubt = False
         except Exception as error:
             self.failed = True
@@ -1549,7 +1555,7 @@ class Journal:
     def undo_import(self) -> str:
         """Take the latest import back, and return what that took; raises StorageError."""
         latest = """
-            SELECT imports.id, first_id, size, count(streams.id), max(month),
+            SELECT imports.id, first_id, size, count(streams.id), max(closed_months.month),
                 (SELECT count(*) FROM subscriptions WHERE import = imports.id)
             FROM imports LEFT JOIN streams ON streams.id >= first_id AND streams.id < first_id + size
             LEFT JOIN closed_months ON month = strftime('%Y-%m', stream_started_on, 'unixepoch')
@@ -1575,8 +1581,10 @@ class Journal:
         return f"import {number}: {streams} streams and {subscriptions} subscriptions"
 
     def _last_number(self) -> int:
-        # In any table, so that none is given twice: `sequence` alone does not tell it in a file of version 1,
-        # or where somebody has changed a table by hand.
+        """Return the highest number in any table, so that none is given twice.
+
+        `sequence` alone does not tell it in a file of version 1, or where somebody has changed a table.
+        """
         (found,) = self.connection.execute("""
             SELECT coalesce(max(number), 0) FROM (
                 SELECT number FROM sequence UNION ALL SELECT max(max(id), max(version)) FROM streams
@@ -1609,7 +1617,7 @@ class Journal:
             books.subscriptions.clear()  # of the three that are built in
         for user, *cells, _ in execute("SELECT * FROM subscriptions"):
             books.subscriptions[user] = Subscription(*cells)
-        current = books.snapshot().months
+        current = books.snapshot().months  # the accounts may share them: so `record` has to copy them
         for month, *cells in execute("SELECT * FROM closed_months").fetchall():
             books.closed[month] = self._load_account(month, current.get(month, NOBODY), *cells)
 
@@ -1639,7 +1647,7 @@ class Journal:
         First in, first out: what a follower of the sequence has seen has nothing missing before it.
         """
         self.waiting.append(change)
-        if len(self.waiting) == 1:  # what is being stored is in it, too: so there is one task at a time
+        if len(self.waiting) == 1:  # changes leave it when they are stored: so there is one task at a time
             self.storing = asyncio.create_task(self._store_waiting())
         await asyncio.shield(change.done)
 
@@ -1765,8 +1773,10 @@ GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permu
 
 def parse_cursor(text: str) -> tuple[str, int, int]:
     """Return the parts of a cursor NAME-AFTER-BEGAN, NAME-AFTER or AFTER; see `get_changes`."""
-    name, after, began = [*text.split("-"), "0"][:3] if "-" in text else ("", text, "0")
-    return name, int(after), int(began)
+    if "-" not in text:
+        return "", int(text), 0
+    name, after, *began = text.split("-")
+    return name, int(after), int(began[0]) if began else 0
 
 
 # What a parameter may be, what that is called, and what is made of it.
@@ -1886,8 +1896,8 @@ def check_access(request: web.Request, config: Config) -> None:
 
 
 # ── HTTP: answers ───────────────────────────────────────────────────────────────────────────────
-# One way out: a handler returns an `Answer`, and its `send` writes that to the connection: bytes that are
-# there, or pieces that are made as the client takes them. What depends on the data alone comes from
+# One way out: a handler returns an `Answer`, and its `prepare` sends that: bytes that are there, or pieces
+# that are made as the client takes them. What depends on the data alone comes from
 # `answer_cached`: it is made once for all who wait, and kept until the data change. What is about this
 # moment comes from `answer_now`, and what goes wrong is answered by `answer_errors`.
 
@@ -1969,7 +1979,9 @@ class Answer(web.StreamResponse):
             return
         until = time.monotonic() + SLICE_SECONDS
         for part in joined(pieces):
-            packed = await asyncio.to_thread(compressor.compress, part) if compressor and part else part
+            packed = part
+            if compressor and part:
+                packed = await asyncio.to_thread(compressor.compress, part)
             await self._write_chunk(request, packed, chunked)
             if time.monotonic() > until:
                 await request.app[STATE].yield_to_others()
@@ -2043,7 +2055,7 @@ async def finish(state: State, work: Generator[Any, None, T], first: bool = Fals
 
 
 def is_kept(flight: asyncio.Task[Any]) -> bool:
-    """Tell whether an answer was made and is short; None says in its place that it would be long."""
+    """Tell whether an answer was made and is short. None is, which says that the answer would be long."""
     made = flight.done() and not flight.cancelled() and not flight.exception()
     return made and len(flight.result() or b"") <= KEPT_BYTES
 
@@ -2058,16 +2070,15 @@ class SingleFlight:
         self.flights: dict[object, asyncio.Task[Any]] = {}  # the one that was asked for last comes last
         self.waiters = Counter[asyncio.Task[Any]]()
 
-    async def get(self, key: object, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return what `work` returns, or raise what it raises; it is cancelled when nobody waits any more.
+    async def get(self, key: object, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return what the work that `start` starts returns; it is cancelled when nobody waits any more.
 
-        Who asks first has `work` called before anything is awaited, so that it takes the data of this moment.
-        Only the coroutine that it returns runs later.
+        Who asks first has `start` called, before anything is awaited: so it can take the data of this moment.
         """
         if self.moment != self.usage.sequence:
             self.moment, self.flights = self.usage.sequence, {}
-        flights = self.flights  # of this moment, also when those of a later one have taken their place
-        flight = flights.pop(key, None) or asyncio.create_task(work())
+        flights = self.flights  # of this moment: during the await, a later one may begin others
+        flight = flights.pop(key, None) or asyncio.create_task(start())
         flights[key] = flight
         if len(flights) > KEPT_ANSWERS:
             del flights[next(iter(flights))]
@@ -2108,9 +2119,10 @@ async def answer_cached(
     """Return 304 if the client has it already, else all of it, or pieces if that is longer than `most`.
 
     `key` is what was asked for, and `more` are headers. `make` takes the data of now and returns pieces that
-    are made later. It is called at once and, if the answer proves longer than `most`, once more to send
-    pieces: of the data of then, and under their ETag. With an infinite `most` all is made before the head is
-    sent: so an error that comes while it is made has a status of its own.
+    are made later. What they come to is kept for all who ask for it. If that proves longer than `most`,
+    `make` is called again for each client, who gets the pieces as they are made: of the data of then, and
+    under their ETag. With an infinite `most` all is made before the head is sent: so an error that comes
+    while it is made has a status of its own.
     """
     state = request.app[STATE]
     etag = own_etag or state.usage.etag
@@ -2118,7 +2130,7 @@ async def answer_cached(
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):
         return Answer(304, headers=headers)
     name = (etag, key)
-    body = await state.answers.get(name, lambda: finish(state, join_up_to(most, make())))  # `make` runs now
+    body = await state.answers.get(name, lambda: finish(state, join_up_to(most, make())))
     if body is None:  # too long
         return Answer(200, make(), cache_headers(own_etag or state.usage.etag, kind) + more)
     if len(body) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
@@ -2128,24 +2140,24 @@ async def answer_cached(
 
 
 def write_list(kind: str, columns: Sequence[str], lines: Iterable[bytes]) -> Pieces:
-    """Yield lines as json, ndjson or csv; each of JSON comes after a newline, each of csv ends with one."""
+    """Yield lines as json, ndjson or csv: those of csv end with a newline, the others begin with one."""
     if kind == "csv":
         yield (encode_cells(*columns) + CSV_END).encode()
         yield from lines
         return
     opening, end = (b"[", b"]") if kind == "json" else (b"", b"\n")
     yield opening
-    is_first = True
+    nothing_yet = True
     for some in lines:  # none, where a filter leaves nothing
         separated = some.replace(b"\n", b",") if kind == "json" else some
-        yield separated[1:] if is_first else separated  # nothing separates the first event from one before it
-        is_first = is_first and not some
-    if kind == "json" or not is_first:
+        yield separated[1:] if nothing_yet else separated  # before the first line no separator
+        nothing_yet = nothing_yet and not some
+    if kind == "json" or not nothing_yet:
         yield end
 
 
 def write_rows(kind: str, columns: Sequence[str], work: Steps[Iterable[Sequence[Any]]]) -> Pieces:
-    """Yield the rows that `work` returns as csv or, if a column has only texts or only ints, as JSON."""
+    """Yield the rows that `work` returns. For json and ndjson a column must have only texts or only ints."""
     template = "\n{" + ",".join(f'"{column}":%s' for column in columns) + "}"
 
     def lines(rows: list[Sequence[Any]]) -> bytes:
@@ -2289,7 +2301,8 @@ async def get_health(request: web.Request) -> Answer:
     """Tell whether all is well: 503 when the simulation has stopped or the last write failed."""
     state = request.app[STATE]
     age = time.monotonic() - state.last_batch
-    waited = min(age, time.monotonic() - state.simulating_since)  # for the first batch, too
+    # Before the first batch it has waited since the simulation began: `age` is infinite then.
+    waited = min(age, time.monotonic() - state.simulating_since)
     running = state.config.simulate and waited < max(LATE_SECONDS, 3 * state.config.interval)
     journal = state.journal
     healthy = (running or not state.config.simulate) and not (journal and journal.failed)
@@ -2421,10 +2434,9 @@ async def delete_stream(request: web.Request) -> Answer:
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a number, each stream once, as it is now.
 
-    A cursor names the sequence and the number up to which a client has read. Until a first reading in pages
-    is over, it also says at which number that began. A client can go on while all tombstones that it needs
-    are kept: those after its number, but in a first reading none from before that began, for it has never
-    shown those streams.
+    A cursor names the sequence and the number up to which a client has read. In a first reading in pages it
+    also has the number at which that began: after 0 at number 900 come, say, NAME-350-900, NAME-700-900 and
+    then NAME-900.
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
@@ -2432,6 +2444,8 @@ async def get_changes(request: web.Request) -> Answer:
     number = usage.sequence
     if after == 0:
         began = number
+    # A client needs all tombstones after what it has read. What was removed before its first reading began it
+    # has never been shown.
     is_known = usage.tombstones_since <= max(after, began) <= number
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
@@ -2839,7 +2853,7 @@ def parse_options(environment: Mapping[str, str], arguments: Sequence[str]) -> a
     if "USAGE_TOKEN" in environment and not (options.token and options.token.isprintable()):
         PARSER.error("USAGE_TOKEN is empty or no printable text; unset it if a write is to need no token")
     for name in options.allow_host:
-        if not is_own_name(name, (name.lower(),)):
+        if not is_own_name(name, (name.lower(),)):  # it allows itself: so it is its form that is wrong
             PARSER.error(f"--allow-host: {name!r} is no plain host name such as usage.example.com")
     options.allow_host = tuple(map(str.lower, options.allow_host))
     if options.tracks and not options.directory:
@@ -2867,7 +2881,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address, family=family)
-        # Or the system would hold megabytes for a slow reader, and say for a minute that it is full.
+        # Or the kernel would hold megabytes for a slow reader, and then for a minute take nothing more.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PIECE_BYTES)
         return listener
     except (OSError, UnicodeError) as error:
@@ -2887,7 +2901,7 @@ def tidy_log(record: logging.LogRecord) -> bool:
 def await_signal(signalled: Future[None]) -> None:
     """Wait for SIGINT or SIGTERM, and end the process: at once or, once it serves, within END_SECONDS."""
     signal.sigwait(SIGNALS)
-    if signalled.running():  # `serve` waits for it
+    if signalled.running():  # `serve` has marked it: it serves, and waits for the result
         signalled.set_result(None)
         time.sleep(END_SECONDS)
     os._exit(0)  # all that was acknowledged is stored
@@ -2961,7 +2975,8 @@ def main() -> None:
             output(1).say(f"Took back {Journal(options.db, 'r+b').undo_import()}\n")
             return
         listener = listen(options.host, options.port)
-        config = Config(**{name: getattr(options, name) for name in Config.__match_args__ if name in options})
+        given = vars(options).items()
+        config = Config(**{name: value for name, value in given if name in Config.__annotations__})
         if not options.token and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
         # While it serves, no variable holds what was imported: with --db that would be in memory twice.
