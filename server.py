@@ -291,7 +291,7 @@ def number_events(events: Iterable[Event], first_id: int) -> None:
         event.id = number
 
 
-@lru_cache(maxsize=1024, typed=True)  # typed: a Money is equal to the same text, but gets no quote
+@lru_cache(maxsize=1024, typed=True)  # typed: a Money, which is a str, gets no quote before its minus
 def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no text that a spreadsheet runs."""
     text = io.StringIO()
@@ -412,13 +412,14 @@ class Order:
     def put(self, events: Iterable[Any], sign: int = 1) -> None:
         """Put each event in its place or, with a `sign` of -1, take out events that are there."""
         pending = sorted(events, key=self.key)
-        while pending:  # from the last chunk on: where one becomes several, only those after it move
+        while pending:  # in each round those that belong into one chunk, from the last chunk on
             # The last event belongs into the last chunk that begins at or before it or, if none does, into
             # the first. With it come all events from that chunk's beginning on.
             found = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
             at = max(0, found - 1)
             start = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
-            group, chunk = pending[start:], [*self.chunks[at]] if self.chunks else []
+            group = pending[start:]
+            chunk = [*self.chunks[at]] if self.chunks else []
             if sign < 0:
                 leaving = set(group)
                 chunk = [event for event in chunk if event not in leaving]
@@ -790,8 +791,8 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     left = cents - sum(share for _, share, _ in shares)
     # The last DOUBT_BITS of a remainder are cut off, so that those that are equal on paper tie here. They may
     # differ: to a claim each second adds two prices, the user's and that of the silent, each rounded up by
-    # less than 1, so a remainder is too high by less than 2 x seconds x cents. That is below 2**80. So equal
-    # ones part only if a multiple of 2**DOUBT_BITS lies so near to them: by chance, once in 2**80 times.
+    # less than 1, so a remainder is too high by less than 2 x seconds x cents. That is below 2**100. So equal
+    # ones part only if a multiple of 2**DOUBT_BITS lies so near to them: by chance, once in 2**60 times.
     in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -1067,9 +1068,9 @@ def report_by_month(books: Books, month: str | None) -> Steps[Iterator[tuple[Any
 
 
 def describe_payer(terms: Sequence[str | None], net: int, seconds: int, of_seconds: int) -> dict[str, Any]:
-    """Return the row of a statement for a subscriber, or for all the silent."""
+    """Return the row of a statement for a subscriber, or for all the silent; `net` is as in Subscription."""
     part = 100 * net * seconds // (of_seconds or 1)
-    cells = (*terms, euros(100 * net, 6), seconds, of_seconds, euros(part, 6))
+    cells = (*terms, euros(100 * net, 6), seconds, of_seconds, euros(part, 6))  # in millionths of a euro
     return dict(zip(PAYER_COLUMNS, cells, strict=True))
 
 
@@ -1214,7 +1215,8 @@ class Import:
     def _add_track(self, item: object) -> None:
         if not isinstance(item, dict) or "track_id" not in item:
             raise InvalidError("track_id is missing")
-        # Of several keys that start with label the first in the alphabet: so `label` itself wins.
+        # Some files call it `label`, in some the key only begins so. Of several the first in the alphabet is
+        # meant: `label` itself, if it is there.
         key = min((key for key in item if key.startswith("label")), default="label")
         track, label = check_text("track_id", item["track_id"]), check_text("label", item.get(key))
         if self.labels.setdefault(track, label) != label:
@@ -1348,7 +1350,7 @@ MIGRATIONS = (
 Statements = Sequence[tuple[str, Iterable[Any]]]
 Apply = Callable[[], object]  # makes visible what is stored
 
-STEP_ROWS = 100  # are inserted in one step: after each the thread waits for the GIL
+STEP_ROWS = 100  # go into one INSERT: after each the thread waits for the GIL, so one a row would take long
 INSERT_STREAMS = "INSERT INTO streams VALUES {rows}"
 CELLS = attrgetter(*FIELDS, "id", "version")  # of an event, as SQLite has them
 SET_STREAM = "INSERT OR REPLACE INTO streams VALUES {rows}"
@@ -1461,9 +1463,11 @@ class Journal:
     def _checkpoint(self) -> None:
         """Move what is committed from the WAL into the file, and empty the WAL: then it is in doubt no more.
 
-        It is in doubt after a commit whose sync failed: that is in the WAL, and SQLite passes over it now,
-        but would not after a restart. And it is in doubt when somebody has emptied or removed it: if commits
-        went with it, this raises sqlite3.Error.
+        It is in doubt
+        - after a commit whose sync failed: its pages are in the WAL. SQLite passes over them now, but would
+          take them for committed after a restart. Once the WAL is empty they are gone.
+        - when the WAL has been removed: SQLite has it open still, so what is in it comes into the file.
+        - when the WAL has been emptied: if commits were in it, this raises sqlite3.Error.
         """
         until = time.monotonic() + BUSY_SECONDS  # SQLite waits for readers, but not for another's checkpoint
         while self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
@@ -1491,14 +1495,14 @@ class Journal:
 
     def _begin(self) -> None:
         """Begin a transaction in files that are whole: within it no other process can empty the WAL."""
-        while True:
+        while True:  # once more after each checkpoint, to note that the WAL is empty
             self._check_files()
             if self.wal_in_doubt:
                 self._checkpoint()
             self.connection.execute("BEGIN IMMEDIATE")
             if self.wal.stat().st_size >= self.files[self.wal].st_size:
                 return
-            self.connection.rollback()  # our checkpoint, or another's, has emptied it since: look again
+            self.connection.rollback()  # our checkpoint, or another process's, has emptied it: look again
 
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
@@ -2055,7 +2059,7 @@ async def finish(state: State, work: Generator[Any, None, T], first: bool = Fals
 
 
 def is_kept(flight: asyncio.Task[Any]) -> bool:
-    """Tell whether an answer was made and is short. None is, which says that the answer would be long."""
+    """Tell whether an answer was made and is short. `None` is: it says that the answer would be long."""
     made = flight.done() and not flight.cancelled() and not flight.exception()
     return made and len(flight.result() or b"") <= KEPT_BYTES
 
@@ -2444,8 +2448,8 @@ async def get_changes(request: web.Request) -> Answer:
     number = usage.sequence
     if after == 0:
         began = number
-    # A client needs all tombstones after what it has read. What was removed before its first reading began it
-    # has never been shown.
+    # A client needs all tombstones after what it has read, but during its first reading only those after that
+    # began: it has never been shown what was removed before.
     is_known = usage.tombstones_since <= max(after, began) <= number
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
