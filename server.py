@@ -958,8 +958,9 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
 def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid for each month and label.
 
-    For a closed month that is what has changed since its close, less what other months have paid for it. For
-    one that was opened again it is only the latter: that is due back, for its next close pays it in full.
+    For a closed month that is what has changed since its close, less what other months have paid for it. A
+    month that was opened again may have been paid for, too: by an earlier one, which had its first streams
+    and was closed later. That is due back, for the next close of the month pays it in full.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
@@ -1091,7 +1092,7 @@ def find_payers(account: Account, label: str) -> Steps[tuple[list[dict[str, Any]
 
 
 def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
-    """Return why a label is owed its amounts, all decimals cut; raises MissingError if it has nothing."""
+    """Return why a label is owed its amounts, cut to six decimals; raises MissingError if it has nothing."""
     account = yield from account_of(books, month)
     line = account.lines().get(label)
     if line is None:
@@ -1458,7 +1459,8 @@ class Journal:
         self.connection.executescript(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
         )
-        self.files = {path: opened, **{file: file.stat() for file in (self.wal, Path(f"{real}-shm"))}}
+        self.opened = {path: opened, **{file: file.stat() for file in (self.wal, Path(f"{real}-shm"))}}
+        self.sizes = {file: found.st_size for file, found in self.opened.items()}  # as they were last
 
     def _checkpoint(self) -> None:
         """Move what is committed from the WAL into the file, and empty the WAL: then it is in doubt no more.
@@ -1467,7 +1469,8 @@ class Journal:
         - after a commit whose sync failed: its pages are in the WAL. SQLite passes over them now, but would
           take them for committed after a restart. Once the WAL is empty they are gone.
         - when the WAL has been removed: SQLite has it open still, so what is in it comes into the file.
-        - when the WAL has been emptied: if commits were in it, this raises sqlite3.Error.
+        - when the WAL has become empty. If a checkpoint of another process did that, there is nothing to do.
+          If somebody has truncated it, SQLite cannot read what was in it, and raises sqlite3.Error.
         """
         until = time.monotonic() + BUSY_SECONDS  # SQLite waits for readers, but not for another's checkpoint
         while self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
@@ -1475,34 +1478,35 @@ class Journal:
                 raise StorageError("another process reads the file")
             time.sleep(0.01)
         self.wal_in_doubt = False
+        self.sizes[self.wal] = 0
 
     def _check_files(self) -> None:
-        """Note what the files are like; raises StorageError if one is not the one it was, or was truncated.
+        """Note the files' sizes; raises StorageError if one is not the one that was opened, or was truncated.
 
         SQLite would go on in files that nobody finds again.
         """
-        for path, before in self.files.items():
+        for path, opened in self.opened.items():
             now = path.stat() if path.exists() else None
-            if not now or not os.path.samestat(now, before):
+            if not now or not os.path.samestat(now, opened):
                 self.wal_in_doubt |= path == self.wal  # SQLite has it open: `commit` saves what is in it
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
-            if now.st_size < before.st_size:
-                # Only the WAL may become shorter, and only empty: by a checkpoint.
+            if now.st_size < self.sizes[path]:
+                # Only the WAL may become shorter, and only empty: by a checkpoint of another process.
                 if path != self.wal or now.st_size:
                     raise StorageError(f"{path.name} has been truncated")
-                self.wal_in_doubt = True
-            self.files[path] = now
+                self.wal_in_doubt = True  # or somebody has truncated it
+            self.sizes[path] = now.st_size
 
     def _begin(self) -> None:
         """Begin a transaction in files that are whole: within it no other process can empty the WAL."""
-        while True:  # once more after each checkpoint, to note that the WAL is empty
+        while True:
             self._check_files()
             if self.wal_in_doubt:
                 self._checkpoint()
             self.connection.execute("BEGIN IMMEDIATE")
-            if self.wal.stat().st_size >= self.files[self.wal].st_size:
+            if self.wal.stat().st_size >= self.sizes[self.wal]:
                 return
-            self.connection.rollback()  # our checkpoint, or another process's, has emptied it: look again
+            self.connection.rollback()  # another process has emptied the WAL since `_check_files`: look again
 
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
@@ -2126,14 +2130,14 @@ async def answer_cached(
     are made later. What they come to is kept for all who ask for it. If that proves longer than `most`,
     `make` is called again for each client, who gets the pieces as they are made: of the data of then, and
     under their ETag. With an infinite `most` all is made before the head is sent: so an error that comes
-    while it is made has a status of its own.
+    while it is made has a status of its own. What does not come from the data has an `own_etag`.
     """
     state = request.app[STATE]
     etag = own_etag or state.usage.etag
     headers = cache_headers(etag, kind) + more
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):
         return Answer(304, headers=headers)
-    name = (etag, key)
+    name = (etag, key)  # the first, too, for one of its own may change while the data do not
     body = await state.answers.get(name, lambda: finish(state, join_up_to(most, make())))
     if body is None:  # too long
         return Answer(200, make(), cache_headers(own_etag or state.usage.etag, kind) + more)
@@ -2448,8 +2452,8 @@ async def get_changes(request: web.Request) -> Answer:
     number = usage.sequence
     if after == 0:
         began = number
-    # A client needs all tombstones after what it has read, but during its first reading only those after that
-    # began: it has never been shown what was removed before.
+    # A client needs all tombstones after what it has read, but during its first reading only those after the
+    # beginning of it: what was removed before it has never been shown.
     is_known = usage.tombstones_since <= max(after, began) <= number
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
@@ -2590,7 +2594,7 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # This fills `Account.late`: so `decide`, for which all other writes wait, is short.
+            # This fills `Account.late`: so `decide`, for which all other writes wait, has one month to tally.
             await finish(state, unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await finish(state, month_rows(state.books.snapshot(), month))
@@ -2885,7 +2889,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address, family=family)
-        # Or the kernel would hold megabytes for a slow reader, and then for a minute take nothing more.
+        # Or the kernel would hold megabytes for a slow reader, and take nothing more until most are read: who
+        # needs WRITE_SECONDS for that would be disconnected.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PIECE_BYTES)
         return listener
     except (OSError, UnicodeError) as error:
