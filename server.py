@@ -2019,15 +2019,16 @@ class Answer(web.StreamResponse):
 
 def joined(pieces: Pieces) -> Iterator[bytes]:
     """Yield `pieces`, those that are shorter than PIECE_BYTES together; b"" where others may go on."""
-    ready = b""
+    ready, size = list[bytes](), 0
     for piece in pieces:
-        ready += piece or b""  # to add a piece to nothing copies nothing, and most are long
-        if len(ready) < PIECE_BYTES:
+        ready.append(piece or b"")
+        size += len(ready[-1])
+        if size < PIECE_BYTES:
             yield b""
         else:
-            yield ready
-            ready = b""
-    yield ready
+            yield b"".join(ready)
+            ready, size = [], 0
+    yield b"".join(ready)
 
 
 def join_up_to(most: float, pieces: Pieces) -> Steps[bytes | None]:

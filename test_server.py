@@ -5733,6 +5733,24 @@ async def test_another_process_may_read_back_up_and_empty_the_log(tmp_path: Path
         assert (await get_json(f"{await program.url()}/health"))["events"] == 5
 
 
+async def test_a_log_that_was_away_for_a_moment_may_then_be_written_to_by_another_process(tmp_path: Path) -> None:
+    path, log = tmp_path / "usage.db", tmp_path / "usage.db-wal"
+    async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        for _ in range(5):
+            assert await post_one(session, url) == 201
+        before = log.stat().st_size
+        log.rename(tmp_path / "away")
+        assert await post_one(session, url) == 503  # what is in the log comes into the file
+        (tmp_path / "away").rename(log)
+        assert log.stat().st_size == 0
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("CREATE TABLE notes (note)")
+        assert 0 < log.stat().st_size < before
+        for _ in range(3):
+            assert await post_one(session, url) == 201
+
+
 CHECKPOINT_OFTEN = """
 import sqlite3, sys, time
 other = sqlite3.connect(sys.argv[1])
