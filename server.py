@@ -836,10 +836,10 @@ class Account:
 
     closed_on: int | None
     totals: ByUser
-    subscriptions: Mapping[str, Subscription]
+    subscriptions: dict[str, Subscription]
     fees: int
     revenue: int
-    labels: Mapping[str, Line]
+    labels: dict[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
     late: tuple[ByUser, Adjustments] = ({}, {})  # what `changed` was last asked, and its answer
 
@@ -1625,29 +1625,28 @@ class Journal:
             books.subscriptions.clear()  # of the three that are built in
         for user, *cells, _ in execute("SELECT * FROM subscriptions"):
             books.subscriptions[user] = Subscription(*cells)
-        current = books.snapshot().months  # the accounts may share them: so `record` has to copy them
-        for month, *cells in execute("SELECT * FROM closed_months").fetchall():
-            books.closed[month] = self._load_account(month, current.get(month, NOBODY), *cells)
+        self._load_closed(books)
 
-    def _load_account(self, month: str, current: ByUser, closed_on: int, fees: int, revenue: int) -> Account:
-        """Return a closed month's account, with the totals of `Books` themselves where these are equal."""
-
-        def rows(table: str) -> Iterator[Any]:
-            found = self.connection.execute(f"SELECT * FROM {table} WHERE month = ?", [month])  # noqa: S608
-            return (cells for _, *cells in found)
-
-        totals: ByUser = {}
-        for user, label, streams, seconds in rows("closed_totals"):
-            totals.setdefault(user, {})[label] = streams, seconds
-        if totals == current:
-            totals = current  # the object itself, by which `Account.changed` knows
-        else:  # equal ones take no memory twice
-            totals |= {user: current[user] for user, own in totals.items() if current.get(user) == own}
-        one_of_each = lru_cache(Subscription)
-        subscriptions = {user: one_of_each(*cells) for user, *cells in rows("closed_subscriptions")}
-        labels = {label: Line(*figures) for label, *figures in rows("closed_labels")}
-        adjustments = {(of_month, label): (*cents,) for of_month, label, *cents in rows("adjustments")}
-        return Account(closed_on, totals, subscriptions, fees, revenue, labels, adjustments)
+    def _load_closed(self, books: Books) -> None:
+        """Put what was frozen into `books`; totals that are equal to those of now take no memory twice."""
+        execute, closed, one_of_each = self.connection.execute, books.closed, lru_cache(Subscription)
+        for month, closed_on, fees, revenue in execute("SELECT * FROM closed_months"):
+            closed[month] = Account(closed_on, {}, {}, fees, revenue, {}, {})
+        for month, label, *figures in execute("SELECT * FROM closed_labels"):
+            closed[month].labels[label] = Line(*figures)
+        for month, user, *cells in execute("SELECT * FROM closed_subscriptions"):
+            closed[month].subscriptions[user] = one_of_each(*cells)
+        for month, of_month, label, *cents in execute("SELECT * FROM adjustments"):
+            closed[month].adjustments[of_month, label] = (*cents,)
+        months = books.snapshot().months  # the accounts may share them: so `record` has to copy them
+        rows = execute("SELECT * FROM closed_totals ORDER BY month, user_id")
+        for (month, user), group in itertools.groupby(rows, key=itemgetter(0, 1)):
+            own = {label: (streams, seconds) for _, _, label, streams, seconds in group}
+            of_now = months.get(month, NOBODY).get(user, {})
+            closed[month].totals[user] = of_now if of_now == own else own
+        for month, account in closed.items():
+            if account.totals == (users := months.get(month, NOBODY)):
+                account.totals = users  # the object itself, by which `Account.changed` knows
 
     async def append(self, change: Change) -> None:
         """Have a change stored and then made visible; raises StorageError or a ConflictError.
