@@ -587,12 +587,13 @@ def totals_of(events: Sequence[Event], names: Sequence[str], window: str | None 
 
 
 def add_up(totals: Totals, key: Any, total: Total, sign: int = 1) -> None:
-    """Add a total to what stands under `key`; what then has no stream has no key."""
-    streams, seconds = totals.get(key, (0, 0))
-    if streams := streams + sign * total[0]:
-        totals[key] = streams, seconds + sign * total[1]
+    """Add a total, or any such pair, to what stands under `key`; two zeros have no key."""
+    first, second = totals.get(key, (0, 0))
+    first, second = first + sign * total[0], second + sign * total[1]
+    if first or second:
+        totals[key] = first, second
     else:
-        del totals[key]
+        totals.pop(key, None)
 
 
 @lru_cache(maxsize=4096)
@@ -841,7 +842,7 @@ class Account:
     revenue: int
     labels: dict[str, Line]
     adjustments: Adjustments  # what is paid with this month for others
-    late: tuple[ByUser, Adjustments] = ({}, {})  # what `changed` was last asked, and its answer
+    late: tuple[ByUser, Adjustments] | None = None  # what `changed` was last asked, and its answer
 
     @property
     def status(self) -> str:
@@ -856,18 +857,13 @@ class Account:
 
     def changed(self, month: str, users: ByUser) -> Steps[Adjustments]:
         """Return how much more each label would get than it got, if `users` are the month's totals of now."""
-        if users is self.totals:  # the same object has not changed, for `Books` copies what is shared
-            return {}
-        as_of, late = self.late
-        if users is not as_of:
-            now = yield from tally(users, self.subscriptions)
-            late = {}
-            for label in {**now.labels, **self.labels}:
-                yield
-                gets, got = now.labels.get(label, Line()), self.labels.get(label, Line())
-                more = gets.amount - got.amount, gets.amount_user_centric - got.amount_user_centric
-                if any(more):
-                    late[month, label] = more
+        as_of, late = self.late or (self.totals, {})
+        if users is not as_of:  # the same object has not changed, for `Books` copies what is shared
+            now, late = (yield from tally(users, self.subscriptions)), {}
+            for labels, sign in ((now.labels, 1), (self.labels, -1)):
+                for label, line in labels.items():
+                    yield
+                    add_up(late, (month, label), line[2:4], sign)
             self.late = users, late
         return late
 
@@ -966,11 +962,10 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     for month, account in books.closed.items():
         due |= yield from account.changed(month, books.months.get(month, NOBODY))
     for account in books.closed.values():
-        for key, (amount, user_centric) in account.adjustments.items():
+        for key, cents in account.adjustments.items():
             yield
-            a, b = due.get(key, (0, 0))
-            due[key] = a - amount, b - user_centric
-    return dict((yield from in_steps(item for item in due.items() if any(item[1]))))
+            add_up(due, key, cents, -1)
+    return due
 
 
 def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[Account]:
