@@ -686,8 +686,7 @@ PAYER_COLUMNS = ("user_id", "product_type", "fee", "origin", "net", "seconds_str
 
 ByUser = dict[str, Totals]  # user -> label
 NOBODY: ByUser = {}  # of a month without streams
-Amounts = tuple[int, int]  # in cents: pro rata, user-centric
-Adjustments = dict[tuple[str, str], Amounts]  # by the month that they are for, and the label
+Adjustments = dict[tuple[str, str], tuple[int, int]]  # amounts by the month that they are for, and label
 
 
 @dataclass(frozen=True, slots=True)
@@ -903,12 +902,9 @@ class Books:
         return Books(self.subscriptions.copy(), self.months.copy(), self.tracks.copy(), self.closed.copy())
 
     def paying_month(self) -> str:
-        """Return the first open month, or the one after the last closed one: with it adjustments are paid.
-
-        Without any month that is "".
-        """
-        last = max(self.closed, default="")
-        after_last = month_of(month_start(last) // DAY + 31) if last else ""
+        """Return the first open month, or the one after the last closed one: with it adjustments are paid."""
+        last = max(self.closed, default="1969-12")  # without any, there is nothing to adjust
+        after_last = month_of(month_start(last) // DAY + 31)
         return min(self.months.keys() - self.closed.keys(), default=after_last)
 
     def obstacle(self, month: str, new_status: str, now: float) -> str:
@@ -981,12 +977,10 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
 
 def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Account]]:
     """Return a month's account, or those of all that have a stream or an adjustment, or are closed."""
-    if month:
-        return {month: (yield from account_of(books, month))}
     found = {}
-    for name in sorted({*books.months, *books.closed, books.paying_month()} - {""}):
+    for name in [month] if month else sorted({*books.months, *books.closed, books.paying_month()}):
         account = yield from account_of(books, name)
-        if account.totals or account.adjustments or name in books.closed:
+        if month or name in books.closed or account.totals or account.adjustments:
             found[name] = account
     return found
 
