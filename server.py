@@ -1089,13 +1089,13 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
     ledger = yield from tally(account.totals, account.subscriptions)
     payers, others = yield from find_payers(account, label)
     if ledger.silent_users:
-        silent = [None] * 4, ledger.silent_net, line.seconds_streamed, ledger.seconds
-        payers.append(describe_payer(*silent))
+        payers.append(describe_payer([None] * 4, ledger.silent_net, line.seconds_streamed, ledger.seconds))
     revenue, claim, net = account.revenue, ledger.claims[label], ledger.net
     adjusted = {name: cents for (name, of_label), cents in account.adjustments.items() if of_label == label}
 
     # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100.
-    def rounded(exact: int, paid: int) -> dict[str, Any]:
+    def rounded(part: int, whole: int, paid: int) -> dict[str, Any]:
+        exact = 10_000 * revenue * part // (whole or 1)
         down = exact // 10_000
         return {"exact": euros(exact, 6), "rounded_down": euros(down), "cent_added": paid > down}
 
@@ -1108,14 +1108,14 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
             "revenue": euros(revenue),
             "seconds_streamed": line.seconds_streamed,
             "of_seconds": ledger.seconds,
-            **rounded(10_000 * revenue * line.seconds_streamed // (ledger.seconds or 1), line.amount),
+            **rounded(line.seconds_streamed, ledger.seconds, line.amount),
         },
         "user_centric": {
             "subscribers": payers,
             "sum": euros((100 * claim) >> CLAIM_BITS, 6),
             "of_sum": euros(100 * net, 6),
             "revenue": euros(revenue),
-            **rounded((10_000 * revenue * claim // (net or 1)) >> CLAIM_BITS, line.amount_user_centric),
+            **rounded(claim, net << CLAIM_BITS, line.amount_user_centric),
         },
         "listeners_without_subscription": {"users": len(others), "seconds_streamed": sum(others)},
         "adjustments": [
