@@ -1028,14 +1028,12 @@ def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
     if not month:
         # Closed months with nothing in them are left out.
         accounts = {name: each for name, each in accounts.items() if name in books.months or each.lines()}
-    by_label: defaultdict[str, list[Line]] = defaultdict(list)
-    for account in accounts.values():
-        for label, line in account.lines().items():
-            yield
-            by_label[label].append(line)
-    summed = yield from in_steps((label, add_lines(each)) for label, each in by_label.items())
-    labels = yield from in_steps((yield from describe_lines(dict(summed))))
-    total = add_lines(line for _, line in summed)
+    every = yield from in_steps(account.lines() for account in accounts.values())
+    names = {*itertools.chain(*every)}
+    sums = ((name, add_lines(each[name] for each in every if name in each)) for name in names)
+    lines = dict((yield from in_steps(sums)))
+    labels = yield from in_steps((yield from describe_lines(lines)))
+    total = add_lines(lines.values())
     return {
         "currency": CURRENCY,
         "months": list(accounts),
