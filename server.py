@@ -976,11 +976,11 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
 
 
 def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Account]]:
-    """Return a month's account, or those of all that have a stream or an adjustment, or are closed."""
+    """Return a month's account, or those of all that have, or had when they closed, anything in them."""
     found = {}
     for name in [month] if month else sorted({*books.months, *books.closed, books.paying_month()}):
         account = yield from account_of(books, name)
-        if month or name in books.closed or account.totals or account.adjustments:
+        if month or name in books.months or account.lines():
             found[name] = account
     return found
 
@@ -988,8 +988,9 @@ def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Accou
 def month_rows(books: Books, only: str | None = None) -> Steps[list[dict[str, Any]]]:
     """Return the rows of the list of months, the latest first."""
     rows = []
-    accounts = yield from accounts_of(books, only)
-    for month, account in reversed(accounts.items()):
+    closed = {} if only else books.closed  # they are shown even with nothing in them
+    accounts = closed | (yield from accounts_of(books, only))
+    for month, account in sorted(accounts.items(), reverse=True):
         line = add_lines(account.lines().values())
         late = yield from account.changed(month, books.months.get(month, NOBODY))
         rows.append({
@@ -1025,9 +1026,6 @@ def describe_lines(lines: Mapping[str, Line]) -> Steps[Iterator[dict[str, Any]]]
 def report(books: Books, month: str | None) -> Steps[dict[str, Any]]:
     """Return the report over a month, or over all."""
     accounts = yield from accounts_of(books, month)
-    if not month:
-        # Closed months with nothing in them are left out.
-        accounts = {name: each for name, each in accounts.items() if name in books.months or each.lines()}
     every = yield from in_steps(account.lines() for account in accounts.values())
     names = {*itertools.chain(*every)}
     sums = ((name, add_lines(each[name] for each in every if name in each)) for name in names)
