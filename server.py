@@ -1898,6 +1898,7 @@ MEDIA_TYPES = {
     "ndjson": "application/x-ndjson; charset=utf-8",
     "csv": "text/csv; charset=utf-8; header=present",
     "html": "text/html; charset=utf-8",
+    "metrics": "text/plain; version=0.0.4; charset=utf-8",
 }
 SAFETY_HEADERS = (  # what keeps browsers from misusing an answer
     ("X-Content-Type-Options", "nosniff"),
@@ -2174,9 +2175,9 @@ def encode(value: Any) -> bytes:
     return JSON.encode(value).encode()
 
 
-def answer_now(status: int, body: bytes, **headers: str) -> Answer:
-    """Answer with JSON that is about this moment, so nobody may keep it."""
-    headers |= {"Content-Type": MEDIA_TYPES["json"], "Cache-Control": "no-store"}
+def answer_now(status: int, body: bytes | Pieces, kind: str = "json", **headers: str) -> Answer:
+    """Answer with what is about this moment, so nobody may keep it."""
+    headers |= {"Content-Type": MEDIA_TYPES[kind], "Cache-Control": "no-store"}
     return Answer(status, body, tuple(headers.items()))
 
 
@@ -2449,13 +2450,9 @@ async def get_changes(request: web.Request) -> Answer:
         if sum(map(len, page)) == limit:
             number = page[-1][-1].version
     following = f"{usage.sequence_name}-{number}" + (f"-{began}" if number < began else "")
-    headers = (
-        ("Link", f'</api/v1/changes?after={following}>; rel="next"'),
-        ("Cache-Control", "no-store"),
-        ("Vary", "Accept-Encoding"),
-        ("Content-Type", MEDIA_TYPES["ndjson"]),
-    )
-    return Answer(200, (chunk.feed_lines for chunk in chunks) if is_more else b"", headers)
+    link = f'</api/v1/changes?after={following}>; rel="next"'
+    feed = (chunk.feed_lines for chunk in chunks) if is_more else b""
+    return answer_now(200, feed, "ndjson", Link=link, Vary="Accept-Encoding")
 
 
 async def get_users(request: web.Request) -> Answer:
@@ -2601,8 +2598,7 @@ async def get_metrics(request: web.Request) -> Answer:
     tell("process_resident_memory_bytes", "gauge", "Resident memory.", f" {resident_memory()}")
     if state.journal and (age := time.monotonic() - state.journal.last_commit) < math.inf:
         tell("usage_last_commit_age_seconds", "gauge", "Seconds since the last commit.", f" {age:.3f}")
-    headers = (("Content-Type", "text/plain; version=0.0.4; charset=utf-8"), ("Cache-Control", "no-store"))
-    return Answer(200, "\n".join([*lines, ""]).encode(), headers)
+    return answer_now(200, "\n".join([*lines, ""]).encode(), "metrics")
 
 
 def resident_memory() -> int:
