@@ -1757,8 +1757,7 @@ async def run_simulation(state: State) -> None:
 NUMBER = "[0-9]{1,100}"
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?)(:[0-9]*)?")  # the port may be empty
 READING = (hdrs.METH_GET, hdrs.METH_HEAD)  # any other method writes
-JSON_TYPES = ("application/json",)
-PATCH_TYPES = (*JSON_TYPES, "application/merge-patch+json")
+JSON_TYPES = ("application/json", "application/merge-patch+json")  # the second only for a PATCH
 
 GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permutations(NAMES, size))
 
@@ -1830,8 +1829,9 @@ def wanted_in(asked: Mapping[str, Any]) -> Wanted:
     return tuple((name, asked[name]) for name in NAMES if name in asked)
 
 
-async def read_json(request: web.Request, types: Sequence[str] = JSON_TYPES) -> tuple[object, bytes]:
-    """Return the body, parsed and as it is; raises InvalidError if it is no JSON."""
+async def read_json(request: web.Request) -> object:
+    """Return the body, parsed; raises InvalidError if it is no JSON."""
+    types = JSON_TYPES if request.method == hdrs.METH_PATCH else JSON_TYPES[:1]
     if request.content_type not in types:
         raise web.HTTPUnsupportedMediaType(reason=f"a write needs Content-Type: {' or '.join(types)}")
     if (request.content_length or 0) > BODY_BYTES:
@@ -1841,7 +1841,7 @@ async def read_json(request: web.Request, types: Sequence[str] = JSON_TYPES) -> 
             body = await request.read()
         if len(body) > PIECE_BYTES:
             await request.app[STATE].yield_to_others()
-        return json.loads(body.decode()), body
+        return json.loads(body.decode())
     except TimeoutError:
         raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_SECONDS} s") from None
     except (ValueError, RecursionError):
@@ -2344,7 +2344,7 @@ async def post_streams(request: web.Request) -> Answer:
     key = request.headers.get("Idempotency-Key")
     if key is not None and not re.fullmatch(r"[\x20-\x7e]{1,255}", key):
         raise InvalidError("Idempotency-Key must be 1 to 255 printable ASCII characters")
-    value, body = await read_json(request)
+    value, body = await read_json(request), await request.read()  # aiohttp keeps what was read
     digest = hashlib.sha256(body).digest()
     async with state.lock("key", key) if key else contextlib.nullcontext():
         known, first_id = state.usage.keys.get(key or "", (None, 0))
@@ -2399,11 +2399,10 @@ async def get_stream(request: web.Request) -> Answer:
 async def change_stream(request: web.Request) -> Answer:
     """Replace a stream (PUT), or change some of its fields (PATCH)."""
     state, old = request.app[STATE], find_stream(request)
-    is_patch = request.method == hdrs.METH_PATCH
-    fields, _ = await read_json(request, PATCH_TYPES if is_patch else JSON_TYPES)
+    fields = await read_json(request)
     async with state.lock("stream", old.id):
         old = find_stream(request)  # as it is now that the body has arrived
-        if is_patch and isinstance(fields, dict):
+        if request.method == hdrs.METH_PATCH and isinstance(fields, dict):
             fields = {name: getattr(old, name) for name in FIELDS} | fields
         # A start that is kept is not in the future, even if the clock has been set back since.
         parsed = parse_event(fields, max(state.clock(), old.stream_started_on))
@@ -2487,8 +2486,7 @@ async def get_user(request: web.Request) -> Answer:
 async def put_user(request: web.Request) -> Answer:
     """Set a user's subscription."""
     state, user = request.app[STATE], parse_path(request, "User ID Invalid")
-    value, _ = await read_json(request)
-    subscription = parse_subscription(value)
+    subscription = parse_subscription(await read_json(request))
     number, row = state.usage.next_number(), (user, *astuple(subscription), None)
     update = {user: subscription}
     await state.store(number, [(SET_SUBSCRIPTION, [row])], lambda: state.books.subscriptions.update(update))
@@ -2556,8 +2554,7 @@ async def get_months(request: web.Request) -> Answer:
 async def put_month(request: web.Request) -> Answer:
     """Close a month or open it again."""
     state, month = request.app[STATE], parse_value("month", request.match_info["month"])
-    value, _ = await read_json(request)
-    status = check_keys("the month", value, {"status"})["status"]
+    status = check_keys("the month", await read_json(request), {"status"})["status"]
     if status not in ("open", "closed"):
         raise InvalidError("status must be open or closed")
 
