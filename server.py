@@ -1905,7 +1905,6 @@ SAFETY_HEADERS = (  # what keeps browsers from misusing an answer
     ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
 )
-KEPT_HEADERS = (hdrs.ALLOW, hdrs.WWW_AUTHENTICATE)  # of those that an error of aiohttp has
 STATUSES = {InvalidError: 400, MissingError: 404, ConflictError: 409, StorageError: 503}
 
 Headers = tuple[tuple[str, str], ...]
@@ -2206,8 +2205,7 @@ async def answer_errors(state: State, request: web.Request, handler: Handler) ->
             log.error("%s %r failed: %s", request.method, request.path, error)
         return answer_now(STATUSES[type(error)], encode({"error": str(error)}))
     except web.HTTPException as error:
-        kept = {name: text for name, text in error.headers.items() if name in KEPT_HEADERS}
-        return answer_now(error.status, encode({"error": error.reason}), **kept)
+        return answer_now(error.status, encode({"error": error.reason}), **error.headers)  # such as Allow
     except ConnectionError:
         return Answer(400)  # nobody gets it: the client disconnected before it had sent its body
     except Exception:
