@@ -1957,7 +1957,7 @@ class Answer(web.StreamResponse):
         """Send nothing more."""
 
     async def _send_pieces(self, request: web.Request, pieces: Pieces) -> None:
-        """Send `pieces` in chunks, compressed if the client likes, and yield to others in between."""
+        """Send `pieces`, short ones together, compressed if the client likes; yield to others in between."""
         chunked, headers, compressor = request.version >= aiohttp.HttpVersion11, self.more_headers, None
         if accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
             compressor = zlib.compressobj(wbits=31)  # a gzip stream
@@ -1968,19 +1968,23 @@ class Answer(web.StreamResponse):
         await self._write(request, write_head(self.status, None, self.keep_alive, int(time.time()), headers))
         if request.method == hdrs.METH_HEAD:
             return
-        until = time.monotonic() + SLICE_SECONDS
-        for part in joined(pieces):
-            packed = part
-            if compressor and part:
-                packed = await asyncio.to_thread(compressor.compress, part)
-            await self._write_chunk(request, packed, chunked)
+        ready, size, until = list[bytes](), 0, time.monotonic() + SLICE_SECONDS
+        for piece in pieces:
+            ready.append(piece or b"")
+            size += len(ready[-1])
+            if size >= PIECE_BYTES:
+                await self._write_chunk(request, b"".join(ready), chunked, compressor)
+                ready, size = [], 0
             if time.monotonic() > until:
                 await request.app[STATE].yield_to_others()
                 until = time.monotonic() + SLICE_SECONDS
-        await self._write_chunk(request, compressor.flush() if compressor else b"", chunked)
+        await self._write_chunk(request, b"".join(ready), chunked, compressor)
+        await self._write_chunk(request, compressor.flush() if compressor else b"", chunked, None)
         await self._write(request, b"0\r\n\r\n" if chunked else b"")
 
-    async def _write_chunk(self, request: web.Request, data: bytes, chunked: bool) -> None:
+    async def _write_chunk(self, request: web.Request, data: bytes, chunked: bool, packer: Any) -> None:
+        if packer:
+            data = await asyncio.to_thread(packer.compress, data)
         if data:
             await self._write(request, b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
 
@@ -1998,20 +2002,6 @@ class Answer(web.StreamResponse):
             except TimeoutError:
                 transport.abort()
                 raise ConnectionResetError from None
-
-
-def joined(pieces: Pieces) -> Iterator[bytes]:
-    """Yield `pieces`, those that are shorter than PIECE_BYTES together; b"" where others may go on."""
-    ready, size = list[bytes](), 0
-    for piece in pieces:
-        ready.append(piece or b"")
-        size += len(ready[-1])
-        if size < PIECE_BYTES:
-            yield b""
-        else:
-            yield b"".join(ready)
-            ready, size = [], 0
-    yield b"".join(ready)
 
 
 def join_up_to(most: float, pieces: Pieces) -> Steps[bytes | None]:
