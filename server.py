@@ -291,7 +291,7 @@ def number_events(events: Iterable[Event], first_id: int) -> None:
         event.id = number
 
 
-@lru_cache(maxsize=1024, typed=True)  # typed: a Money, which is a str, gets no quote before its minus
+@lru_cache(maxsize=1024, typed=True)  # typed: to a text "-1" belongs another line than to Money("-1")
 def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no text that a spreadsheet runs."""
     text = io.StringIO()
@@ -474,7 +474,7 @@ class Usage:
         self.last_number = 0  # the highest that was given
         self.sequence = 0  # the highest that is visible
         self.tombstones_since = 0  # all removals after this number still have theirs
-        self.gc_frozen_at = 0  # the last number when the events were last set apart for the garbage collector
+        self.gc_frozen_at = 0  # `last_number` when the garbage collector was last told to pass over the events
         self.warned = False
 
     @property
@@ -618,7 +618,8 @@ def windows_of(events: Iterable[Event], window: str) -> list[int]:
 def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted: Wanted) -> Totals:
     """Return the totals, by window start and names, of the events that are wanted.
 
-    A chunk remembers totals that are few. Where they are many, to filter before counting saves work.
+    The names that are filtered by are among `names`. A chunk remembers totals that are few. Where they are
+    many, to filter before counting saves work.
     """
     grouping = window, names
     if grouping not in chunk.known:
@@ -789,10 +790,11 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # The last DOUBT_BITS of a remainder are cut off, so that those that are equal on paper tie here. They may
-    # differ: to a claim each second adds two prices, the user's and that of the silent, each rounded up by
-    # less than 1, so a remainder is too high by less than 2 x seconds x cents. That is below 2**100. So equal
-    # ones part only if a multiple of 2**DOUBT_BITS lies so near to them: by chance, once in 2**60 times.
+    # Remainders that are equal on paper have to tie, but may differ here in their last bits, for prices are
+    # rounded up: each second of a claim has two of them, the user's and that of the silent, each too high by
+    # less than 1 in the last bit. So a remainder is too high by less than 2 x seconds x cents, which is below
+    # 2**100. Without their last DOUBT_BITS they are equal, unless a multiple of 2**DOUBT_BITS lies so near to
+    # them: once in 2**60 times.
     in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -951,8 +953,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid for each month and label.
 
     For a closed month that is what has changed since its close, less what other months have paid for it. A
-    month that was opened again may have been paid for, too: by an earlier one, which had its first streams
-    and was closed later. That is due back, for the next close of the month pays it in full.
+    month that is open again may have been paid for, too. Say, March was closed, then February got its first
+    streams and was closed, with an adjustment for March, and then March was opened. What February paid is due
+    back, for to close March again pays March in full.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
@@ -1508,8 +1511,8 @@ class Journal:
                 with contextlib.suppress(StorageError, sqlite3.Error):
                     self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None
-        with contextlib.suppress(StorageError, OSError):  # what is wrong now, the next commit says
-            self._check_files()
+        with contextlib.suppress(StorageError, OSError):  # if anything is wrong now, the next commit says it
+            self._check_files()  # it notes the sizes
         self.failed = False
         self.last_commit = time.monotonic()
 
@@ -1839,7 +1842,7 @@ async def read_json(request: web.Request) -> object:
         async with asyncio.timeout(BODY_SECONDS):
             body = await request.read()
         if len(body) > PIECE_BYTES:
-            await request.app[STATE].yield_to_others()
+            await request.app[STATE].yield_to_others()  # or several such bodies are parsed at a stretch
         return json.loads(body.decode())
     except TimeoutError:
         raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_SECONDS} s") from None
@@ -2037,7 +2040,7 @@ async def finish(state: State, work: Generator[Any, None, T], first: bool = Fals
 
 
 def is_kept(flight: asyncio.Task[Any]) -> bool:
-    """Tell whether an answer was made and is short. `None` is: it says that the answer would be long."""
+    """Tell whether what was made stays: a short answer, or the None of one that is too long to be kept."""
     made = flight.done() and not flight.cancelled() and not flight.exception()
     return made and len(flight.result() or b"") <= KEPT_BYTES
 
@@ -2111,7 +2114,7 @@ async def answer_cached(
     headers = cache_headers(etag, kind) + more
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):
         return Answer(304, headers=headers)
-    name = (etag, key)  # the first, too, for one of its own may change while the data do not
+    name = (etag, key)  # the ETag, too, for one of its own may change while the data do not
     body = await state.answers.get(name, lambda: finish(state, join_up_to(most, make())))
     if body is None:  # too long
         return Answer(200, make(), cache_headers(own_etag or state.usage.etag, kind) + more)
@@ -2560,7 +2563,8 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # This fills `Account.late`: so `decide`, for which all other writes wait, has one month to tally.
+            # Snapshots share the accounts of closed months, so this fills their `late` beforehand: `decide`,
+            # for which all other writes wait, then has only this month to tally.
             await finish(state, unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await finish(state, month_rows(state.books.snapshot(), month))
