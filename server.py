@@ -474,7 +474,7 @@ class Usage:
         self.last_number = 0  # the highest that was given
         self.sequence = 0  # the highest that is visible
         self.tombstones_since = 0  # all removals after this number still have theirs
-        self.gc_frozen_at = 0  # `last_number` when the collector of garbage was last told to pass over the events
+        self.gc_frozen_at = 0  # `last_number` when the garbage collector last learnt to pass over all events
         self.warned = False
 
     @property
