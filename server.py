@@ -291,7 +291,11 @@ def number_events(events: Iterable[Event], first_id: int) -> None:
         event.id = number
 
 
-@lru_cache(maxsize=1024, typed=True)  # typed: to a text "-1" belongs another line than to Money("-1")
+class Money(str):
+    """An amount as text that `encode_cells` leaves as it is: a minus at its start is no formula."""
+
+
+@lru_cache(maxsize=1024, typed=True)  # typed: Money("-1") is equal to the text "-1"
 def encode_cells(*cells: object) -> str:
     """Return a line as RFC 4180 has it, without its end, and with no text that a spreadsheet runs."""
     text = io.StringIO()
@@ -467,7 +471,7 @@ class Usage:
         self.record = record
         self.keep = keep
         self.by_start, self.by_id = Order("stream_started_on"), Order("id")
-        self.changed, self.tombstones = Order("version"), Order("version")  # what the feed tells, too
+        self.changed, self.tombstones = Order("version"), Order("version")  # with `by_id` they are the feed
         self.keys: dict[str, tuple[bytes, int]] = {}  # idempotency key -> hash of the body, first id
         self.count = 0
         self.sequence_name = secrets.token_hex(4)
@@ -490,9 +494,10 @@ class Usage:
     def is_too_old(self, events: Sequence[Event]) -> bool:
         """Tell whether `keep` would drop one of these new events at once."""
         over = self.count + len(events) - self.keep  # so many will be dropped
-        first = min(event.stream_started_on for event in events)
-        # One with the same start goes before a new one, for its id is lower: so `first + 1`.
-        return over > 0 and sum(map(len, self.by_start.between(high=first + 1))) < over
+        earliest = min(event.stream_started_on for event in events)
+        # That one is dropped, too, if fewer than `over` go before it. One with the same start does, for its
+        # id is lower: so `+ 1`.
+        return over > 0 and sum(map(len, self.by_start.between(high=earliest + 1))) < over
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
@@ -722,10 +727,6 @@ def parse_subscription(value: object) -> Subscription:
     return Subscription(check_text("product_type", fields["product_type"]), cents, fields["origin"])
 
 
-class Money(str):
-    """An amount as text that `encode_cells` leaves as it is: a minus at its start is no formula."""
-
-
 def euros(units: int, places: int = 2) -> Money:
     """Write cents as a decimal; with more `places`, fractions of them."""
     return Money(f"{Decimal(units).scaleb(-places):f}")
@@ -746,8 +747,8 @@ def add_lines(lines: Iterable[Line]) -> Line:
     return Line(*map(sum, zip(Line(), *lines, strict=True)))
 
 
-CLAIM_BITS = 512  # after the point: a claim is a fixed-point number
-DOUBT_BITS = 160  # so many of the last bits of a remainder may come of rounding, see `share_out`
+CLAIM_BITS = 512  # after the point: a claim is a fixed-point number, so fine that unequal ones do not tie
+DOUBT_BITS = 160  # the last bits of a remainder, left out: 100 may come of rounding, 60 are a margin
 
 
 @dataclass(frozen=True)
@@ -793,8 +794,8 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     # Remainders that are equal on paper have to tie, but may differ here in their last bits, for prices are
     # rounded up: each second of a claim has two of them, the user's and that of the silent, each too high by
     # less than 1 in the last bit. So a remainder is too high by less than 2 x seconds x cents, which is below
-    # 2**100. Without their last DOUBT_BITS they are equal, unless a multiple of 2**DOUBT_BITS lies so near to
-    # them: once in 2**60 times.
+    # 2**100. Without their last DOUBT_BITS they are equal, unless that error carries one of them over a
+    # multiple of 2**DOUBT_BITS: once in 2**60 times.
     in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -857,7 +858,10 @@ class Account:
         return lines
 
     def changed(self, month: str, users: ByUser) -> Steps[Adjustments]:
-        """Return how much more each label would get than it got, if `users` are the month's totals of now."""
+        """Return how much more each label would get than it got, if `users` are the month's totals of now.
+
+        For an open month that is nothing: its account has the totals of now.
+        """
         as_of, late = self.late or (self.totals, {})
         if users is not as_of:  # the same object has not changed, for `Books` copies what is shared
             now, late = (yield from tally(users, self.subscriptions)), {}
@@ -1946,7 +1950,7 @@ class Answer(web.StreamResponse):
         body, self.body = self.body, b""
         self.keep_alive = request.keep_alive and request.content.is_eof()
         if not isinstance(body, bytes):
-            with contextlib.closing(body):  # or an error would hold all that it is made from
+            with contextlib.closing(body):  # or the traceback of an error would hold the chunks
                 await self._send_pieces(cast("web.Request", request), body)
             return
         head = write_head(self.status, len(body), self.keep_alive, int(time.time()), self.more_headers)
@@ -2024,7 +2028,7 @@ async def finish(state: State, work: Generator[Any, None, T], first: bool = Fals
     Work of more than SHORT_SLICES goes on as one of MOST_LONG_WORK at a time, unless it comes `first`.
     """
     async with contextlib.AsyncExitStack() as held:
-        held.enter_context(contextlib.closing(work))
+        held.enter_context(contextlib.closing(work))  # or a traceback would hold what it works on
         slices, until = 0, time.monotonic() + SLICE_SECONDS
         try:
             while True:
@@ -2428,18 +2432,19 @@ async def get_changes(request: web.Request) -> Answer:
     if after == 0:
         began = number
     # A client needs all tombstones after what it has read, but during its first reading only those after the
-    # beginning of it: what was removed before it has never been shown.
+    # beginning of it: earlier ones are of streams that it has never been shown.
     is_known = usage.tombstones_since <= max(after, began) <= number
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
-    is_more = after < number  # most who poll have read everything
+    is_more = after < number
     if "limit" in asked:
         chunks = page = await finish(state, in_steps(chunks))
         if sum(map(len, page)) == limit:
             number = page[-1][-1].version
     following = f"{usage.sequence_name}-{number}" + (f"-{began}" if number < began else "")
     link = f'</api/v1/changes?after={following}>; rel="next"'
+    # Most who poll have read everything: to them b"" is sent quicker than pieces that come to nothing.
     feed = (chunk.feed_lines for chunk in chunks) if is_more else b""
     return answer_now(200, feed, "ndjson", Link=link, Vary="Accept-Encoding")
 
