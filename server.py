@@ -495,8 +495,8 @@ class Usage:
         """Tell whether `keep` would drop one of these new events at once."""
         over = self.count + len(events) - self.keep  # so many will be dropped
         earliest = min(event.stream_started_on for event in events)
-        # That one is dropped, too, if fewer than `over` go before it. One with the same start does, for its
-        # id is lower: so `+ 1`.
+        # The earliest new event is dropped if fewer than `over` kept events come before it. A kept one with
+        # the same start comes before it, too, as its id is lower: so `+ 1`.
         return over > 0 and sum(map(len, self.by_start.between(high=earliest + 1))) < over
 
     def add(self, events: Sequence[Event]) -> None:
@@ -748,7 +748,7 @@ def add_lines(lines: Iterable[Line]) -> Line:
 
 
 CLAIM_BITS = 512  # after the point: a claim is a fixed-point number, so fine that unequal ones do not tie
-DOUBT_BITS = 160  # the last bits of a remainder, left out: 100 may come of rounding, 60 are a margin
+DOUBT_BITS = 160  # a remainder's last bits, left out: 100 may come of rounding (see `share_out`), 60 are margin
 
 
 @dataclass(frozen=True)
@@ -791,11 +791,11 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # Remainders that are equal on paper have to tie, but may differ here in their last bits, for prices are
-    # rounded up: each second of a claim has two of them, the user's and that of the silent, each too high by
-    # less than 1 in the last bit. So a remainder is too high by less than 2 x seconds x cents, which is below
-    # 2**100. Without their last DOUBT_BITS they are equal, unless that error carries one of them over a
-    # multiple of 2**DOUBT_BITS: once in 2**60 times.
+    # Remainders that are equal on paper have to tie, but may differ here in their last bits. For in `tally` a
+    # label's seconds are multiplied by two prices that are rounded up, the user's and that of the silent,
+    # each too high by less than 1 in the last bit. So a remainder is too high by less than 2 x seconds x
+    # cents: below 2**100, with 2**50 seconds and 2**49 cents. Without their last DOUBT_BITS they are equal,
+    # unless that error carries one of them over a multiple of 2**DOUBT_BITS: once in 2**60 times.
     in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
@@ -959,7 +959,7 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     For a closed month that is what has changed since its close, less what other months have paid for it. A
     month that is open again may have been paid for, too. Say, March was closed, then February got its first
     streams and was closed, with an adjustment for March, and then March was opened. What February paid is due
-    back, for to close March again pays March in full.
+    back, for closing March again pays it in full.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
@@ -1428,7 +1428,7 @@ class Journal:
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         real = os.path.realpath(path)
         self.wal = Path(f"{real}-wal")
-        self.lock = path.open(mode, buffering=0)  # never closed: that would drop SQLite's locks
+        self.lock = path.open(mode, buffering=0)  # as long open as SQLite's: to close it drops all locks
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         opened = os.fstat(self.lock.fileno())
         if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:  # the WAL goes by its name
@@ -1572,6 +1572,7 @@ class Journal:
                 WHERE id >= :first_id AND id < :first_id + :size""",
             "DELETE FROM streams WHERE id >= :first_id AND id < :first_id + :size",
             "DELETE FROM subscriptions WHERE import = :number",  # and those that they have replaced come back
+            # What has been set since then is not of this import: it stays, and is not replaced.
             """INSERT OR IGNORE INTO subscriptions SELECT user_id, product_type, fee, origin, import
                 FROM replaced WHERE replaced_by = :number""",
             "DELETE FROM replaced WHERE replaced_by = :number",
@@ -2137,7 +2138,7 @@ def write_list(kind: str, columns: Sequence[str], lines: Iterable[bytes]) -> Pie
     opening, end = (b"[", b"]") if kind == "json" else (b"", b"\n")
     yield opening
     nothing_yet = True
-    for some in lines:  # none, where a filter leaves nothing
+    for some in lines:  # they may be b"", where a filter leaves nothing
         separated = some.replace(b"\n", b",") if kind == "json" else some
         yield separated[1:] if nothing_yet else separated  # before the first line no separator
         nothing_yet = nothing_yet and not some
