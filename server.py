@@ -748,7 +748,7 @@ def add_lines(lines: Iterable[Line]) -> Line:
 
 
 CLAIM_BITS = 512  # after the point: a claim is a fixed-point number, so fine that unequal ones do not tie
-DOUBT_BITS = 160  # a remainder's last bits, left out: 100 may come of rounding (see `share_out`), 60 are margin
+DOUBT_BITS = 160  # last bits of a remainder, left out: 100 may come of rounding (see `share_out`), 60 spare
 
 
 @dataclass(frozen=True)
