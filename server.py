@@ -27,7 +27,7 @@ The words:
     subscription   what a user pays a month, and through whom
     revenue        of a month: what is left of all fees
     the silent     the subscribers who have not streamed a second in a month
-    adjustment     what is paid with another month, because streams of a month changed after it was closed
+    adjustment     what is paid with a later close, because streams of a month changed after it was closed
     sequence       every change of the data takes its next number; an id and a version are such numbers
     feed           the list of these changes, for programs that follow them
     batch          the 1 to 5 events that the simulation makes at a time
@@ -747,7 +747,7 @@ def add_lines(lines: Iterable[Line]) -> Line:
     return Line(*map(sum, zip(Line(), *lines, strict=True)))
 
 
-CLAIM_BITS = 512  # after the point: a claim is a fixed-point number, so fine that unequal ones do not tie
+CLAIM_BITS = 512  # of a claim are after the point: many more than tell any two real ones apart
 DOUBT_BITS = 160  # last bits of a remainder, left out: 100 may come of rounding (see `share_out`), 60 spare
 
 
@@ -843,7 +843,7 @@ class Account:
     fees: int
     revenue: int
     labels: dict[str, Line]
-    adjustments: Adjustments  # what is paid with this month for others
+    adjustments: Adjustments  # what is paid with this month for others, or taken back: see `unpaid`
     late: tuple[ByUser, Adjustments] | None = None  # what `changed` was last asked, and its answer
 
     @property
@@ -957,9 +957,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid for each month and label.
 
     For a closed month that is what has changed since its close, less what other months have paid for it. A
-    month that is open again may have been paid for, too. Say, March was closed, then February got its first
-    streams and was closed, with an adjustment for March, and then March was opened. What February paid is due
-    back, for closing March again pays it in full.
+    month that is open again may have been paid for, too. Say, March was closed, and then got late streams;
+    then February got its first streams and was closed, with an adjustment for March; then March was opened.
+    Closing it again pays it in full, so what February paid is taken back, as an adjustment of March itself.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
@@ -2119,7 +2119,7 @@ async def answer_cached(
     headers = cache_headers(etag, kind) + more
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):
         return Answer(304, headers=headers)
-    name = (etag, key)  # the ETag, too, for one of its own may change while the data do not
+    name = (etag, key)  # the ETag, too, for an `own_etag` may change while the data do not
     body = await state.answers.get(name, lambda: finish(state, join_up_to(most, make())))
     if body is None:  # too long
         return Answer(200, make(), cache_headers(own_etag or state.usage.etag, kind) + more)
