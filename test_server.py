@@ -4523,7 +4523,7 @@ class Model:
             isinstance(value, dict)
             and value.keys() == {"product_type", "fee", "origin"}
             and self.is_text(value["product_type"])
-            and isinstance(value["fee"], str)
+            and self.is_text(value["fee"])
             and re.fullmatch("[0-9]+([.][0-9]{1,2})?", value["fee"]) is not None
             and Fraction(value["fee"]) <= 10_000
             and value["origin"] in ("app_store", "web")
