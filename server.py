@@ -494,10 +494,12 @@ class Usage:
     def is_too_old(self, events: Sequence[Event]) -> bool:
         """Tell whether `keep` would drop one of these new events at once."""
         over = self.count + len(events) - self.keep  # so many will be dropped
+        if over <= 0:
+            return False
         earliest = min(event.stream_started_on for event in events)
         # The earliest new event is dropped if fewer than `over` kept events come before it. A kept one with
         # the same start comes before it, too, as its id is lower: so `+ 1`.
-        return over > 0 and sum(map(len, self.by_start.between(high=earliest + 1))) < over
+        return sum(map(len, self.by_start.between(high=earliest + 1))) < over
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
@@ -627,14 +629,14 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
     many, to filter before counting saves work.
     """
     grouping = window, names
-    if grouping not in chunk.known:
-        totals = totals_of(chunk, names, window)
-        chunk.known[grouping] = totals if len(totals) <= len(chunk) // 4 else None
+    found = chunk.known.get(grouping)
+    if found is None and grouping in chunk.known:  # they are many
+        return totals_of(matching(chunk, wanted), names, window)
+    if found is None:
+        found = totals_of(chunk, names, window)
+        chunk.known[grouping] = found if len(found) <= len(chunk) // 4 else None
         if len(chunk.known) > KNOWN_TOTALS:
             del chunk.known[next(iter(chunk.known))]
-    found = chunk.known[grouping]
-    if found is None:  # they are many
-        return totals_of(matching(chunk, wanted), names, window)
     for name, values in wanted:
         at = names.index(name) - len(names)  # from the end: the window may stand before the names
         found = {key: total for key, total in found.items() if key[at] in values}
