@@ -423,14 +423,14 @@ class Order:
             at = max(0, found - 1)
             start = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
             group = pending[start:]
-            chunk = [*self.chunks[at]] if self.chunks else []
+            chunk = Chunk(self.chunks[at] if self.chunks else ())
             if sign < 0:
                 leaving = set(group)
-                chunk = [event for event in chunk if event not in leaving]
+                chunk = Chunk([event for event in chunk if event not in leaving])
             elif not chunk or self.key(group[0]) > self.key(chunk[-1]):  # new ids and versions come last
                 chunk += group
             elif len(group) > len(chunk) // 16:  # sorting anew is quicker than finding so many places
-                chunk = sorted(chunk + group, key=self.key)
+                chunk = Chunk(sorted(chunk + group, key=self.key))
             else:
                 for event in group:
                     insort(chunk, event, key=self.key)
@@ -450,14 +450,14 @@ class Order:
                 found.pop()
         return found
 
-    def _replace(self, at: int, events: list[Any]) -> None:
-        """Put `events`, if any, in the place of the chunk there, cut into chunks of about equal length."""
+    def _replace(self, at: int, new: Chunk) -> None:
+        """Put `new`, if it holds any event, in the place of the chunk there; too long, it is cut evenly."""
         if self.chunks:
             del self.chunks[at]
-        parts = math.ceil(len(events) / CHUNK_EVENTS)
+        parts = math.ceil(len(new) / CHUNK_EVENTS)
         for part in reversed(range(parts)):
-            first, end = len(events) * part // parts, len(events) * (part + 1) // parts
-            self.chunks.insert(at, Chunk(events[first:end]))
+            first, end = len(new) * part // parts, len(new) * (part + 1) // parts
+            self.chunks.insert(at, new if parts == 1 else Chunk(new[first:end]))
 
 
 class Usage:
@@ -1919,12 +1919,14 @@ STATUSES = {InvalidError: 400, MissingError: 404, ConflictError: 409, StorageErr
 Headers = tuple[tuple[str, str], ...]
 Pieces = Generator[bytes | None, None, None]  # of an answer; None is a step on the way to the next
 
+http_date = lru_cache(formatdate)  # to write one takes longer than the rest of a head
+
 
 @lru_cache(maxsize=64)
 def write_head(status: int, length: int | None, keep_alive: bool, now: int, headers: Headers) -> bytes:
     """Write the head of an answer that is sent in the second `now`; without a `length` it comes in pieces."""
     connection = "keep-alive" if keep_alive else "close"
-    headers += (("Date", formatdate(now, usegmt=True)), ("Connection", connection))
+    headers += (("Date", http_date(now, usegmt=True)), ("Connection", connection))
     if length is not None and status != HTTPStatus.NOT_MODIFIED:
         headers += (("Content-Length", str(length)),)
     lines = (f"{name}: {value}\r\n" for name, value in (*headers, *SAFETY_HEADERS))
@@ -2030,20 +2032,22 @@ async def finish(state: State, work: Generator[Any, None, T], first: bool = Fals
 
     Work of more than SHORT_SLICES goes on as one of MOST_LONG_WORK at a time, unless it comes `first`.
     """
-    async with contextlib.AsyncExitStack() as held:
-        held.enter_context(contextlib.closing(work))  # or a traceback would hold what it works on
-        slices, until = 0, time.monotonic() + SLICE_SECONDS
-        try:
-            while True:
-                next(work)
-                if time.monotonic() >= until:
-                    slices += 1
-                    if slices == SHORT_SLICES and not first:
-                        await held.enter_async_context(state.long_work)
-                    await state.yield_to_others()
-                    until = time.monotonic() + SLICE_SECONDS
-        except StopIteration as end:
-            return cast("T", end.value)
+    slices, held, until = 0, False, time.monotonic() + SLICE_SECONDS
+    try:
+        while True:
+            next(work)
+            if time.monotonic() >= until:
+                slices += 1
+                if slices == SHORT_SLICES and not first:
+                    held = await state.long_work.acquire()
+                await state.yield_to_others()
+                until = time.monotonic() + SLICE_SECONDS
+    except StopIteration as end:
+        return cast("T", end.value)
+    finally:
+        work.close()  # or a traceback would hold what it works on
+        if held:
+            state.long_work.release()
 
 
 def is_kept(flight: asyncio.Task[Any]) -> bool:
@@ -2189,7 +2193,9 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Have every request answered, and a write that has begun go on when its client disconnects."""
     state = request.app[STATE]
     answering = answer_errors(state, request, handler)
-    answer = await (answering if request.method in READING else asyncio.shield(answering))
+    # Without a file a write waits for nothing once it has begun, so nothing can come in between.
+    shielded = state.journal and request.method not in READING
+    answer = await (asyncio.shield(answering) if shielded else answering)
     state.requests[answer.status // 100] += 1
     return answer
 
