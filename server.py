@@ -2185,7 +2185,7 @@ def answer_now(status: int, body: bytes | Pieces, kind: str = "json", **headers:
 
 def answer_success(message: str, data: bytes, status: int = 200, **headers: str) -> Answer:
     """Answer as every success of the API does; `data` is JSON."""
-    return answer_now(status, b'{"message":%b,"data":%b}' % (encode(message), data), **headers)
+    return answer_now(status, b'{"message":%b,"data":%b}' % (quote(message).encode(), data), **headers)
 
 
 @web.middleware

@@ -5848,7 +5848,7 @@ async def test_an_undo_that_is_killed_took_all_back_or_nothing(tmp_path: Path) -
     path, rng = tmp_path / "usage.db", random.Random(31)
     directory = write_import(tmp_path / "import", streams=STREAMS + STREAMS.splitlines()[1].join("\n\n") * 40_000)
     seen = set[int]()
-    for _ in range(12):
+    for _ in range(8):
         async with started("--db", str(path), "--no-simulation", "--import", str(directory)) as program:
             assert (await get_json(f"{await program.url()}/health"))["events"] == 40_003
         process = await asyncio.create_subprocess_exec(
