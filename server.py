@@ -414,7 +414,7 @@ class Order:
         self.chunks: deque[Chunk] = deque()
 
     def put(self, events: Iterable[Any], sign: int = 1) -> None:
-        """Put each event in its place or, with a `sign` of -1, take out events that are there."""
+        """Put each event in its place or, with a `sign` of -1, take out those, the objects themselves."""
         pending = sorted(events, key=self.key)
         while pending:  # in each round those that belong into one chunk, from the last chunk on
             # The last event belongs into the last chunk that begins at or before it or, if none does, into
@@ -527,6 +527,7 @@ class Usage:
         However late it is read, it is of this moment. A stream that was never changed has its id as version.
         """
         orders = self.by_id, self.changed, self.tombstones
+        # Unpacked at once: so all three are of now.
         created, changed, removed = (itertools.chain(*order.between(number + 1)) for order in orders)
         unchanged = (event for event in created if type(event) is Event)
         in_order = merge(unchanged, changed, removed, key=attrgetter("version"))
@@ -749,10 +750,6 @@ def add_lines(lines: Iterable[Line]) -> Line:
     return Line(*map(sum, zip(Line(), *lines, strict=True)))
 
 
-CLAIM_BITS = 512  # of a claim are after the point: many more than tell any two real ones apart
-DOUBT_BITS = 160  # last bits of a remainder, left out: 100 may come of rounding (see `share_out`), 60 spare
-
-
 @dataclass(frozen=True)
 class Ledger:
     """What a month's streams and fees come to, and what each label is owed of it.
@@ -776,29 +773,33 @@ def seconds_of(totals: Totals) -> int:
     return sum(seconds for _, seconds in totals.values())
 
 
-def price_of_second(net: int, seconds: int) -> int:
-    """Return what each of so many seconds gets of a net fee, as a claim.
+CLAIM_BITS = 512  # binary places of a claim, which is an int
+QUOTA_BITS = 352  # and of a quota
 
-    It is rounded up in the last bit: rounded down, a claim to exactly n cents would get n - 1.
+
+def quota(cents: int, claim: int, whole: int) -> int:
+    """Return `cents` x `claim` / `whole`: what a claim comes to before it is rounded to cents.
+
+    Claims are a little too low, for in `tally` a label's seconds are multiplied by prices of a second, the
+    user's and that of the silent, which are rounded down. In all that is less than 2 x seconds in a claim's
+    last bit, and times `cents` less than 2**100, with 2**50 seconds and 2**49 cents. A quota, rounded to 160
+    bits less, loses that error: so quotas that are equal on paper are equal here. They are not only if the
+    border between rounding up and down lies within the error, which is so once in 2**60 times.
     """
-    return -((-net << CLAIM_BITS) // (seconds or 1))
+    less = CLAIM_BITS - QUOTA_BITS
+    return (cents * claim // (whole or 1) + (1 << (less - 1))) >> less
 
 
 def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[str, int]]:
     """Share out `cents` by claims on `whole`, to the last cent: by the largest remainder.
 
-    Each gets its share rounded down; what is left goes, a cent each, to those who lost most by the
-    rounding, ties in order of the name. Claims have CLAIM_BITS after the point, `whole` has none.
+    Each gets its quota rounded down; what is left goes, a cent each, to those who lost most by the rounding,
+    ties in order of the name.
     """
-    divided = ((name, *divmod(cents * claim, whole << CLAIM_BITS)) for name, claim in claims.items())
+    divided = ((name, *divmod(quota(cents, claim, whole), 1 << QUOTA_BITS)) for name, claim in claims.items())
     shares = yield from in_steps(divided)
     left = cents - sum(share for _, share, _ in shares)
-    # Remainders that are equal on paper have to tie, but may differ here in their last bits. For in `tally` a
-    # label's seconds are multiplied by two prices that are rounded up, the user's and that of the silent,
-    # each too high by less than 1 in the last bit. So a remainder is too high by less than 2 x seconds x
-    # cents: below 2**100, with 2**50 seconds and 2**49 cents. Without their last DOUBT_BITS they are equal,
-    # unless that error carries one of them over a multiple of 2**DOUBT_BITS: once in 2**60 times.
-    in_order = yield from sort_in_steps(shares, lambda each: (-(each[2] >> DOUBT_BITS), each[0]))
+    in_order = yield from sort_in_steps(shares, lambda each: (-each[2], each[0]))
     rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
     return dict((yield from in_steps(rounded)))
 
@@ -816,20 +817,20 @@ def tally(users: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Led
         yield
         price, seconds = 0, seconds_of(own)
         if seconds and user in subscriptions:
-            price = price_of_second(subscriptions[user].net, seconds)
+            price = (subscriptions[user].net << CLAIM_BITS) // seconds
             silent_net, silent_users = silent_net - subscriptions[user].net, silent_users - 1
         for label, total in own.items():
             add_up(totals, label, total)
             claims[label] += price * total[1]
     seconds, revenue = seconds_of(totals), (net + 50) // 100
-    price, by_seconds = price_of_second(silent_net, seconds), Counter[str]()
+    price, by_seconds = (silent_net << CLAIM_BITS) // (seconds or 1), Counter[str]()
     for label, total in totals.items():
         yield
         claims[label] += price * total[1]
         by_seconds[label] = total[1] << CLAIM_BITS
     cents = revenue if seconds else 0
-    pro_rata = yield from share_out(cents, seconds or 1, by_seconds)
-    centric = yield from share_out(cents, net or 1, claims)
+    pro_rata = yield from share_out(cents, seconds, by_seconds)
+    centric = yield from share_out(cents, net, claims)
     lines = ((label, Line(*total, pro_rata[label], centric[label])) for label, total in totals.items())
     labels = dict((yield from in_steps(lines)))
     return Ledger(labels, claims, seconds, fees, net, revenue, silent_net, silent_users)
@@ -870,7 +871,7 @@ class Account:
             for labels, sign in ((now.labels, 1), (self.labels, -1)):
                 for label, line in labels.items():
                     yield
-                    add_up(late, (month, label), line[2:4], sign)
+                    add_up(late, (month, label), (line.amount, line.amount_user_centric), sign)
             self.late = users, late
         return late
 
@@ -932,7 +933,7 @@ def record_users(users: dict[str, Totals], events: Sequence[Event], name: str, s
         users[user] = {**users.get(user, {})}
     for (user, value), total in totals.items():
         add_up(users[user], value, total, sign)
-        if not users[user]:
+        if not users[user]:  # that was the last value
             del users[user]
 
 
@@ -960,8 +961,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
 
     For a closed month that is what has changed since its close, less what other months have paid for it. A
     month that is open again may have been paid for, too. Say, March was closed, and then got late streams;
-    then February got its first streams and was closed, with an adjustment for March; then March was opened.
-    Closing it again pays it in full, so what February paid is taken back, as an adjustment of March itself.
+    then February, which had been empty, got streams and was closed, with an adjustment for March; then March
+    was opened. Closing it again pays it in full, so what February paid is taken back, as an adjustment of
+    March itself.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
@@ -1100,7 +1102,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
 
     # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100.
     def rounded(part: int, whole: int, paid: int) -> dict[str, Any]:
-        exact = 10_000 * revenue * part // (whole or 1)
+        exact = quota(10_000 * revenue, part, whole) >> QUOTA_BITS
         down = exact // 10_000
         return {"exact": euros(exact, 6), "rounded_down": euros(down), "cent_added": paid > down}
 
@@ -1113,14 +1115,14 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
             "revenue": euros(revenue),
             "seconds_streamed": line.seconds_streamed,
             "of_seconds": ledger.seconds,
-            **rounded(line.seconds_streamed, ledger.seconds, line.amount),
+            **rounded(line.seconds_streamed << CLAIM_BITS, ledger.seconds, line.amount),
         },
         "user_centric": {
             "subscribers": payers,
-            "sum": euros((100 * claim) >> CLAIM_BITS, 6),
+            "sum": euros(quota(100, claim, 1) >> QUOTA_BITS, 6),
             "of_sum": euros(100 * net, 6),
             "revenue": euros(revenue),
-            **rounded(claim, net << CLAIM_BITS, line.amount_user_centric),
+            **rounded(claim, net, line.amount_user_centric),
         },
         "listeners_without_subscription": {"users": len(others), "seconds_streamed": sum(others)},
         "adjustments": [
@@ -1430,7 +1432,7 @@ class Journal:
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         real = os.path.realpath(path)
         self.wal = Path(f"{real}-wal")
-        self.lock = path.open(mode, buffering=0)  # as long open as SQLite's: to close it drops all locks
+        self.lock = path.open(mode, buffering=0)  # it stays open: to close it would drop SQLite's locks, too
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         opened = os.fstat(self.lock.fileno())
         if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:  # the WAL goes by its name
@@ -1513,7 +1515,8 @@ class Journal:
             self.wal_in_doubt = False
         except Exception as error:
             self.failed = True
-            if self.wal_in_doubt:  # at once, for a kill may come; if that fails, before the next commit
+            if self.wal_in_doubt:  # since the sync or `_check_files` failed: mend it at once, for a kill may
+                # come, or, if it can't be, before the next commit
                 with contextlib.suppress(StorageError, sqlite3.Error):
                     self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None
@@ -2126,6 +2129,7 @@ async def answer_cached(
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):
         return Answer(304, headers=headers)
     name = (etag, key)  # the ETag, too, for an `own_etag` may change while the data do not
+    # `make` is called by `get` at once: so its data are those of the ETag.
     body = await state.answers.get(name, lambda: finish(state, join_up_to(most, make())))
     if body is None:  # too long
         return Answer(200, make(), cache_headers(own_etag or state.usage.etag, kind) + more)
@@ -2193,7 +2197,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Have every request answered, and a write that has begun go on when its client disconnects."""
     state = request.app[STATE]
     answering = answer_errors(state, request, handler)
-    # Without a file a write waits for nothing once it has begun, so nothing can come in between.
+    # Without a file nothing is awaited once the data change, so no write can be cancelled half-way.
     shielded = state.journal and request.method not in READING
     answer = await (asyncio.shield(answering) if shielded else answering)
     state.requests[answer.status // 100] += 1
@@ -2437,24 +2441,23 @@ async def get_changes(request: web.Request) -> Answer:
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     (name, after, began), limit = asked.get("after", ("", 0, 0)), asked.get("limit", math.inf)
-    number = usage.sequence
+    now = read_to = usage.sequence
     if after == 0:
-        began = number
+        began = now
     # A client needs all tombstones after what it has read, but during its first reading only those after the
     # beginning of it: earlier ones are of streams that it has never been shown.
-    is_known = usage.tombstones_since <= max(after, began) <= number
+    is_known = usage.tombstones_since <= max(after, began) <= now
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
-    is_more = after < number
     if "limit" in asked:
         chunks = page = await finish(state, in_steps(chunks))
         if sum(map(len, page)) == limit:
-            number = page[-1][-1].version
-    following = f"{usage.sequence_name}-{number}" + (f"-{began}" if number < began else "")
+            read_to = page[-1][-1].version
+    following = f"{usage.sequence_name}-{read_to}" + (f"-{began}" if read_to < began else "")
     link = f'</api/v1/changes?after={following}>; rel="next"'
     # Most who poll have read everything: to them b"" is sent quicker than pieces that come to nothing.
-    feed = (chunk.feed_lines for chunk in chunks) if is_more else b""
+    feed = (chunk.feed_lines for chunk in chunks) if after < now else b""
     return answer_now(200, feed, "ndjson", Link=link, Vary="Accept-Encoding")
 
 
@@ -2882,7 +2885,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def tidy_log(record: logging.LogRecord) -> bool:
-    """Leave out that a client sent what is no HTTP or has gone, and say in one line that no more fit in."""
+    """Leave out that a client sent no HTTP or has gone; say in one line that no more connections fit in."""
     error = record.exc_info[1] if record.exc_info else None
     if getattr(error, "errno", None) == errno.EMFILE:
         record.msg = "no connection can be taken: all file descriptors are in use (ulimit -n)"
