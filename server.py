@@ -539,7 +539,7 @@ class Usage:
         self.add([new])
 
     def remove(self, events: Sequence[Event], number: int) -> None:
-        """Forget events that are there, under this number and those that follow it."""
+        """Forget events that are there; their tombstones get the versions from `number` on."""
         self._put(events, -1)
         self.tombstones.put(Tombstone(event.id, version) for version, event in enumerate(events, number))
         over = sum(map(len, self.tombstones.chunks)) - self.keep  # `keep` is how many of these are kept, too
@@ -700,11 +700,17 @@ Adjustments = dict[tuple[str, str], tuple[int, int]]  # amounts by the month tha
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """What a user subscribes to; `fee` is in cents a month."""
+    """What a user subscribes to; `fee` is in cents a month. Raises InvalidError, which names the field."""
 
     product_type: str
     fee: int
     origin: str
+
+    def __post_init__(self) -> None:
+        check_text("product_type", self.product_type)
+        check_int("fee", self.fee, HIGHEST_FEE)
+        if self.origin not in tuple(FACTORS):  # it may be a list, which no dict looks up
+            raise InvalidError(f"origin must be one of {', '.join(FACTORS)}")
 
     @property
     def net(self) -> int:
@@ -725,9 +731,7 @@ def parse_subscription(value: object) -> Subscription:
     fee = check_text("fee", fields["fee"])
     if not FEE.fullmatch(fee) or (cents := int(100 * Decimal(fee))) > HIGHEST_FEE:
         raise InvalidError("fee must be a decimal text from 0 to 10000 with two decimals at most")
-    if fields["origin"] not in tuple(FACTORS):  # it may be a list, which no dict looks up
-        raise InvalidError(f"origin must be one of {', '.join(FACTORS)}")
-    return Subscription(check_text("product_type", fields["product_type"]), cents, fields["origin"])
+    return Subscription(fields["product_type"], cents, fields["origin"])
 
 
 def euros(units: int, places: int = 2) -> Money:
@@ -754,7 +758,7 @@ def add_lines(lines: Iterable[Line]) -> Line:
 class Ledger:
     """What a month's streams and fees come to, and what each label is owed of it.
 
-    Fees and revenue are in cents, net fees and claims in hundredths of one.
+    Fees and revenue are in cents, net fees in hundredths of one, claims in these x 2**CLAIM_BITS.
     A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
     user, and a part of the fees of the silent by the seconds of all.
     """
@@ -780,11 +784,12 @@ QUOTA_BITS = 352  # and of a quota
 def quota(cents: int, claim: int, whole: int) -> int:
     """Return `cents` x `claim` / `whole`: what a claim comes to before it is rounded to cents.
 
-    Claims are a little too low, for in `tally` a label's seconds are multiplied by prices of a second, the
-    user's and that of the silent, which are rounded down. In all that is less than 2 x seconds in a claim's
-    last bit, and times `cents` less than 2**100, with 2**50 seconds and 2**49 cents. A quota, rounded to 160
-    bits less, loses that error: so quotas that are equal on paper are equal here. They are not only if the
-    border between rounding up and down lies within the error, which is so once in 2**60 times.
+    The claim has CLAIM_BITS binary places, the whole none, the quota QUOTA_BITS. In `tally` a label's seconds
+    are multiplied by prices of a second, the user's and that of the silent, which are rounded down. So a
+    claim is too low by less than 2 x seconds in its last bit, and times `cents` by less than 2**100, with
+    2**50 seconds and 2**49 cents. A quota, rounded to 160 bits less, loses that error: so quotas that are
+    equal on paper are equal here. They differ only if the border between rounding up and down lies within the
+    error: once in 2**60 times.
     """
     less = CLAIM_BITS - QUOTA_BITS
     return (cents * claim // (whole or 1) + (1 << (less - 1))) >> less
@@ -1515,8 +1520,9 @@ class Journal:
             self.wal_in_doubt = False
         except Exception as error:
             self.failed = True
-            if self.wal_in_doubt:  # since the sync or `_check_files` failed: mend it at once, for a kill may
-                # come, or, if it can't be, before the next commit
+            # In doubt after a sync or a `_check_files` that failed, the WAL is mended at once, as a kill may
+            # come. If that fails, `_begin` mends it.
+            if self.wal_in_doubt:
                 with contextlib.suppress(StorageError, sqlite3.Error):
                     self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None

@@ -5442,19 +5442,24 @@ async def test_a_database_that_cannot_be_opened_ends_it_with_status_2(path: str,
 async def test_a_damaged_file_ends_it_with_status_2_and_one_line(start: Start, tmp_path: Path) -> None:
     path = tmp_path / "usage.db"
     client = await start([], db=path)
-    await client.post("/api/v1/streams", json=[STREAM] * 1_000)
+    await client.post("/api/v1/streams", json=[STREAM | {"stream_started_on": JANUARY}] * 1_000)
+    await client.put("/api/v1/users/user1", json={"product_type": "premium", "fee": "7.99", "origin": "web"})
+    await set_month(client, "2019-01", CLOSE)
     await client.close()
     whole = path.read_bytes()
     wrong = list[bytes]()
-    for column, cells in {
-        "seconds_streamed": (-5, "x", b"x", 1.5, 7_200.5, 2**31),
-        "stream_started_on": (-1, "x", 1.5, 253_402_300_800),  # the last is in the year 10000
-        "label": ("", b"x"),
-    }.items():
+    fees, origins = (-1, 1.5, "x", b"x", 1_000_001), ("x", "", b"web")
+    for table, column, cells in (
+        ("streams", "seconds_streamed", (-5, "x", b"x", 1.5, 7_200.5, 2**31)),
+        ("streams", "stream_started_on", (-1, "x", 1.5, 253_402_300_800)),  # the last is in the year 10000
+        ("streams", "label", ("", b"x")),
+        ("subscriptions", "fee", fees), ("subscriptions", "origin", origins), ("subscriptions", "product_type", ("", b"x")),
+        ("closed_subscriptions", "fee", fees), ("closed_subscriptions", "origin", origins),
+    ):  # fmt: skip
         for cell in cells:
             path.write_bytes(whole)
             with contextlib.closing(sqlite3.connect(path)) as other:
-                other.execute(f"UPDATE streams SET {column} = ? WHERE id = 5", [cell])  # noqa: S608
+                other.execute(f"UPDATE {table} SET {column} = ?", [cell])  # noqa: S608
                 other.commit()
             wrong.append(path.read_bytes())
     for damaged in (*wrong, whole[:-2_000], whole[:8_192] + b"\xaa" * 4_096 + whole[12_288:], whole[:4_096] + bytes(4_096) + whole[8_192:]):
