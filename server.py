@@ -2200,8 +2200,14 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Have every request answered, and a write that has begun go on when its client disconnects."""
+    """Have every request answered, and what a write has begun to store go on when its client disconnects.
+
+    Between time slices the event loop goes round, for many requests may come at once on a connection.
+    """
     state = request.app[STATE]
+    if time.monotonic() > state.slice_end:
+        await asyncio.sleep(0)
+        state.slice_end = time.monotonic() + SLICE_SECONDS
     answering = answer_errors(state, request, handler)
     # Without a file nothing is awaited once the data change, so no write can be cancelled half-way.
     shielded = state.journal and request.method not in READING
@@ -2678,6 +2684,7 @@ class State:
     simulating_since: float = math.inf
     batch_errors: int = 0
     requests: Counter[int] = field(default_factory=Counter)  # answered, by the status' first digit
+    slice_end: float = 0  # of the requests that are being answered, in monotonic seconds
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LONG_WORK))
     locks: WeakValueDictionary[object, asyncio.Lock] = field(default_factory=WeakValueDictionary)

@@ -55,7 +55,7 @@ from urllib.parse import quote, urlencode
 import aiohttp
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
@@ -2524,6 +2524,22 @@ async def test_a_body_that_says_it_is_too_large_is_413_before_it_comes(start: St
         status, headers, _ = await read_answer(reader)
         assert (status, headers["connection"], await reader.read()) == (413, "close", b"")
     writer.close()
+
+
+async def test_requests_that_come_all_at_once_let_the_event_loop_go_round(start: Start) -> None:
+    # On Python 3.12 or newer aiohttp begins a request at once, and the next one of the connection if nothing had to be waited for.
+    client = await start()
+    request = make_mocked_request("GET", "/health", {"Host": "localhost"}, app=client.app)
+    for _ in range(20_000):
+        answering = server.guard(request, server.get_health)
+        try:
+            answering.send(None)
+        except StopIteration:
+            continue
+        with pytest.raises(StopIteration):
+            answering.send(None)  # it has only waited for the event loop
+        return
+    pytest.fail("20,000 requests were answered in one round of the event loop")
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
