@@ -476,7 +476,7 @@ class Usage:
         self.count = 0
         self.sequence_name = secrets.token_hex(4)
         self.last_number = 0  # the highest that was given
-        self.sequence = 0  # the highest that is visible
+        self.sequence = 0  # the highest that is visible: who stores moves it on
         self.tombstones_since = 0  # all removals after this number still have theirs
         self.gc_frozen_at = 0  # `last_number` when the garbage collector last learnt to pass over all events
         self.warned = False
@@ -1709,7 +1709,7 @@ class Journal:
 
 
 # ── Simulation ──────────────────────────────────────────────────────────────────────────────────
-# Events as the client apps would send them, with the values that the challenge names.
+# Events as client apps would send them, with the values of the coding challenge that this program answers.
 
 USERS = ("user1", "user2", "user3")
 TRACKS = ("track1", "track2", "track3")
@@ -2200,7 +2200,7 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Have every request answered, and what a write has begun to store go on when its client disconnects.
+    """Have every request answered. What a write has begun to store goes on when its client disconnects.
 
     Between time slices the event loop goes round, for many requests may come at once on a connection.
     """
@@ -2295,7 +2295,7 @@ async def get_usage(request: web.Request) -> Answer:
     if grouped and "order" in asked:
         raise InvalidError("order is for events: rows of group_by and window have an order of their own")
     if asked.get("from", 0) > state.clock():
-        return Answer(400)  # with an empty body: the challenge wants it so
+        return Answer(400)  # with an empty body: the coding challenge wants it so
 
     def make() -> Pieces:  # no generator: the chunks are those of now
         chunks = state.usage.by_start.between(asked.get("from", -math.inf), asked.get("to", math.inf))
