@@ -2885,7 +2885,7 @@ async def test_the_report_is_that_of_usage_after_any_mix_of_requests(start: Star
             assert (await client.put(f"/api/v1/users/{user}", json={"product_type": "p", "fee": fee, "origin": "web"})).status == 200
     events = [Event(**made) for made in await (await client.get("/usage")).json()]
     subscribers = {
-        user["user_id"]: Subscription("", round(100 * float(user["subscription"]["fee"])), user["subscription"]["origin"])
+        user["user_id"]: Subscription("p", round(100 * float(user["subscription"]["fee"])), user["subscription"]["origin"])
         for user in (await (await client.get("/api/v1/users")).json())["data"] if user["subscription"]
     }
     by_month: dict[str, list[Event]] = {}
