@@ -623,16 +623,16 @@ def windows_of(events: Iterable[Event], window: str) -> list[int]:
     return [event.stream_started_on - event.stream_started_on % WINDOWS[window] for event in events]
 
 
-def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted: Wanted) -> Totals:
-    """Return the totals, by window start and names, of the events that are wanted.
+def count_chunk(chunk: Chunk, window: str | None, by: tuple[str, ...], wanted: Wanted) -> Totals:
+    """Return the totals, by window start and these names, of the events that are wanted.
 
-    The names that are filtered by are among `names`. A chunk remembers totals that are few. Where they are
-    many, to filter before counting saves work.
+    A chunk remembers totals that are few. Where they are many, to filter before counting saves work.
     """
+    names = (*by, *(name for name, _ in wanted if name not in by))  # to filter by one it must be in the keys
     grouping = window, names
     found = chunk.known.get(grouping)
     if found is None and grouping in chunk.known:  # they are many
-        return totals_of(matching(chunk, wanted), names, window)
+        return totals_of(matching(chunk, wanted), by, window)
     if found is None:
         found = totals_of(chunk, names, window)
         chunk.known[grouping] = found if len(found) <= len(chunk) // 4 else None
@@ -641,7 +641,12 @@ def count_chunk(chunk: Chunk, window: str | None, names: tuple[str, ...], wanted
     for name, values in wanted:
         at = names.index(name) - len(names)  # from the end: the window may stand before the names
         found = {key: total for key, total in found.items() if key[at] in values}
-    return found
+    if names == by:
+        return found
+    sums: Totals = {}
+    for key, total in found.items():
+        add_up(sums, key[: len(by) - len(names)], total)  # without the names that are only filtered by
+    return sums
 
 
 def aggregate(
@@ -651,11 +656,8 @@ def aggregate(
 
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
-    # Who filters by a name needs it in the keys; `key[:width]` then leaves out what is not grouped by.
-    names = (*by, *(name for name, _ in wanted if name not in by))
-    width = bool(window) + len(by)
     sums: Totals = {}  # in order of the window, as the events are in order of time
-    sorted_parts, count = list[Iterable[tuple[Any, Total]]](), 0  # count: of the totals in them
+    parts, count = list[Iterable[tuple[Any, Total]]](), 0  # of rows in order, and how many those are
 
     def place(item: tuple[tuple[Any, ...], Total]) -> tuple[Any, ...]:
         key, (_, seconds) = item
@@ -664,18 +666,25 @@ def aggregate(
     for chunk in chunks:
         yield
         if window and sums and next(iter(sums))[0] < (start := windows_of(chunk[:1], window)[0]):
-            # No later event is of a window before `start`, so these totals are complete.
-            complete = {key: sums.pop(key) for key in [*sums] if key[0] < start}
-            sorted_parts.append((yield from sort_in_steps(complete.items(), place)))
+            # No later event is of a window before `start`, so the totals of those are complete.
+            complete, sums = sums, {}
+            while complete and next(reversed(complete))[0] == start:
+                key, total = complete.popitem()
+                sums[key] = total
+            # Windows alone are in order already.
+            parts.append((yield from sort_in_steps(complete.items(), place)) if by else complete.items())
             count += len(complete)
             if limit and count >= limit:
                 break  # all that is in `sums` comes after these
-        for key, total in count_chunk(chunk, window, names, wanted).items():
-            add_up(sums, key[:width], total)
+        for key, total in count_chunk(chunk, window, by, wanted).items():
+            if key in sums:
+                add_up(sums, key, total)
+            else:  # quicker: most keys of short windows are new
+                sums[key] = total
         if count + len(sums) > MOST_ROWS and not limit:
             raise InvalidError(f"there are more than {MOST_ROWS:,} rows: narrow the query, or pass limit")
-    sorted_parts.append((yield from sort_in_steps(sums.items(), place)))
-    return ((*key, *total) for key, total in itertools.islice(itertools.chain(*sorted_parts), limit))
+    parts.append((yield from sort_in_steps(sums.items(), place)))
+    return ((*key, *total) for key, total in itertools.islice(itertools.chain(*parts), limit))
 
 
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
