@@ -2211,16 +2211,17 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Have every request answered. What a write has begun to store goes on when its client disconnects.
 
-    Between time slices the event loop goes round, for many requests may come at once on a connection.
+    Many requests may come at once: so after each time slice the event loop goes round. Writes queue for that,
+    and reads come in between. With a file writes wait for the disk anyway.
     """
     state = request.app[STATE]
+    reads = request.method in READING
     if time.monotonic() > state.slice_end:
-        await asyncio.sleep(0)
+        await (asyncio.sleep(0) if reads or state.journal else state.yield_to_others())
         state.slice_end = time.monotonic() + SLICE_SECONDS
     answering = answer_errors(state, request, handler)
     # Without a file nothing is awaited once the data change, so no write can be cancelled half-way.
-    shielded = state.journal and request.method not in READING
-    answer = await (asyncio.shield(answering) if shielded else answering)
+    answer = await (asyncio.shield(answering) if state.journal and not reads else answering)
     state.requests[answer.status // 100] += 1
     return answer
 

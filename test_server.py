@@ -2526,6 +2526,20 @@ async def test_a_body_that_says_it_is_too_large_is_413_before_it_comes(start: St
     writer.close()
 
 
+async def test_a_read_comes_in_between_many_writes_that_come_all_at_once(start: Start) -> None:
+    client = await start()
+    (reader, writer), *others = [await asyncio.open_connection(client.host, client.port) for _ in range(101)]
+    body = json.dumps(STREAM).encode()
+    for _, other in others:
+        other.write(b"POST /api/v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    _, _, answer = await read_answer(reader)
+    assert json.loads(answer)["events"] < 50  # they are not all stored before it
+    assert {(await read_answer(each))[0] for each, _ in others} == {201}
+    for _, each in [(reader, writer), *others]:
+        each.close()
+
+
 async def test_requests_that_come_all_at_once_let_the_event_loop_go_round(start: Start) -> None:
     # On Python 3.12 or newer aiohttp begins a request at once, and the next one of the connection if nothing had to be waited for.
     client = await start()
