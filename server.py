@@ -793,12 +793,12 @@ QUOTA_BITS = 352  # and of a quota
 def quota(cents: int, claim: int, whole: int) -> int:
     """Return `cents` x `claim` / `whole`: what a claim comes to before it is rounded to cents.
 
-    The claim has CLAIM_BITS binary places, the whole none, the quota QUOTA_BITS. In `tally` a label's seconds
-    are multiplied by prices of a second, the user's and that of the silent, which are rounded down. So a
-    claim is too low by less than 2 x seconds in its last bit, and times `cents` by less than 2**100, with
-    2**50 seconds and 2**49 cents. A quota, rounded to 160 bits less, loses that error: so quotas that are
-    equal on paper are equal here. They differ only if the border between rounding up and down lies within the
-    error: once in 2**60 times.
+    The claim has CLAIM_BITS binary places, the whole none, the quota QUOTA_BITS. In `tally` a claim is made
+    of seconds x two prices of a second, net fees / seconds that are rounded down: the user's and that of the
+    silent. So it is too low by less than 2 x seconds in its last bit, and times `cents` by less than 2**100,
+    with 2**50 seconds and 2**49 cents. A quota, rounded to 160 bits less, loses that error: so quotas that
+    are equal on paper are equal here. They differ only if the border between rounding up and down lies within
+    the error: once in 2**60 times.
     """
     less = CLAIM_BITS - QUOTA_BITS
     return (cents * claim // (whole or 1) + (1 << (less - 1))) >> less
@@ -1867,7 +1867,7 @@ async def read_json(request: web.Request) -> object:
         async with asyncio.timeout(BODY_SECONDS):
             body = await request.read()
         if len(body) > PIECE_BYTES:
-            await request.app[STATE].yield_to_others()  # or several such bodies are parsed at a stretch
+            await request.app[STATE].yield_to_others()  # in a queue: so one such body is parsed in a round
         return json.loads(body.decode())
     except TimeoutError:
         raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_SECONDS} s") from None
