@@ -135,6 +135,7 @@ PAGE_STREAMS = 1_000
 SLICE_SECONDS = 0.0005  # a time slice: how long something may keep the event loop at a stretch
 SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
+ROUND_WRITES = 4  # without a file so many begin in a round of the event loop
 WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
 LINGER_SECONDS = 1  # how long a body that nobody wants may go on before its connection is closed
 BODY_BYTES = 1024 * 1024
@@ -2212,12 +2213,13 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Have every request answered. What a write has begun to store goes on when its client disconnects.
 
     Many requests may come at once: so after each time slice the event loop goes round. Writes queue for that,
-    and reads come in between. With a file writes wait for the disk anyway.
+    a few for each round, and reads come in between. With a file writes wait for the disk anyway.
     """
     state = request.app[STATE]
     reads = request.method in READING
     if time.monotonic() > state.slice_end:
-        await (asyncio.sleep(0) if reads or state.journal else state.yield_to_others())
+        async with contextlib.nullcontext() if reads or state.journal else state.writes:
+            await asyncio.sleep(0)
         state.slice_end = time.monotonic() + SLICE_SECONDS
     answering = answer_errors(state, request, handler)
     # Without a file nothing is awaited once the data change, so no write can be cancelled half-way.
@@ -2695,6 +2697,7 @@ class State:
     batch_errors: int = 0
     requests: Counter[int] = field(default_factory=Counter)  # answered, by the status' first digit
     slice_end: float = 0  # of the requests that are being answered, in monotonic seconds
+    writes: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(ROUND_WRITES))
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LONG_WORK))
     locks: WeakValueDictionary[object, asyncio.Lock] = field(default_factory=WeakValueDictionary)
