@@ -133,6 +133,9 @@ MOST_ROWS = 100_000  # of totals, in one answer
 KNOWN_TOTALS = 8  # so many groupings a chunk remembers
 PAGE_STREAMS = 1_000
 SLICE_SECONDS = 0.0005  # a time slice: how long something may keep the event loop at a stretch
+# So long a thread waits until it demands its turn. After each time slice the event loop lets others in for an
+# instant only, and then that wait begins anew: if it were as long as a slice, it could go on for ever.
+SWITCH_SECONDS = SLICE_SECONDS / 5
 SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
 ROUND_WRITES = 4  # without a file so many begin in a round of the event loop
@@ -2974,7 +2977,7 @@ def set_up_process() -> None:
         for limit in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: so much free memory goes back
             ctypes.CDLL(None).mallopt(limit, 512 * 1024)
     gc.set_threshold(10_000, 10, 10)  # seldom, for requests leave few cycles behind
-    sys.setswitchinterval(SLICE_SECONDS)  # so long may a thread that works keep others waiting
+    sys.setswitchinterval(SWITCH_SECONDS)
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s", handlers=[output(2)])
     output(2).addFilter(tidy_log)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
