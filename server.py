@@ -133,8 +133,8 @@ MOST_ROWS = 100_000  # of totals, in one answer
 KNOWN_TOTALS = 8  # so many groupings a chunk remembers
 PAGE_STREAMS = 1_000
 SLICE_SECONDS = 0.0005  # a time slice: how long something may keep the event loop at a stretch
-# So long a thread waits until it demands its turn. After each time slice the event loop lets others in for an
-# instant only, and then that wait begins anew: if it were as long as a slice, it could go on for ever.
+# So long a thread waits until it demands the interpreter's lock. After each time slice the event loop lets go
+# of it for an instant, and the wait begins anew: if it were as long as a slice, it could go on for ever.
 SWITCH_SECONDS = SLICE_SECONDS / 5
 SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
@@ -1941,7 +1941,7 @@ STATUSES = {InvalidError: 400, MissingError: 404, ConflictError: 409, StorageErr
 Headers = tuple[tuple[str, str], ...]
 Pieces = Generator[bytes | None, None, None]  # of an answer; None is a step on the way to the next
 
-http_date = lru_cache(formatdate)  # to write one takes longer than the rest of a head
+http_date = lru_cache(formatdate)  # to write one takes as long as the rest of a head
 
 
 @lru_cache(maxsize=64)
