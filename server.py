@@ -116,7 +116,7 @@ try:
     from aiohttp import hdrs, http_exceptions, web
     from aiohttp.typedefs import Handler
 
-    if [int(part) for part in aiohttp.__version__.split(".")[:2]] < [3, 14]:
+    if [*map(int, re.findall("[0-9]+", aiohttp.__version__)[:3])] < [3, 14, 3]:
         raise ImportError(f"aiohttp {aiohttp.__version__} is too old")
 except ImportError as error:
     print(f"server.py: {error}; install it: python3 -m pip install -r requirements.txt", file=sys.stderr)
@@ -132,13 +132,14 @@ KEPT_ANSWERS = 64
 MOST_ROWS = 100_000  # of totals, in one answer
 KNOWN_TOTALS = 8  # so many groupings a chunk remembers
 PAGE_STREAMS = 1_000
+# How the event loop is shared: among requests by `guard`, with longer work by `finish`.
 SLICE_SECONDS = 0.0005  # a time slice: how long something may keep the event loop at a stretch
-# So long a thread waits until it demands the interpreter's lock. After each time slice the event loop lets go
-# of it for an instant, and the wait begins anew: if it were as long as a slice, it could go on for ever.
-SWITCH_SECONDS = SLICE_SECONDS / 5
 SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
-ROUND_WRITES = 4  # without a file so many begin in a round of the event loop
+ROUND_WRITES = 4  # without --db so many writes begin before the event loop takes up what else is ready
+# A thread waits so long until it demands the interpreter's lock. Between time slices the event loop lets go
+# of it for an instant only, and then the wait begins anew: one as long as a time slice might never end.
+SWITCH_SECONDS = SLICE_SECONDS / 5
 WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
 LINGER_SECONDS = 1  # how long a body that nobody wants may go on before its connection is closed
 BODY_BYTES = 1024 * 1024
@@ -260,7 +261,7 @@ class Event:
         return self.id
 
     @property
-    def fields(self) -> str:
+    def json_fields(self) -> str:
         """The five fields as compact JSON, without the braces."""
         return (
             f'"user_id":{quote(self.user_id)},"track_id":{quote(self.track_id)},"label":{quote(self.label)},'
@@ -270,7 +271,7 @@ class Event:
     @property
     def json_with_id(self) -> bytes:
         """The JSON with the id before the five keys."""
-        return f'{{"id":{self.id},{self.fields}}}'.encode()
+        return f'{{"id":{self.id},{self.json_fields}}}'.encode()
 
 
 @dataclass(slots=True, eq=False)
@@ -286,7 +287,7 @@ class Tombstone:
 
     id: int
     version: int
-    fields: ClassVar[str] = '"deleted":true'  # in the feed it stands where an event has its five
+    json_fields: ClassVar[str] = '"deleted":true'  # in the feed, where an event has its five
 
 
 def number_events(events: Iterable[Event], first_id: int) -> None:
@@ -382,7 +383,7 @@ class Chunk(list[Any]):
     @cached_property
     def json_lines(self) -> bytes:
         """The JSON of each event after a newline, which no JSON of an event can hold."""
-        return "".join([f"\n{{{event.fields}}}" for event in self]).encode()
+        return "".join([f"\n{{{event.json_fields}}}" for event in self]).encode()
 
     @property
     def csv(self) -> bytes:
@@ -396,7 +397,7 @@ class Chunk(list[Any]):
     @property
     def feed_lines(self) -> bytes:
         """The lines of the feed."""
-        lines = [f'{{"version":{each.version},"id":{each.id},{each.fields}}}\n' for each in self]
+        lines = [f'{{"version":{each.version},"id":{each.id},{each.json_fields}}}\n' for each in self]
         return "".join(lines).encode()
 
     @cached_property
@@ -465,13 +466,13 @@ class Order:
 
 
 class Usage:
-    """The events that are kept, by start and by id, and the number of the latest change of all data."""
+    """The events that are kept, by start and by id, and the number of the latest change of all data.
+
+    Of more than `keep` events those that started last are kept. That others are dropped is not written to
+    disk: with --db `keep` is infinite. `record` is told what comes (1) and goes (-1).
+    """
 
     def __init__(self, record: Callable[[Sequence[Event], int], object], keep: float = math.inf) -> None:
-        """Keep the `keep` events that started last, and tell `record` what comes (1) and goes (-1).
-
-        That events are dropped is not written to disk: with --db `keep` is infinite.
-        """
         self.record = record
         self.keep = keep
         self.by_start, self.by_id = Order("stream_started_on"), Order("id")
@@ -480,7 +481,7 @@ class Usage:
         self.count = 0
         self.sequence_name = secrets.token_hex(4)
         self.last_number = 0  # the highest that was given
-        self.sequence = 0  # the highest that is visible: who stores moves it on
+        self.sequence = 0  # the highest that is visible: `State.store` and `Journal._store` move it on
         self.tombstones_since = 0  # all removals after this number still have theirs
         self.gc_frozen_at = 0  # `last_number` when the garbage collector last learnt to pass over all events
         self.warned = False
@@ -660,7 +661,8 @@ def aggregate(
 
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
-    sums: Totals = {}  # in order of the window, as the events are in order of time
+    # A dict is in the order in which its keys came. Events come in order of time: so do their windows.
+    sums: Totals = {}
     parts, count = list[Iterable[tuple[Any, Total]]](), 0  # of rows in order, and how many those are
 
     def place(item: tuple[tuple[Any, ...], Total]) -> tuple[Any, ...]:
@@ -700,13 +702,16 @@ FACTORS = {"app_store": 70, "web": 90}  # per cent: what the store or the paymen
 FEE = re.compile(r"[0-9]{1,5}(\.[0-9]{1,2})?")
 HIGHEST_FEE = 1_000_000  # cents
 CURRENCY = "EUR"
+CLAIM_BITS = 512  # binary places of a claim, which is an int
+QUOTA_BITS = 352  # and of a quota
 AMOUNTS = ("amount", "amount_user_centric")
 ADJUSTMENTS = ("adjustment", "adjustment_user_centric")
 LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", *AMOUNTS, *ADJUSTMENTS)
 REPORT_COLUMNS = ("month", "currency", *LABEL_COLUMNS)
-PAYER_COLUMNS = ("user_id", "product_type", "fee", "origin", "net", "seconds_streamed", "of_seconds", "part")
+USER_COLUMNS = ("user_id", "product_type", "fee", "origin")
+PAYER_COLUMNS = (*USER_COLUMNS, "net", "seconds_streamed", "of_seconds", "part")
 
-ByUser = dict[str, Totals]  # user -> label
+ByUser = dict[str, Totals]  # of each user the totals by label or by track
 NOBODY: ByUser = {}  # of a month without streams
 Adjustments = dict[tuple[str, str], tuple[int, int]]  # amounts by the month that they are for, and label
 
@@ -790,19 +795,15 @@ def seconds_of(totals: Totals) -> int:
     return sum(seconds for _, seconds in totals.values())
 
 
-CLAIM_BITS = 512  # binary places of a claim, which is an int
-QUOTA_BITS = 352  # and of a quota
-
-
 def quota(cents: int, claim: int, whole: int) -> int:
-    """Return `cents` x `claim` / `whole`: what a claim comes to before it is rounded to cents.
+    """Return `cents` x `claim` / `whole`, what a claim on the whole comes to, before it is rounded to cents.
 
-    The claim has CLAIM_BITS binary places, the whole none, the quota QUOTA_BITS. In `tally` a claim is made
-    of seconds x two prices of a second, net fees / seconds that are rounded down: the user's and that of the
-    silent. So it is too low by less than 2 x seconds in its last bit, and times `cents` by less than 2**100,
-    with 2**50 seconds and 2**49 cents. A quota, rounded to 160 bits less, loses that error: so quotas that
-    are equal on paper are equal here. They differ only if the border between rounding up and down lies within
-    the error: once in 2**60 times.
+    Quotas that are equal on paper must be equal here, or chance would break a tie instead of the name, but
+    claims are not exact. `tally` adds up seconds x prices of a second: each label's seconds times two prices,
+    and prices are rounded down. So a claim is too low by less than 2 x seconds in its last bit, and times
+    `cents` by less than 2**100, for there are less than 2**50 seconds and 2**49 cents. A quota is rounded to
+    160 bits less, which hides that: unless the border between rounding up and down lies within the error,
+    once in 2**60 times.
     """
     less = CLAIM_BITS - QUOTA_BITS
     return (cents * claim // (whole or 1) + (1 << (less - 1))) >> less
@@ -841,10 +842,10 @@ def tally(users: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Led
             add_up(totals, label, total)
             claims[label] += price * total[1]
     seconds, revenue = seconds_of(totals), (net + 50) // 100
-    price, by_seconds = (silent_net << CLAIM_BITS) // (seconds or 1), Counter[str]()
+    silent_price, by_seconds = (silent_net << CLAIM_BITS) // (seconds or 1), Counter[str]()
     for label, total in totals.items():
         yield
-        claims[label] += price * total[1]
+        claims[label] += silent_price * total[1]
         by_seconds[label] = total[1] << CLAIM_BITS
     cents = revenue if seconds else 0
     pro_rata = yield from share_out(cents, seconds, by_seconds)
@@ -865,7 +866,7 @@ class Account:
     revenue: int
     labels: dict[str, Line]
     adjustments: Adjustments  # what is paid with this month for others, or taken back: see `unpaid`
-    late: tuple[ByUser, Adjustments] | None = None  # what `changed` was last asked, and its answer
+    late_cache: tuple[ByUser, Adjustments] | None = None  # what `late_amounts` last got and returned
 
     @property
     def status(self) -> str:
@@ -878,19 +879,19 @@ class Account:
             lines[label] = add_lines([lines.get(label, Line()), Line(0, 0, 0, 0, *cents)])
         return lines
 
-    def changed(self, month: str, users: ByUser) -> Steps[Adjustments]:
+    def late_amounts(self, month: str, users: ByUser) -> Steps[Adjustments]:
         """Return how much more each label would get than it got, if `users` are the month's totals of now.
 
         For an open month that is nothing: its account has the totals of now.
         """
-        as_of, late = self.late or (self.totals, {})
-        if users is not as_of:  # the same object has not changed, for `Books` copies what is shared
+        known, late = self.late_cache or (self.totals, {})
+        if users is not known:  # `Books` puts another object there when something in the month changes
             now, late = (yield from tally(users, self.subscriptions)), {}
             for labels, sign in ((now.labels, 1), (self.labels, -1)):
                 for label, line in labels.items():
                     yield
                     add_up(late, (month, label), (line.amount, line.amount_user_centric), sign)
-            self.late = users, late
+            self.late_cache = users, late
         return late
 
 
@@ -905,7 +906,7 @@ class Books:
 
     subscriptions: dict[str, Subscription]
     months: defaultdict[str, ByUser] = field(default_factory=lambda: defaultdict(dict))
-    tracks: dict[str, Totals] = field(default_factory=dict)  # of each user, over all time
+    tracks: ByUser = field(default_factory=dict)  # over all time
     closed: dict[str, Account] = field(default_factory=dict)
     copy_on_record: set[str] = field(default_factory=set)  # months whose totals are shared
 
@@ -944,7 +945,7 @@ class Books:
         return f"{first} has streams and is open: close it first" if first < month else ""
 
 
-def record_users(users: dict[str, Totals], events: Sequence[Event], name: str, sign: int) -> None:
+def record_users(users: ByUser, events: Sequence[Event], name: str, sign: int) -> None:
     """Count events by user and a field in `users`, each replaced: who reads one reads one moment."""
     totals = totals_of(events, ("user_id", name))
     for user in {user for user, _ in totals}:
@@ -977,15 +978,14 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
 def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid for each month and label.
 
-    For a closed month that is what has changed since its close, less what other months have paid for it. A
-    month that is open again may have been paid for, too. Say, March was closed, and then got late streams;
-    then February, which had been empty, got streams and was closed, with an adjustment for March; then March
-    was opened. Closing it again pays it in full, so what February paid is taken back, as an adjustment of
-    March itself.
+    For a closed month that is what has changed since its close, less what other months have paid of it. For
+    an open one nothing is to be paid, but a month may have paid for it before it was opened again. That is
+    taken back, for closing it pays all of it. (March was closed, and got late streams; February, which had
+    been empty, got streams and was closed, with an adjustment for March; then March was opened.)
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
-        due |= yield from account.changed(month, books.months.get(month, NOBODY))
+        due |= yield from account.late_amounts(month, books.months.get(month, NOBODY))
     for account in books.closed.values():
         for key, cents in account.adjustments.items():
             yield
@@ -1017,11 +1017,12 @@ def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Accou
 def month_rows(books: Books, only: str | None = None) -> Steps[list[dict[str, Any]]]:
     """Return the rows of the list of months, the latest first."""
     rows = []
-    closed = {} if only else books.closed  # they are shown even with nothing in them
-    accounts = closed | (yield from accounts_of(books, only))
+    accounts = yield from accounts_of(books, only)
+    if not only:
+        accounts |= books.closed  # also those with nothing in them
     for month, account in sorted(accounts.items(), reverse=True):
         line = add_lines(account.lines().values())
-        late = yield from account.changed(month, books.months.get(month, NOBODY))
+        late = yield from account.late_amounts(month, books.months.get(month, NOBODY))
         rows.append({
             "month": month,
             "status": account.status,
@@ -1159,7 +1160,6 @@ def payer_rows(books: Books, month: str, label: str) -> Steps[Iterator[Sequence[
 # ── Import ──────────────────────────────────────────────────────────────────────────────────────
 # The three files of a royalty backend: all that they hold or, with a list of their faults, nothing.
 
-USER_COLUMNS = ("user_id", "product_type", "fee", "origin")
 STREAM_COLUMNS = ("date", "user_id", "region", "track_id", "seconds")
 
 
@@ -1502,7 +1502,7 @@ class Journal:
         for path, opened in self.opened.items():
             now = path.stat() if path.exists() else None
             if not now or not os.path.samestat(now, opened):
-                self.wal_in_doubt |= path == self.wal  # SQLite has it open: `commit` saves what is in it
+                self.wal_in_doubt |= path == self.wal  # SQLite has it open: `_checkpoint` saves what is in it
                 raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes[path]:
                 # Only the WAL may become shorter, and only empty: by a checkpoint of another process.
@@ -1663,7 +1663,7 @@ class Journal:
             closed[month].totals[user] = of_now if of_now == own else own
         for month, account in closed.items():
             if account.totals == (users := months.get(month, NOBODY)):
-                account.totals = users  # the object itself, by which `Account.changed` knows
+                account.totals = users  # the object itself, by which `Account.late_amounts` knows
 
     async def append(self, change: Change) -> None:
         """Have a change stored and then made visible; raises StorageError or a ConflictError.
@@ -1794,7 +1794,12 @@ GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permu
 
 
 def parse_cursor(text: str) -> tuple[str, int, int]:
-    """Return the parts of a cursor NAME-AFTER-BEGAN, NAME-AFTER or AFTER; see `get_changes`."""
+    """Return the parts of a cursor of the feed: NAME-AFTER, AFTER or NAME-AFTER-BEGAN.
+
+    They are the sequence's name and the number up to which a client has read. During a first reading in pages
+    there is the number, too, at which that began: after 0 at number 900 come, say, NAME-350-900, NAME-700-900
+    and then NAME-900.
+    """
     if "-" not in text:
         return "", int(text), 0
     name, after, *began = text.split("-")
@@ -1865,8 +1870,8 @@ async def read_json(request: web.Request) -> object:
     types = JSON_TYPES if request.method == hdrs.METH_PATCH else JSON_TYPES[:1]
     if request.content_type not in types:
         raise web.HTTPUnsupportedMediaType(reason=f"a write needs Content-Type: {' or '.join(types)}")
-    if (request.content_length or 0) > BODY_BYTES:
-        raise web.HTTPRequestEntityTooLarge(BODY_BYTES, request.content_length or 0)
+    if (length := request.content_length or 0) > BODY_BYTES:
+        raise web.HTTPRequestEntityTooLarge(BODY_BYTES, length)
     try:
         async with asyncio.timeout(BODY_SECONDS):
             body = await request.read()
@@ -2079,10 +2084,9 @@ def is_kept(flight: asyncio.Task[Any]) -> bool:
 
 
 class SingleFlight:
-    """Answers: each is made once for all who wait for it and, if it is short, kept until the data change."""
+    """Answers: each is made once for all who wait and, if it is short, kept until the usage changes."""
 
     def __init__(self, usage: Usage) -> None:
-        """Forget all answers whenever the usage has changed."""
         self.usage = usage
         self.moment = 0  # in the sequence of changes
         self.flights: dict[object, asyncio.Task[Any]] = {}  # the one that was asked for last comes last
@@ -2134,13 +2138,14 @@ async def answer_cached(
     own_etag: str | None = None,
     most: float = KEPT_BYTES,
 ) -> Answer:
-    """Return 304 if the client has it already, else all of it, or pieces if that is longer than `most`.
+    """Answer with what `make` makes, or with 304 if the client has it already.
 
-    `key` is what was asked for, and `more` are headers. `make` takes the data of now and returns pieces that
-    are made later. What they come to is kept for all who ask for it. If that proves longer than `most`,
-    `make` is called again for each client, who gets the pieces as they are made: of the data of then, and
-    under their ETag. With an infinite `most` all is made before the head is sent: so an error that comes
-    while it is made has a status of its own. What does not come from the data has an `own_etag`.
+    `key` is what was asked for, `more` are headers; what does not come from the data has an `own_etag`.
+    `make` takes the data of the moment in which it is called, and returns pieces that are made later. Up to
+    `most` bytes of them are joined, and kept for all who ask for the same. If they prove to be longer, `make`
+    is called again for each client, who gets the pieces as they are made: with the data, and under the ETag,
+    of that later moment. With an infinite `most` all is made before the head is sent: so an error that comes
+    while it is made has a status of its own.
     """
     state = request.app[STATE]
     etag = own_etag or state.usage.etag
@@ -2196,8 +2201,8 @@ def write_success(message: str, work: Steps[Any]) -> Pieces:
 
 
 def encode(value: Any) -> bytes:
-    """Return compact JSON."""
-    return JSON.encode(value).encode()
+    r"""Return compact JSON. What is no UTF-8, as in a file's name, becomes \udcff, which is JSON, too."""
+    return JSON.encode(value).encode(errors="backslashreplace")
 
 
 def answer_now(status: int, body: bytes | Pieces, kind: str = "json", **headers: str) -> Answer:
@@ -2221,8 +2226,11 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     state = request.app[STATE]
     reads = request.method in READING
     if time.monotonic() > state.slice_end:
-        async with contextlib.nullcontext() if reads or state.journal else state.writes:
+        if reads or state.journal:
             await asyncio.sleep(0)
+        else:
+            async with state.writes:  # the queue
+                await asyncio.sleep(0)
         state.slice_end = time.monotonic() + SLICE_SECONDS
     answering = answer_errors(state, request, handler)
     # Without a file nothing is awaited once the data change, so no write can be cancelled half-way.
@@ -2266,7 +2274,7 @@ def read_page(path: Path) -> tuple[bytes, str]:
         digests = (hashlib.sha256(text).digest() for text in re.findall(inline, page, re.DOTALL))
         return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
 
-    loaded = b" ".join(re.findall(rb'<script[^>]* src="([!-~]+)"', page)).decode()
+    loaded = b" ".join(re.findall(rb'<script[^>]* src="([^"]+)"', page)).decode()
     return page, (
         f"default-src 'none'; script-src {loaded} {hashes(rb'<script>(.*?)</script>')} 'unsafe-eval'; "
         f"style-src {hashes(rb'<style>(.*?)</style>')}; connect-src 'self'; img-src data:; "
@@ -2356,14 +2364,15 @@ async def get_streams(request: web.Request) -> Answer:
         raise InvalidError("after must be an id")
     if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
-    by_name, since, until = wanted_in(asked), asked.get("from", 0), asked.get("to", sys.maxsize)
     # The page is of the events by id, the total of those by start, both of now: an await ends this moment.
     following, total = state.usage.by_id.between(after + 1), state.usage.count
-    if asked:
+    wanted = wanted_in(asked)
+    if asked:  # there are filters
+        since, until = asked.get("from", 0), asked.get("to", sys.maxsize)
         counted = state.usage.by_start.between(since, until)
-        rows = await finish(state, aggregate(counted, by=(), window=None, wanted=by_name, limit=None))
+        rows = await finish(state, aggregate(counted, by=(), window=None, wanted=wanted, limit=None))
         total, _ = next(rows, (0, 0))  # streams and seconds, as it is grouped by nothing
-    wanted = (*by_name, ("stream_started_on", range(since, until))) if asked else ()
+        wanted += (("stream_started_on", range(since, until)),)
     found = first_of((matching(chunk, wanted) for chunk in following), limit + 1)
     page: list[Event] = list(itertools.chain(*await finish(state, in_steps(found))))
     listed = b",".join(event.json_with_id for event in page[:limit])
@@ -2442,7 +2451,7 @@ async def change_stream(request: web.Request) -> Answer:
         parsed = parse_event(fields, max(state.clock(), old.stream_started_on))
         check_version(request, old)
         new = ChangedEvent(**asdict(parsed) | {"id": old.id, "version": state.usage.next_number()})
-        await state.store(new.version, [(SET_STREAM, [astuple(new)])], lambda: state.usage.replace(old, new))
+        await state.store(new.version, [(SET_STREAM, [CELLS(new)])], lambda: state.usage.replace(old, new))
     return answer_stream("Stream Updated", new)
 
 
@@ -2459,12 +2468,7 @@ async def delete_stream(request: web.Request) -> Answer:
 
 
 async def get_changes(request: web.Request) -> Answer:
-    """List what was created, changed or removed after a number, each stream once, as it is now.
-
-    A cursor names the sequence and the number up to which a client has read. In a first reading in pages it
-    also has the number at which that began: after 0 at number 900 come, say, NAME-350-900, NAME-700-900 and
-    then NAME-900.
-    """
+    """List what was created, changed or removed after a cursor, each stream once, as it is now."""
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     (name, after, began), limit = asked.get("after", ("", 0, 0)), asked.get("limit", math.inf)
@@ -2607,8 +2611,8 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # Snapshots share the accounts of closed months, so this fills their `late` beforehand: `decide`,
-            # for which all other writes wait, then has only this month to tally.
+            # Snapshots share the accounts of closed months, so this fills their `late_cache` beforehand.
+            # Then `decide`, for which all other writes wait, has only this month to tally.
             await finish(state, unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await finish(state, month_rows(state.books.snapshot(), month))
@@ -2731,6 +2735,8 @@ class State:
             self.usage.add(events)
             if key:
                 self.usage.keys[key[0]] = key[1], first_id
+                if len(self.usage.keys) > self.usage.keep:
+                    del self.usage.keys[next(iter(self.usage.keys))]
 
         keys = [("INSERT INTO keys VALUES {rows}", [(*key, first_id)])] if key else []
         await self.store(events[-1].id, [(INSERT_STREAMS, map(CELLS, events)), *keys], apply)
@@ -2925,7 +2931,7 @@ def tidy_log(record: logging.LogRecord) -> bool:
 def await_signal(signalled: Future[None]) -> None:
     """Wait for SIGINT or SIGTERM, and end the process: at once or, once it serves, within END_SECONDS."""
     signal.sigwait(SIGNALS)
-    if signalled.running():  # `serve` has marked it: it serves, and waits for the result
+    if signalled.running():  # `serve` has called `set_running_or_notify_cancel`: it waits for the result
         signalled.set_result(None)
         time.sleep(END_SECONDS)
     os._exit(0)  # all that was acknowledged is stored

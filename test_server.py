@@ -343,7 +343,7 @@ def test_groups_and_windows_add_up_to_what_a_naive_sum_finds(
 ) -> None:
     events = random_events(random.Random(31), 900)
     for made in events:
-        made.stream_started_on -= random.Random(made.fields).randrange(3) * 86_400 * 20
+        made.stream_started_on -= random.Random(made.json_fields).randrange(3) * 86_400 * 20
     events.sort(key=attrgetter("stream_started_on"))
     chunks = [server.Chunk(events[:40]), *(server.Chunk(events[at : at + 100]) for at in range(40, 900, 100))]
     values = tuple((name, frozenset((f"{name}0", f"{name}2"))) for name in wanted)
@@ -1118,7 +1118,7 @@ def test_both_spellings_are_imported_alike(tmp_path: Path) -> None:
     assert one.subscriptions == two.subscriptions == {
         "user 1": Subscription("premium", 799, "app_store"), "user 2": Subscription("platinum", 1499, "web"),
     }
-    assert [made.fields for made in one.events] == [made.fields for made in two.events]
+    assert [made.json_fields for made in one.events] == [made.json_fields for made in two.events]
     assert [(made.stream_started_on, made.label) for made in one.events] == [
         (1_551_398_400, "label 1"), (1_553_990_400, "label;2"), (1_554_076_800, "label 1"),
     ]
@@ -1547,7 +1547,7 @@ def test_users_tracks_and_labels_are_independent_of_each_other() -> None:
 
 
 def test_a_random_seed_makes_the_simulation_repeatable() -> None:
-    one, two, other = ([made.fields for made in server.simulate_batch(NOW, random.Random(seed))] for seed in (1, 1, 2))
+    one, two, other = ([made.json_fields for made in server.simulate_batch(NOW, random.Random(seed))] for seed in (1, 1, 2))
     assert one == two != other
 
 
@@ -2735,6 +2735,14 @@ async def test_an_idempotency_key_makes_a_retry_harmless(start: Start) -> None:
     bad = await client.post("/api/v1/streams", json=STREAM | {"label": ""}, headers={"Idempotency-Key": "k"})
     good = await client.post("/api/v1/streams", json=STREAM, headers={"Idempotency-Key": "k"})
     assert (bad.status, good.status) == (400, 201)
+
+
+async def test_without_a_file_as_many_idempotency_keys_as_events_are_kept_the_latest(start: Start) -> None:
+    client = await start(keep=3)
+    for number, status in ((0, 201), (1, 201), (2, 201), (3, 201), (1, 422), (2, 422), (3, 422), (0, 201)):
+        body = STREAM | {"label": str(time.monotonic())}
+        answer = await client.post("/api/v1/streams", json=body, headers={"Idempotency-Key": str(number)})
+        assert answer.status == status
 
 
 async def test_a_stream_can_be_changed_when_the_clock_has_been_set_back_and_only_a_new_start_is_in_the_future(start: Start) -> None:
@@ -4261,6 +4269,8 @@ RUN = f"runpy.run_path({str(HERE / 'server.py')!r}, run_name='__main__')"
         (["-I", "-S", str(HERE / "server.py")], "python3 -m pip install -r requirements.txt"),
         (["-c", f"import runpy, sys; sys.modules['yarl'] = None; {RUN}"], "python3 -m pip install -r requirements.txt"),
         (["-c", f"import runpy, aiohttp; aiohttp.__version__ = '3.9.5'; {RUN}"], "aiohttp 3.9.5 is too old; install it: python3 -m pip install"),
+        (["-c", f"import runpy, aiohttp; aiohttp.__version__ = '3.14.2'; {RUN}"], "aiohttp 3.14.2 is too old; install it: python3 -m pip install"),
+        (["-c", f"import runpy, aiohttp; aiohttp.__version__ = '3.14.0rc9'; {RUN}"], "aiohttp 3.14.0rc9 is too old; install it: python3 -m pip install"),
     ],
 )
 async def test_without_what_it_needs_it_ends_with_status_2_and_one_line(command: list[str], said: str) -> None:
@@ -5757,6 +5767,17 @@ async def test_what_is_done_to_the_files_of_a_running_program_costs_a_503_and_no
             assert (await get_json(f"{await program.url()}/health"))["events"] == kept
 
 
+async def test_a_file_whose_name_is_no_utf_8_costs_a_503_like_any_other(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.db"))
+    async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        assert await post_one(session, url) == 201
+        path.unlink()
+        async with session.post(f"{url}/api/v1/streams", json=STREAM | {"stream_started_on": 1}) as answer:
+            assert answer.status == 503
+            assert (await answer.json())["error"] == "nothing can be stored: \udcff.db has been removed"
+
+
 async def test_another_process_may_read_back_up_and_empty_the_log(tmp_path: Path) -> None:
     path = tmp_path / "usage.db"
     async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
@@ -6831,6 +6852,7 @@ async def test_live_shows_what_usage_says_and_each_link_is_the_request_behind_it
     async with started("--no-simulation", "--history=0.5") as program:
         url = await program.url()
         page.on("request", lambda request: asked.append(request.url))
+        began = time.time()
         await page.goto(url)
         await page.wait_for_selector(by_testid("label-row"))
         links = await page.evaluate("[...document.querySelectorAll('a:not([download])')].map(link => [link.href, link.target]).filter(([href]) => /usage|api/.test(href))")
@@ -6843,8 +6865,11 @@ async def test_live_shows_what_usage_says_and_each_link_is_the_request_behind_it
         assert by_track[0]["track_id"] == shown[2]
         assert (await page.text_content(".lead")).startswith(f"{by_track[0]['seconds_streamed']:,} s, {by_track[0]['seconds_streamed'] - by_track[1]['seconds_streamed']:,} s ahead of {by_track[1]['track_id']}")
         days, seconds = divmod(shown[0], 86_400)
-        span = time.time() - total[0]["window_start"]
-        assert await page.inner_text(by_testid("beneath")) == f"{days} d {seconds // 3600} h {seconds % 3600 // 60} min · about {shown[0] / span:.0f} streams at once"
+        beneath = re.fullmatch(r"(.*) · about (\d+) streams at once", await page.inner_text(by_testid("beneath")))
+        assert beneath
+        assert beneath[1] == f"{days} d {seconds // 3600} h {seconds % 3600 // 60} min"
+        spans = [moment - total[0]["window_start"] for moment in (began, time.time())]  # it was worked out in between
+        assert min(shown[0] / span for span in spans) - 0.5 <= int(beneath[2]) <= max(shown[0] / span for span in spans) + 0.5
         rows = await texts(page, by_testid("event-row"))
         assert 5 < len(rows) <= len(latest) == 12
         for row, made in zip(rows, latest, strict=False):
