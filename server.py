@@ -483,7 +483,7 @@ class Usage:
         self.last_number = 0  # the highest that was given
         self.sequence = 0  # the highest that is visible: `State.store` and `Journal._store` move it on
         self.tombstones_since = 0  # all removals after this number still have theirs
-        self.gc_frozen_at = 0  # `last_number` when the garbage collector last learnt to pass over all events
+        self.gc_frozen_at = 0  # `last_number` at the last `gc.freeze`
         self.warned = False
 
     @property
@@ -496,20 +496,21 @@ class Usage:
         self.last_number += count
         return self.last_number - count + 1
 
-    def is_too_old(self, events: Sequence[Event]) -> bool:
-        """Tell whether `keep` would drop one of these new events at once."""
+    def find_too_old(self, events: Sequence[Event]) -> Event | None:
+        """Return the one of these new events that `keep` would drop first, if it would drop any at once."""
         over = self.count + len(events) - self.keep  # so many will be dropped
         if over <= 0:
-            return False
-        earliest = min(event.stream_started_on for event in events)
-        # The earliest new event is dropped if fewer than `over` kept events come before it. A kept one with
-        # the same start comes before it, too, as its id is lower: so `+ 1`.
-        return sum(map(len, self.by_start.between(high=earliest + 1))) < over
+            return None
+        earliest = min(events, key=attrgetter("stream_started_on"))
+        # It is dropped if fewer than `over` kept events come before it. A kept one with the same start comes
+        # before it, too, as its id is lower: so `+ 1`.
+        earlier = self.by_start.between(high=earliest.stream_started_on + 1)
+        return earliest if sum(map(len, earlier)) < over else None
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
         self._put(events, 1)
-        if self.last_number >= self.gc_frozen_at + 20_000:  # to search so many for garbage would take ms
+        if self.last_number >= self.gc_frozen_at + 20_000:  # to search more for garbage would take ms
             self.gc_frozen_at = self.last_number
             gc.freeze()
         if self.count <= self.keep:
@@ -697,12 +698,15 @@ def aggregate(
 # Who is owed what. Money is in ints: cents, or hundredths of a cent before the revenue is rounded.
 # A month's streams and fees make a ledger, a ledger is shared out, and what comes of it is an account:
 # it follows the streams while the month is open, and is frozen when it is closed.
+# It is shared out in two ways: pro rata, by the seconds of all (`amount`), and user-centric, each fee by the
+# seconds of who pays it (`amount_user_centric`). What a label has a right to, as a fixed-point int, is its
+# claim. The cents that a claim comes to, before they are rounded, are its quota.
 
 FACTORS = {"app_store": 70, "web": 90}  # per cent: what the store or the payment provider leaves
 FEE = re.compile(r"[0-9]{1,5}(\.[0-9]{1,2})?")
 HIGHEST_FEE = 1_000_000  # cents
 CURRENCY = "EUR"
-CLAIM_BITS = 512  # binary places of a claim, which is an int
+CLAIM_BITS = 512  # binary places of a claim
 QUOTA_BITS = 352  # and of a quota
 AMOUNTS = ("amount", "amount_user_centric")
 ADJUSTMENTS = ("adjustment", "adjustment_user_centric")
@@ -799,11 +803,11 @@ def quota(cents: int, claim: int, whole: int) -> int:
     """Return `cents` x `claim` / `whole`, what a claim on the whole comes to, before it is rounded to cents.
 
     Quotas that are equal on paper must be equal here, or chance would break a tie instead of the name, but
-    claims are not exact. `tally` adds up seconds x prices of a second: each label's seconds times two prices,
-    and prices are rounded down. So a claim is too low by less than 2 x seconds in its last bit, and times
-    `cents` by less than 2**100, for there are less than 2**50 seconds and 2**49 cents. A quota is rounded to
-    160 bits less, which hides that: unless the border between rounding up and down lies within the error,
-    once in 2**60 times.
+    claims are not exact. See `tally`: a price is what a second earns, net fees / seconds, rounded down. Each
+    second of a label earns two, the user's and that of the silent. So a claim is too low by less than
+    2 x seconds in its last bit, and times `cents` by less than 2**100, for there are less than 2**50 seconds
+    and 2**49 cents. A quota is rounded to 160 bits less. That hides the error, unless the border between
+    rounding up and down lies within it: once in 2**60 times, in 2**47 for the decimals of a statement.
     """
     less = CLAIM_BITS - QUOTA_BITS
     return (cents * claim // (whole or 1) + (1 << (less - 1))) >> less
@@ -981,7 +985,8 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     For a closed month that is what has changed since its close, less what other months have paid of it. For
     an open one nothing is to be paid, but a month may have paid for it before it was opened again. That is
     taken back, for closing it pays all of it. (March was closed, and got late streams; February, which had
-    been empty, got streams and was closed, with an adjustment for March; then March was opened.)
+    been empty, so nobody had to close it, got streams and was closed, with an adjustment for March; then
+    March was opened.)
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
@@ -1000,12 +1005,15 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
     users = books.months.get(month, NOBODY)
     ledger = yield from tally(users, books.subscriptions)
     adjustments = (yield from unpaid(books)) if month == books.paying_month() else {}
-    fees, revenue, labels = ledger.fees, ledger.revenue, ledger.labels
-    return Account(closed_on, users, books.subscriptions, fees, revenue, labels, adjustments)
+    money = ledger.fees, ledger.revenue, ledger.labels
+    return Account(closed_on, users, books.subscriptions, *money, adjustments)
 
 
 def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Account]]:
-    """Return a month's account, or those of all that have, or had when they closed, anything in them."""
+    """Return a month's account or, without `month`, those of months that have streams now or any lines.
+
+    A month without streams may have lines: what was frozen, or adjustments.
+    """
     found = {}
     for name in [month] if month else sorted({*books.months, *books.closed, books.paying_month()}):
         account = yield from account_of(books, name)
@@ -1080,7 +1088,12 @@ def report_by_month(books: Books, month: str | None) -> Steps[Iterator[tuple[Any
     by_month = []
     for name, account in (yield from accounts_of(books, month)).items():
         by_month.append((name, (yield from describe_lines(account.lines()))))
-    return ((name, CURRENCY, *line.values()) for name, lines in by_month for line in lines)
+
+    def cells(line: dict[str, Any]) -> Iterable[Any]:
+        share = f"{Decimal(str(line['share'])):f}"  # 0.00001, and not 1e-05
+        return (line | {"share": share}).values()
+
+    return ((name, CURRENCY, *cells(line)) for name, lines in by_month for line in lines)
 
 
 def describe_payer(terms: Sequence[str | None], net: int, seconds: int, of_seconds: int) -> dict[str, Any]:
@@ -1092,8 +1105,7 @@ def describe_payer(terms: Sequence[str | None], net: int, seconds: int, of_secon
 
 def find_payers(account: Account, label: str) -> Steps[tuple[list[dict[str, Any]], list[int]]]:
     """Return a row for each subscriber who streamed the label, and the seconds of each other listener."""
-    others: list[int] = []
-    rows: list[dict[str, Any]] = []
+    rows, others = list[dict[str, Any]](), list[int]()
     for user, own in account.totals.items():
         yield
         _, seconds = own.get(label, (0, 0))
@@ -1119,7 +1131,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
     revenue, claim, net = account.revenue, ledger.claims[label], ledger.net
     adjusted = {name: cents for (name, of_label), cents in account.adjustments.items() if of_label == label}
 
-    # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100.
+    # Millionths of a euro: a cent has 10,000, a hundredth of a cent 100. So `sum` is the claim itself.
     def rounded(part: int, whole: int, paid: int) -> dict[str, Any]:
         exact = quota(10_000 * revenue, part, whole) >> QUOTA_BITS
         down = exact // 10_000
@@ -1336,6 +1348,7 @@ MIGRATIONS = (
         id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, first_id INTEGER NOT NULL, size INTEGER NOT NULL);
     """,
     """
+    -- Subscriptions as they were before the import `replaced_by`; to take it back puts them back.
     CREATE TABLE replaced (
         user_id TEXT NOT NULL, product_type TEXT NOT NULL, fee INTEGER NOT NULL, origin TEXT NOT NULL,
         import INTEGER, replaced_by INTEGER NOT NULL);
@@ -1534,7 +1547,7 @@ class Journal:
         except Exception as error:
             self.failed = True
             # In doubt after a sync or a `_check_files` that failed, the WAL is mended at once, as a kill may
-            # come. If that fails, `_begin` mends it.
+            # come. If that fails, the next commit tries it again, in `_begin` or here.
             if self.wal_in_doubt:
                 with contextlib.suppress(StorageError, sqlite3.Error):
                     self._checkpoint()
@@ -1836,11 +1849,7 @@ def parse_query(query: str, *parameters: str) -> Mapping[str, Any]:
     Raises InvalidError, which names the parameter.
     """
     asked: dict[str, Any] = {}
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, errors="strict")
-    except ValueError:
-        raise InvalidError("the query is not UTF-8") from None
-    for name, text in pairs:
+    for name, text in parse_qsl(query, keep_blank_values=True, errors="surrogateescape"):
         if name not in parameters:
             raise InvalidError(f"unknown parameter {name[:TEXT_CHARACTERS]!r}")
         if name in NAMES:
@@ -1865,21 +1874,27 @@ def wanted_in(asked: Mapping[str, Any]) -> Wanted:
     return tuple((name, asked[name]) for name in NAMES if name in asked)
 
 
-async def read_json(request: web.Request) -> object:
-    """Return the body, parsed; raises InvalidError if it is no JSON."""
+async def read_body(request: web.Request) -> bytes:
+    """Return the body of a write; raises an HTTPException if it is of another type, too long or too slow."""
     types = JSON_TYPES if request.method == hdrs.METH_PATCH else JSON_TYPES[:1]
-    if request.content_type not in types:
-        raise web.HTTPUnsupportedMediaType(reason=f"a write needs Content-Type: {' or '.join(types)}")
+    if request.content_type not in types or hdrs.CONTENT_ENCODING in request.headers:
+        needed = f"Content-Type: {' or '.join(types)}, and no Content-Encoding"
+        raise web.HTTPUnsupportedMediaType(reason=f"a write needs {needed}")
     if (length := request.content_length or 0) > BODY_BYTES:
         raise web.HTTPRequestEntityTooLarge(BODY_BYTES, length)
     try:
         async with asyncio.timeout(BODY_SECONDS):
             body = await request.read()
-        if len(body) > PIECE_BYTES:
-            await request.app[STATE].yield_to_others()  # in a queue: so one such body is parsed in a round
-        return json.loads(body.decode())
     except TimeoutError:
         raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_SECONDS} s") from None
+    if len(body) > PIECE_BYTES:
+        await request.app[STATE].yield_to_others()  # one at a time: so each round parses one
+    return body
+
+
+def parse_json(body: bytes) -> object:
+    try:
+        return json.loads(body.decode())
     except (ValueError, RecursionError):
         raise InvalidError("the body is no JSON") from None
 
@@ -2259,7 +2274,8 @@ async def answer_errors(state: State, request: web.Request, handler: Handler) ->
 
 async def add_safety_headers(_: web.Request, response: web.StreamResponse) -> None:
     """Put them on the answer that aiohttp gives by itself, 417 to an Expect that it does not know."""
-    response.headers.update(SAFETY_HEADERS)
+    response.headers.update((*SAFETY_HEADERS, ("Connection", "close")))
+    response.force_close()
 
 
 def read_page(path: Path) -> tuple[bytes, str]:
@@ -2387,22 +2403,24 @@ async def post_streams(request: web.Request) -> Answer:
     key = request.headers.get("Idempotency-Key")
     if key is not None and not re.fullmatch(r"[\x20-\x7e]{1,255}", key):
         raise InvalidError("Idempotency-Key must be 1 to 255 printable ASCII characters")
-    value, body = await read_json(request), await request.read()  # aiohttp keeps what was read
+    body = await read_body(request)
     digest = hashlib.sha256(body).digest()
     async with state.lock("key", key) if key else contextlib.nullcontext():
         known, first_id = state.usage.keys.get(key or "", (None, 0))
+        if known not in (None, digest):
+            raise web.HTTPUnprocessableEntity(reason="this Idempotency-Key came with another body before")
+        value = parse_json(body)
         # A retry of what is stored is not in the future, even if the clock has been set back since.
-        events = await finish(state, parse_events(value, sys.maxsize if known == digest else state.clock()))
-        if known is None:
+        events = await finish(state, parse_events(value, sys.maxsize if known else state.clock()))
+        if known:  # the first answer is made again, whatever became of them
+            number_events(events, first_id)
+        else:
             if len(body) > PIECE_BYTES:
                 await state.yield_to_others()  # so that several such bodies are not added at a stretch
-            if state.usage.is_too_old(events):
-                raise ConflictError("--keep would drop a stream of these at once, as one of the oldest")
+            if too_old := state.usage.find_too_old(events):
+                index = f"[{events.index(too_old)}]: " if isinstance(value, list) else ""
+                raise ConflictError(f"{index}--keep would drop it at once, as one of the oldest")
             await state.add(events, (key, digest) if key else None)
-        elif known != digest:
-            raise web.HTTPUnprocessableEntity(reason="this Idempotency-Key came with another body before")
-        else:  # the first answer is made again, whatever became of them
-            number_events(events, first_id)
     headers = {"Idempotent-Replayed": "true"} if known else {}
     if isinstance(value, list):
         data = b",".join(event.json_with_id for event in events)
@@ -2442,7 +2460,7 @@ async def get_stream(request: web.Request) -> Answer:
 async def change_stream(request: web.Request) -> Answer:
     """Replace a stream (PUT), or change some of its fields (PATCH)."""
     state, old = request.app[STATE], find_stream(request)
-    fields = await read_json(request)
+    fields = parse_json(await read_body(request))
     async with state.lock("stream", old.id):
         old = find_stream(request)  # as it is now that the body has arrived
         if request.method == hdrs.METH_PATCH and isinstance(fields, dict):
@@ -2524,7 +2542,7 @@ async def get_user(request: web.Request) -> Answer:
 async def put_user(request: web.Request) -> Answer:
     """Set a user's subscription."""
     state, user = request.app[STATE], parse_path(request, "User ID Invalid")
-    subscription = parse_subscription(await read_json(request))
+    subscription = parse_subscription(parse_json(await read_body(request)))
     number, row = state.usage.next_number(), (user, *astuple(subscription), None)
     update = {user: subscription}
     await state.store(number, [(SET_SUBSCRIPTION, [row])], lambda: state.books.subscriptions.update(update))
@@ -2592,7 +2610,7 @@ async def get_months(request: web.Request) -> Answer:
 async def put_month(request: web.Request) -> Answer:
     """Close a month or open it again."""
     state, month = request.app[STATE], parse_value("month", request.match_info["month"])
-    status = check_keys("the month", await read_json(request), {"status"})["status"]
+    status = check_keys("the month", parse_json(await read_body(request)), {"status"})["status"]
     if status not in ("open", "closed"):
         raise InvalidError("status must be open or closed")
 
@@ -2735,7 +2753,7 @@ class State:
             self.usage.add(events)
             if key:
                 self.usage.keys[key[0]] = key[1], first_id
-                if len(self.usage.keys) > self.usage.keep:
+                if len(self.usage.keys) > self.usage.keep:  # so many keys are kept, too
                     del self.usage.keys[next(iter(self.usage.keys))]
 
         keys = [("INSERT INTO keys VALUES {rows}", [(*key, first_id)])] if key else []

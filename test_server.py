@@ -492,6 +492,13 @@ def test_no_share_differs_from_the_exact_one_by_a_cent() -> None:
         assert all(abs(shares[name] - Fraction(cents * weight, whole or 1)) < 1 for name, weight in weights.items() if whole)
 
 
+def test_a_very_small_share_is_a_plain_decimal_in_the_csv() -> None:
+    books = server.Books({})
+    books.record([event(1, 1, label="a"), event(1, 99_998, label="b")])
+    rows = result(server.report_by_month(books, None))
+    assert [server.encode_cells(*row).split(",")[2:6] for row in rows] == [["a", "1", "1", "0.00001"], ["b", "1", "99998", "0.99999"]]
+
+
 def test_three_equal_labels_share_100_euros_as_33_34_33_33_and_33_33() -> None:
     assert share(10_000, {"c": 5, "a": 5, "b": 5}) == {"a": 3_334, "b": 3_333, "c": 3_333}
 
@@ -1738,7 +1745,9 @@ async def test_a_limit_of_very_many_digits_is_400(start: Start, path: str, caplo
         ("label=", "label must"),
         (f"user_id={'u' * 129}", "user_id must"),
         ("track_id=a%0Ab", "track_id must"),
-        ("label=%FF", "the query is not UTF-8"),
+        ("label=%FF", "label must not contain control characters, and must be UTF-8"),
+        ("from=%FF", "from must"),
+        ("%FF=1", "unknown parameter '\\udcff'"),
         ("format=xml", "format must"),
         ("format", "format must"),
         ("group_by=", "group_by must"),
@@ -2264,6 +2273,7 @@ async def test_every_answer_carries_the_safety_headers(start: Start, method: str
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
         assert answer.headers["Referrer-Policy"] == "no-referrer"
         assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert (answer.headers["Connection"] == "close") == ("Expect" in headers)  # whose body may not have come
 
 
 @pytest.mark.parametrize(
@@ -2666,7 +2676,8 @@ async def test_a_stream_that_keep_would_drop_at_once_is_409_and_nothing_is_store
     for starts in ([NOW - 3], [NOW, NOW - 3], [NOW, NOW, NOW - 1], [NOW] * 4, [NOW - 3, NOW - 4]):
         streams = [STREAM | {"stream_started_on": started} for started in starts]
         answer = await client.post("/api/v1/streams", json=streams if len(streams) > 1 else streams[0], headers={"Idempotency-Key": "k"})
-        assert (answer.status, list(await answer.json())) == (409, ["error"])
+        index = "" if len(starts) == 1 else f"[{starts.index(min(starts))}]: "
+        assert (answer.status, await answer.json()) == (409, {"error": f"{index}--keep would drop it at once, as one of the oldest"})
         assert [await (await client.get(path)).read() for path in ("/usage", "/api/v1/changes", "/api/v1/report")] == before
     answer = await client.post("/api/v1/streams", json=STREAM | {"stream_started_on": NOW - 2}, headers={"Idempotency-Key": "k"})
     assert answer.status == 201
@@ -2679,9 +2690,10 @@ def test_what_is_too_old_is_what_keep_would_drop() -> None:
         usage = usage_of(keep=rng.randrange(1, 8))
         add(usage, random_events(rng, rng.randrange(8)))
         new = [event(NOW - rng.randrange(5_000) // 1_000 * 1_000) for _ in range(rng.randrange(1, 5))]
-        too_old = usage.is_too_old(new)
+        too_old = usage.find_too_old(new)
         add(usage, new)
-        assert too_old == (not {*new} <= {*flat(usage.by_start.chunks)})
+        dropped = {*new} - {*flat(usage.by_start.chunks)}
+        assert too_old in dropped if dropped else too_old is None
 
 
 @pytest.mark.parametrize("kind", ["application/json", "application/merge-patch+json", "application/merge-patch+json; charset=utf-8"])
@@ -2735,6 +2747,15 @@ async def test_an_idempotency_key_makes_a_retry_harmless(start: Start) -> None:
     bad = await client.post("/api/v1/streams", json=STREAM | {"label": ""}, headers={"Idempotency-Key": "k"})
     good = await client.post("/api/v1/streams", json=STREAM, headers={"Idempotency-Key": "k"})
     assert (bad.status, good.status) == (400, 201)
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"no JSON", b"", b'{"label":"\xff"}', json.dumps(STREAM | {"stream_started_on": NOW * 2}).encode()])
+async def test_a_known_key_with_any_other_body_is_422(start: Start, body: bytes) -> None:
+    client, headers = await start(), {"Idempotency-Key": "key", "Content-Type": "application/json"}
+    assert (await client.post("/api/v1/streams", data=json.dumps(STREAM), headers=headers)).status == 201
+    answer = await client.post("/api/v1/streams", data=body, headers=headers)
+    assert (answer.status, await answer.json()) == (422, {"error": "this Idempotency-Key came with another body before"})
+    assert (await client.post("/api/v1/streams", data=body, headers=headers | {"Idempotency-Key": "new"})).status == 400
 
 
 async def test_without_a_file_as_many_idempotency_keys_as_events_are_kept_the_latest(start: Start) -> None:
@@ -4454,7 +4475,7 @@ async def test_a_compressed_body_is_refused_and_not_unpacked() -> None:
         for body in (b"hello", gzip.compress(b" " * 10**8)):
             headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
             async with session.post(f"{url}/api/v1/streams", data=io.BytesIO(body), headers=headers) as answer:
-                assert (answer.status, await answer.json()) == (400, {"error": "the body is no JSON"})
+                assert (answer.status, (await answer.json())["error"]) == (415, "a write needs Content-Type: application/json, and no Content-Encoding")
         assert await program.stop() == (0, "")
 
 
@@ -4647,13 +4668,13 @@ class Model:
 
     def post(self, value: Any, key: str | None, body: bytes) -> tuple[int, Any]:
         """Store one event or some."""
+        if key in self.keys and self.keys[key][0] != body:
+            return 422, None
         events = value if isinstance(value, list) else [value]
         if not 1 <= len(events) <= 1_000 or not all(map(self.is_event, events)):
             return 400, None
         first = self.number + 1
         if key in self.keys:
-            if self.keys[key][0] != body:
-                return 422, None
             made, self.told = self.keys[key][1], {"idempotent-replayed": "true"}
         else:
             made = [{"id": number} | {name: each[name] for name in STREAM} for number, each in enumerate(events, first)]
@@ -4667,6 +4688,8 @@ class Model:
                 self.remove(each["id"])
             if key is not None:
                 self.keys[key] = body, made
+                if len(self.keys) > self.keep:
+                    del self.keys[next(iter(self.keys))]
         if isinstance(value, list):
             return 201, made
         self.told |= {"etag": f'"{made[0]["id"]}"', "location": f"/api/v1/streams/{made[0]['id']}"}
@@ -5260,9 +5283,11 @@ class Fuzzer:
 
 
 def as_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Write rows as the cells of a CSV, no text a formula; an amount is no text."""
+    """Write rows as the cells of a CSV, no text a formula; an amount is no text, and a share a plain decimal."""
 
     def as_cell(name: str, cell: Any) -> str:
+        if isinstance(cell, float):
+            return f"{cell:.6f}".rstrip("0") + "0" * cell.is_integer()
         is_text = isinstance(cell, str) and not name.startswith(("amount", "adjustment"))
         return "" if cell is None else f"'{cell}" if is_text and cell[0] in "=+-@\t\r" else str(cell)
 
