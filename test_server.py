@@ -6893,7 +6893,8 @@ async def test_live_shows_what_usage_says_and_each_link_is_the_request_behind_it
         beneath = re.fullmatch(r"(.*) · about (\d+) streams at once", await page.inner_text(by_testid("beneath")))
         assert beneath
         assert beneath[1] == f"{days} d {seconds // 3600} h {seconds % 3600 // 60} min"
-        spans = [moment - total[0]["window_start"] for moment in (began, time.time())]  # it was worked out in between
+        first = (await get_json(f"{url}/usage?limit=1"))[0]["stream_started_on"]
+        spans = [moment - first for moment in (began, time.time())]  # it was worked out in between
         assert min(shown[0] / span for span in spans) - 0.5 <= int(beneath[2]) <= max(shown[0] / span for span in spans) + 0.5
         rows = await texts(page, by_testid("event-row"))
         assert 5 < len(rows) <= len(latest) == 12
@@ -7636,6 +7637,195 @@ async def test_total_rankings_and_chart_are_of_one_moment_while_others_write(pag
     assert {row[0] for row in seen} <= moments
     assert len(set(shown)) > 15  # so many moments were seen
     assert shown[-1] == total
+
+
+async def test_panels_are_of_one_moment_on_a_slow_network_while_others_write_on_and_on(page: Any) -> None:
+    async with started("--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        await post(url, STREAM | {"stream_started_on": 1})
+        network = await page.context.new_cdp_session(page)
+        await network.send("Network.enable")
+        await network.send("Network.emulateNetworkConditions", {"offline": False, "latency": 50, "downloadThroughput": -1, "uploadThroughput": -1})
+
+        async def write_on() -> None:
+            while True:
+                await post_one(session, url)
+                await asyncio.sleep(0.02)
+
+        writing = asyncio.create_task(write_on())
+        try:
+            for path, rows in (("/", "label-row"), ("/?view=money&month=1970-01", "money-row")):
+                asked: list[str] = []
+                page.on("requestfinished", lambda request, asked=asked: asked.append(request.url))
+                await page.goto(url + path)
+                await page.wait_for_selector(by_testid(rows))
+                for _ in range(4):
+                    asked.clear()
+                    await ask_now(page)
+                    await page.wait_for_function("before => document.body.innerText !== before", arg=await page.inner_text("body"))
+                    await asyncio.sleep(1)
+                    # A poll is three or four answers, and a few more where a write comes in between: far from nine times as many.
+                    assert len(asked) <= 16
+                    if path == "/":
+                        assert len(set(await page.evaluate("""() => [document.querySelector('[data-testid=label-seconds]'), document.querySelector('[data-testid=track-seconds]')].map(each => each.textContent)"""))) == 1
+                    else:
+                        month, line = await page.evaluate("""() => [...document.querySelectorAll('[data-testid="money-seconds"], tfoot td')].slice(0, 2).map(each => each.textContent)""")
+                        assert month == line
+        finally:
+            writing.cancel()
+
+
+async def test_streams_at_once_are_those_since_the_first_stream_and_not_since_its_bucket_began(page: Any, moment: Moment) -> None:
+    start = NOW // 86_400 * 86_400 - 5 * 86_400 + 23 * 3_600  # so its day is nearly over
+    streams = [event(at, 1_800, user_id=f"user{user}") for at in range(start, NOW - 1_800, 1_800) for user in range(30)]
+    client = await moment.open(streams)
+    count = sum(made.seconds_streamed for made in streams) / (NOW - start)
+    assert round(count) == 30
+    assert f"about {count:.0f} streams at once" in await page.text_content(by_testid("beneath"))
+    await page.goto(str(client.make_url("/?label=label1")))
+    await page.wait_for_selector(by_testid("label-row"))
+    assert f"about {count:.0f} streams at once" in await page.text_content(by_testid("beneath"))
+
+
+async def test_a_text_that_is_selected_beyond_the_edge_of_a_dialog_does_not_close_it(page: Any, moment: Moment) -> None:
+    await moment.open(event(NOW - 60, 1 + number, label=f"label {number:03}") for number in range(30))
+    await page.click("button:text('more')")
+    box = await page.locator("dialog").bounding_box()
+    await page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 30)
+    await page.mouse.down()
+    await page.mouse.move(box["x"] - 40, box["y"] + 30)
+    await page.mouse.up()
+    assert await page.is_visible("dialog")
+    await page.mouse.click(box["x"] - 40, box["y"] + 30)
+    await page.wait_for_selector("dialog", state="detached")
+
+
+async def test_the_line_that_sends_a_first_stream_stays_selected(page: Any) -> None:
+    async with started("--no-simulation") as program:
+        await page.goto(await program.url())
+        await page.click(by_testid("first-stream"))
+        selected = await page.evaluate("getSelection().toString()")
+        assert selected.startswith("curl ")
+        await asyncio.sleep(1.2)
+        await ask_now(page)
+        await page.wait_for_selector(f'{by_testid("status")}:has-text("updated 0 s ago")')
+        await asyncio.sleep(0.2)
+        assert await page.evaluate("getSelection().toString()") == selected
+
+
+LONG_NAMES = ("Harmonia Mundi France", "Universal Recordings", "Deutsche Grammophon")
+
+
+async def test_what_the_chart_says_of_a_bucket_has_its_figures_on_one_line_and_names_that_differ(page: Any, moment: Moment) -> None:
+    await moment.open(event(NOW - 60, 86_400 * 3, label=name) for name in LONG_NAMES)
+    await page.focus(by_testid("chart"))
+    await page.keyboard.press("End")
+    lines = await page.evaluate("""() => [...document.querySelectorAll('[data-testid=tip] tr')].map(row => [row.getBoundingClientRect().height,
+        [...row.cells].some(cell => cell.scrollWidth > cell.clientWidth + 1)])""")
+    assert len(lines) == 4
+    assert max(height for height, _ in lines) < 1.5 * min(height for height, _ in lines)
+    assert not any(cut for _, cut in lines)
+
+
+@pytest.mark.parametrize(("names", "whole"), [(LONG_NAMES, LONG_NAMES), ([*(f"Label number {at:03}" for at in range(300))], ["293 other labels"]), (["a", "b", "c", "d", "e", "f", "A label with a longer name"], ["a", "b", "f"])])
+async def test_the_legend_cuts_no_name_where_there_is_room(page: Any, moment: Moment, names: Sequence[str], whole: Sequence[str]) -> None:
+    await moment.open(event(NOW - 60, 900 - at, label=name) for at, name in enumerate(names))
+    cut = await page.evaluate("""() => Object.fromEntries([...document.querySelectorAll('[data-testid=legend] bdi')].map(each => [each.textContent,
+        each.scrollWidth > each.clientWidth || each.parentElement.scrollWidth > each.parentElement.clientWidth + 1]))""")
+    shown = [name if len(name) <= 18 else f"{name[:17]}…" for name in whole]
+    assert {name: cut.get(name) for name in shown} == dict.fromkeys(shown, False)
+
+
+async def test_all_tracks_that_tie_are_named(page: Any, moment: Moment) -> None:
+    names = [f"A tied track name {at}" for at in range(6)]
+    await moment.open(event(NOW - 60, 100, track_id=name) for name in names)
+    assert await page.text_content(by_testid("top-track")) == ", ".join(names)
+    assert await page.evaluate("(each => each.scrollHeight <= each.clientHeight + 1)(document.querySelector('[data-testid=top-track]'))")
+
+
+async def test_the_latest_streams_show_track_and_label_however_long_the_track_is(page: Any, moment: Moment) -> None:
+    await moment.open([event(NOW - 60, label="label 3", track_id="71f4ca0346edbe5327af3cbea93b1d7d" * 3)])
+    box, label = await page.evaluate("""() => {
+        const row = document.querySelector('[data-testid=event-row]')
+        const label = [...row.querySelectorAll('bdi')].find(each => each.textContent === 'label 3')
+        return [row.cells[0], label].map(each => each.getBoundingClientRect().right)
+    }""")
+    assert label <= box
+
+
+async def test_a_chip_names_the_whole_hour_or_minute(page: Any, moment: Moment) -> None:
+    client = await moment.open([event(NOW - 7_200)])
+    for query in ("bucket=2027-01-15T07", "bucket=2027-01-15T07:05", "bucket=2027-01-15", "bucket=2027-01-15T07:05&label=label1"):
+        await page.goto(str(client.make_url(f"/?{query}")))
+        await page.wait_for_selector(by_testid("clear"))
+        assert await page.evaluate("[...document.querySelectorAll('[data-testid=clear] bdi')].filter(each => each.scrollWidth > each.clientWidth).map(each => each.textContent)") == [], query
+
+
+async def test_what_is_stale_and_asked_for_anew_can_be_read(page: Any) -> None:
+    await page.emulate_media(color_scheme="dark")
+    await show_and_stop(page, "--history=1")
+    await page.keyboard.press("3")
+    await page.wait_for_selector('#app main[aria-busy="true"]')
+    await asyncio.sleep(0.4)
+    assert await page.evaluate("getComputedStyle(document.querySelector('.total')).opacity") == "1"
+
+
+async def test_a_finger_that_scrolls_over_the_chart_pins_nothing(phone: Any) -> None:
+    async with started("--no-simulation", "--history=1.2") as program:
+        await phone.goto(await program.url())
+        await phone.wait_for_selector(by_testid("label-row"))
+        await phone.locator(by_testid("chart")).scroll_into_view_if_needed()
+        box = await phone.locator(by_testid("chart")).bounding_box()
+        touch = await phone.context.new_cdp_session(phone)
+        before, x = await phone.evaluate("scrollY"), box["x"] + box["width"] / 2
+        for kind, y in (("touchStart", 60), *(("touchMove", y) for y in range(55, -100, -5)), ("touchEnd", None)):
+            points = [] if y is None else [{"x": x, "y": box["y"] + y + 60}]
+            await touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        assert await phone.evaluate("scrollY") > before
+        assert await phone.query_selector(by_testid("tip")) is None
+
+
+async def test_a_page_on_a_phone_does_not_jump_when_the_minutes_get_a_digit_more(page: Any, moment: Moment) -> None:
+    await page.set_viewport_size({"width": 390, "height": 844})
+    client = await moment.open([event(NOW - 86_400 * 20, 116 * 86_400 + 3_660)])
+    tops, texts = set(), set()
+    for more in (0, 1_000 * 86_400 + 20 * 3_600 + 52 * 60):
+        await client.app[server.STATE].add([event(NOW - 70_000, more)])
+        await moment.poll()
+        tops.add(await page.evaluate("document.querySelector('.labels').getBoundingClientRect().top + scrollY"))
+        texts.add(await page.evaluate("(each => { const range = document.createRange(); range.selectNodeContents(each); return range.getClientRects().length })(document.querySelector('[data-testid=beneath]'))"))
+    assert texts == {1, 2}
+    assert len(tops) == 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(320, 568), (390, 844), (844, 390), (768, 1024)])
+async def test_a_wall_is_exactly_the_screen_however_small_that_is(page: Any, moment: Moment, width: int, height: int) -> None:
+    await page.set_viewport_size({"width": width, "height": height})
+    await moment.open((event(NOW - 60 * at, label=f"label {at % 20}") for at in range(1, 300)), "/?wall")
+    assert await page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]") == [width, height]
+    heights = await page.evaluate("['.total', '.chart', '.plot'].map(each => document.querySelector(each).getBoundingClientRect().height)")
+    assert min(heights) > 50
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+async def test_the_menu_opens_below_its_button(page: Any, moment: Moment, width: int) -> None:
+    await page.set_viewport_size({"width": width, "height": 844})
+    await moment.open([event()])
+    await page.click(by_testid("menu"))
+    button, menu = [await page.locator(each).bounding_box() for each in (by_testid("menu"), "#menu")]
+    assert 0 <= menu["y"] - button["y"] - button["height"] < 20
+    assert menu["x"] >= 0
+    assert menu["x"] <= button["x"] + button["width"] <= menu["x"] + menu["width"] + 1 or menu["x"] <= button["x"] <= menu["x"] + menu["width"]
+    assert menu["x"] + menu["width"] <= width
+
+
+async def test_back_from_the_wall_leaves_fullscreen_too(page: Any, moment: Moment) -> None:
+    await moment.open([event(NOW - 60)])
+    await page.keyboard.press("f")
+    await page.wait_for_function("document.fullscreenElement !== null")
+    await page.go_back()
+    await page.wait_for_function("document.fullscreenElement === null")
+    assert "wall" not in page.url
 
 
 # What is shown, and how many answers show it at first. For everything, Live asks where it begins; Money asks once whether
