@@ -137,8 +137,8 @@ SLICE_SECONDS = 0.0005  # a time slice: how long something may keep the event lo
 SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
 ROUND_WRITES = 4  # without --db so many writes begin before the event loop takes up what else is ready
-# A thread waits so long until it demands the interpreter's lock. Between time slices the event loop lets go
-# of it for an instant only, and then the wait begins anew: one as long as a time slice might never end.
+# For `sys.setswitchinterval`: so long a thread waits before it demands the interpreter's lock. The event loop
+# gives it up for an instant after each time slice, which restarts the wait: so that must be shorter.
 SWITCH_SECONDS = SLICE_SECONDS / 5
 WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
 LINGER_SECONDS = 1  # how long a body that nobody wants may go on before its connection is closed
@@ -510,7 +510,8 @@ class Usage:
     def add(self, events: Sequence[Event]) -> None:
         """Keep numbered events; then drop the oldest above `keep`, which takes further numbers."""
         self._put(events, 1)
-        if self.last_number >= self.gc_frozen_at + 20_000:  # to search more for garbage would take ms
+        if self.last_number >= self.gc_frozen_at + 20_000:
+            # What is kept is no garbage: the collector, which would take ms to search it, passes over it.
             self.gc_frozen_at = self.last_number
             gc.freeze()
         if self.count <= self.keep:
@@ -674,7 +675,7 @@ def aggregate(
         yield
         if window and sums and next(iter(sums))[0] < (start := windows_of(chunk[:1], window)[0]):
             # No later event is of a window before `start`, so the totals of those are complete.
-            complete, sums = sums, {}
+            complete, sums = sums, {}  # but those of `start` go back, if the last chunk has begun them
             while complete and next(reversed(complete))[0] == start:
                 key, total = complete.popitem()
                 sums[key] = total
@@ -716,7 +717,7 @@ USER_COLUMNS = ("user_id", "product_type", "fee", "origin")
 PAYER_COLUMNS = (*USER_COLUMNS, "net", "seconds_streamed", "of_seconds", "part")
 
 ByUser = dict[str, Totals]  # of each user the totals by label or by track
-NOBODY: ByUser = {}  # of a month without streams
+NOBODY: ByUser = {}  # of a month without streams: one object, for `Account.late_amounts` compares objects
 Adjustments = dict[tuple[str, str], tuple[int, int]]  # amounts by the month that they are for, and label
 
 
@@ -803,11 +804,11 @@ def quota(cents: int, claim: int, whole: int) -> int:
     """Return `cents` x `claim` / `whole`, what a claim on the whole comes to, before it is rounded to cents.
 
     Quotas that are equal on paper must be equal here, or chance would break a tie instead of the name, but
-    claims are not exact. See `tally`: a price is what a second earns, net fees / seconds, rounded down. Each
-    second of a label earns two, the user's and that of the silent. So a claim is too low by less than
-    2 x seconds in its last bit, and times `cents` by less than 2**100, for there are less than 2**50 seconds
-    and 2**49 cents. A quota is rounded to 160 bits less. That hides the error, unless the border between
-    rounding up and down lies within it: once in 2**60 times, in 2**47 for the decimals of a statement.
+    claims are not exact. A price is what a second earns, net fees / seconds, rounded down. `tally` multiplies
+    each second of a label by two prices, the user's and that of the silent. So a claim is too low by less
+    than 2 x seconds in its last bit, and times `cents` by less than 2**100, for there are less than 2**50
+    seconds and 2**49 cents. A quota is rounded to 160 bits less. That hides the error, unless the border
+    between rounding up and down lies within it: once in 2**60 times. (`statement` asks for 10,000 x the cents.)
     """
     less = CLAIM_BITS - QUOTA_BITS
     return (cents * claim // (whole or 1) + (1 << (less - 1))) >> less
@@ -886,7 +887,7 @@ class Account:
     def late_amounts(self, month: str, users: ByUser) -> Steps[Adjustments]:
         """Return how much more each label would get than it got, if `users` are the month's totals of now.
 
-        For an open month that is nothing: its account has the totals of now.
+        For an open month that is nothing: its account has the same object.
         """
         known, late = self.late_cache or (self.totals, {})
         if users is not known:  # `Books` puts another object there when something in the month changes
@@ -934,7 +935,7 @@ class Books:
         return Books(self.subscriptions.copy(), self.months.copy(), self.tracks.copy(), self.closed.copy())
 
     def paying_month(self) -> str:
-        """Return the first open month, or the one after the last closed one: with it adjustments are paid."""
+        """Return the first open month with streams, or the one after the last closed: it pays adjustments."""
         last = max(self.closed, default="1969-12")  # without any, there is nothing to adjust
         after_last = month_of(month_start(last) // DAY + 31)
         return min(self.months.keys() - self.closed.keys(), default=after_last)
@@ -983,10 +984,10 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid for each month and label.
 
     For a closed month that is what has changed since its close, less what other months have paid of it. For
-    an open one nothing is to be paid, but a month may have paid for it before it was opened again. That is
-    taken back, for closing it pays all of it. (March was closed, and got late streams; February, which had
-    been empty, so nobody had to close it, got streams and was closed, with an adjustment for March; then
-    March was opened.)
+    an open one nothing is to be paid, but an earlier month may have paid for it before it was opened again.
+    That is taken back, for closing it pays all of it. Say, March was closed, and got late streams. February,
+    which had been empty, so nobody had to close it, got streams and was closed: it paid for March. Then March
+    was opened.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
@@ -1131,7 +1132,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
     revenue, claim, net = account.revenue, ledger.claims[label], ledger.net
     adjusted = {name: cents for (name, of_label), cents in account.adjustments.items() if of_label == label}
 
-    # Millionths of a euro: a cent has 10,000, a hundredth of a cent 100. So `sum` is the claim itself.
+    # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100.
     def rounded(part: int, whole: int, paid: int) -> dict[str, Any]:
         exact = quota(10_000 * revenue, part, whole) >> QUOTA_BITS
         down = exact // 10_000
@@ -1150,7 +1151,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
         },
         "user_centric": {
             "subscribers": payers,
-            "sum": euros(quota(100, claim, 1) >> QUOTA_BITS, 6),
+            "sum": euros(quota(100, claim, 1) >> QUOTA_BITS, 6),  # the claim itself
             "of_sum": euros(100 * net, 6),
             "revenue": euros(revenue),
             **rounded(claim, net, line.amount_user_centric),
@@ -1684,7 +1685,7 @@ class Journal:
         First in, first out: what a follower of the sequence has seen has nothing missing before it.
         """
         self.waiting.append(change)
-        if len(self.waiting) == 1:  # changes leave it when they are stored: so there is one task at a time
+        if len(self.waiting) == 1:  # the task takes changes out once they are stored, and ends with the last
             self.storing = asyncio.create_task(self._store_waiting())
         await asyncio.shield(change.done)
 
@@ -1722,7 +1723,7 @@ class Journal:
             self.usage.sequence = change.number
             change.done.set_result(None)
             if time.monotonic() > began + SLICE_SECONDS:
-                await asyncio.sleep(SLICE_SECONDS)  # several rounds of the event loop: a request needs them
+                await asyncio.sleep(SLICE_SECONDS)  # not 0: a request takes several rounds of the event loop
                 began = time.monotonic()
 
     async def close(self) -> None:
@@ -1888,7 +1889,7 @@ async def read_body(request: web.Request) -> bytes:
     except TimeoutError:
         raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_SECONDS} s") from None
     if len(body) > PIECE_BYTES:
-        await request.app[STATE].yield_to_others()  # one at a time: so each round parses one
+        await request.app[STATE].yield_to_others()  # in a queue: so one such body is parsed in a round
     return body
 
 
@@ -2244,7 +2245,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         if reads or state.journal:
             await asyncio.sleep(0)
         else:
-            async with state.writes:  # the queue
+            async with state.writes:  # ROUND_WRITES hold it for one round
                 await asyncio.sleep(0)
         state.slice_end = time.monotonic() + SLICE_SECONDS
     answering = answer_errors(state, request, handler)
@@ -2492,7 +2493,7 @@ async def get_changes(request: web.Request) -> Answer:
     (name, after, began), limit = asked.get("after", ("", 0, 0)), asked.get("limit", math.inf)
     now = read_to = usage.sequence
     if after == 0:
-        began = now
+        began = now  # of the first reading, as in a cursor; 0 once that is over
     # A client needs all tombstones after what it has read, but during its first reading only those after the
     # beginning of it: earlier ones are of streams that it has never been shown.
     is_known = usage.tombstones_since <= max(after, began) <= now
