@@ -808,7 +808,8 @@ def quota(cents: int, claim: int, whole: int) -> int:
     each second of a label by two prices, the user's and that of the silent. So a claim is too low by less
     than 2 x seconds in its last bit, and times `cents` by less than 2**100, for there are less than 2**50
     seconds and 2**49 cents. A quota is rounded to 160 bits less. That hides the error, unless the border
-    between rounding up and down lies within it: once in 2**60 times. (`statement` asks for 10,000 x the cents.)
+    between rounding up and down lies within it: once in 2**60 times, or in 2**47 in `statement`, which asks
+    for 10,000 times the cents.
     """
     less = CLAIM_BITS - QUOTA_BITS
     return (cents * claim // (whole or 1) + (1 << (less - 1))) >> less
