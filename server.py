@@ -741,6 +741,7 @@ class Subscription:
         return self.fee * FACTORS[self.origin]
 
 
+# Built in, for the users of the simulation; an import takes their place.
 SUBSCRIPTIONS = {
     "user1": Subscription("premium", 799, "app_store"),
     "user2": Subscription("platinum", 1499, "web"),
@@ -1879,7 +1880,8 @@ def wanted_in(asked: Mapping[str, Any]) -> Wanted:
 async def read_body(request: web.Request) -> bytes:
     """Return the body of a write; raises an HTTPException if it is of another type, too long or too slow."""
     types = JSON_TYPES if request.method == hdrs.METH_PATCH else JSON_TYPES[:1]
-    if request.content_type not in types or hdrs.CONTENT_ENCODING in request.headers:
+    coding = request.headers.get(hdrs.CONTENT_ENCODING, "").lower()
+    if request.content_type not in types or coding not in ("", "identity"):
         needed = f"Content-Type: {' or '.join(types)}, and no Content-Encoding"
         raise web.HTTPUnsupportedMediaType(reason=f"a write needs {needed}")
     if (length := request.content_length or 0) > BODY_BYTES:
@@ -2755,8 +2757,6 @@ class State:
             self.usage.add(events)
             if key:
                 self.usage.keys[key[0]] = key[1], first_id
-                if len(self.usage.keys) > self.usage.keep:  # so many keys are kept, too
-                    del self.usage.keys[next(iter(self.usage.keys))]
 
         keys = [("INSERT INTO keys VALUES {rows}", [(*key, first_id)])] if key else []
         await self.store(events[-1].id, [(INSERT_STREAMS, map(CELLS, events)), *keys], apply)

@@ -2758,12 +2758,13 @@ async def test_a_known_key_with_any_other_body_is_422(start: Start, body: bytes)
     assert (await client.post("/api/v1/streams", data=body, headers=headers | {"Idempotency-Key": "new"})).status == 400
 
 
-async def test_without_a_file_as_many_idempotency_keys_as_events_are_kept_the_latest(start: Start) -> None:
+async def test_a_retry_stores_nothing_twice_however_many_keys_came_since_and_whatever_keep_dropped(start: Start) -> None:
     client = await start(keep=3)
-    for number, status in ((0, 201), (1, 201), (2, 201), (3, 201), (1, 422), (2, 422), (3, 422), (0, 201)):
-        body = STREAM | {"label": str(time.monotonic())}
-        answer = await client.post("/api/v1/streams", json=body, headers={"Idempotency-Key": str(number)})
-        assert answer.status == status
+    for number, started in enumerate((NOW - 1, NOW - 50, NOW - 49, NOW - 48, NOW - 1)):
+        body, headers = STREAM | {"user_id": f"user{number % 4}", "stream_started_on": started}, {"Idempotency-Key": str(number % 4)}
+        answer = await client.post("/api/v1/streams", json=body, headers=headers)
+        assert (answer.status, "Idempotent-Replayed" in answer.headers) == (201, number == 4)
+    assert [made["user_id"] for made in await (await client.get("/usage")).json()].count("user0") == 1
 
 
 async def test_a_stream_can_be_changed_when_the_clock_has_been_set_back_and_only_a_new_start_is_in_the_future(start: Start) -> None:
@@ -4476,6 +4477,10 @@ async def test_a_compressed_body_is_refused_and_not_unpacked() -> None:
             headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
             async with session.post(f"{url}/api/v1/streams", data=io.BytesIO(body), headers=headers) as answer:
                 assert (answer.status, (await answer.json())["error"]) == (415, "a write needs Content-Type: application/json, and no Content-Encoding")
+        for coding in ("identity", "Identity", ""):
+            headers = {"Content-Type": "application/json", "Content-Encoding": coding}
+            async with session.post(f"{url}/api/v1/streams", data=io.BytesIO(json.dumps(STREAM | {"stream_started_on": 1}).encode()), headers=headers) as answer:
+                assert answer.status == 201
         assert await program.stop() == (0, "")
 
 
@@ -4688,8 +4693,6 @@ class Model:
                 self.remove(each["id"])
             if key is not None:
                 self.keys[key] = body, made
-                if len(self.keys) > self.keep:
-                    del self.keys[next(iter(self.keys))]
         if isinstance(value, list):
             return 201, made
         self.told |= {"etag": f'"{made[0]["id"]}"', "location": f"/api/v1/streams/{made[0]['id']}"}
@@ -7687,6 +7690,46 @@ async def test_streams_at_once_are_those_since_the_first_stream_and_not_since_it
     assert f"about {count:.0f} streams at once" in await page.text_content(by_testid("beneath"))
 
 
+async def test_streams_at_once_of_a_few_seconds_are_those_of_a_whole_window(page: Any, moment: Moment) -> None:
+    client = await moment.open([event(NOW // 60 * 60 - 3_601, 1_290)])  # it started in the last second of its minute
+    assert "about 21.5 streams" not in await page.text_content(by_testid("beneath"))
+    assert "about 22 streams at once" in await page.text_content(by_testid("beneath"))
+    await client.app[server.STATE].add([event(NOW // 60 * 60 - 3_600, 30)])
+    await moment.poll()
+    assert "about 22 streams at once" in await page.text_content(by_testid("beneath"))
+
+
+async def test_a_page_that_was_opened_while_there_was_nothing_says_the_same_as_a_new_one(page: Any, moment: Moment) -> None:
+    client = await moment.open()
+    await client.app[server.STATE].add([event(NOW - 86_400 * 5 - 43_200, 86_400), event(NOW - 60, 86_400)])
+    await moment.poll()
+    before = await page.text_content(by_testid("beneath"))
+    await page.reload()
+    await page.wait_for_selector(by_testid("label-row"))
+    assert await page.text_content(by_testid("beneath")) == before
+
+
+async def test_the_axis_is_whole_on_paper_too(page: Any, moment: Moment) -> None:
+    await moment.open((event(NOW - 3_600 * at, 50_000) for at in range(1, 20)), "/?range=24h")
+    await page.emulate_media(media="print")
+    panel, ticks = await page.evaluate("""() => [document.querySelector('.chart').getBoundingClientRect().left,
+        [...document.querySelectorAll('.plot text[text-anchor=end]')].map(each => each.getBoundingClientRect().left)]""")
+    assert (len(ticks) > 2, min(ticks) >= panel) == (True, True)
+    assert await page.evaluate("getComputedStyle(document.querySelector('.plot > svg')).overflow") == "visible"
+
+
+@pytest.mark.parametrize("width", [600, 667, 768, 1280])
+async def test_what_the_chart_says_of_a_bucket_does_not_cover_it(page: Any, moment: Moment, width: int) -> None:
+    await page.set_viewport_size({"width": width, "height": 1_024})
+    await moment.open((event(NOW - 3_600 * at, 900) for at in range(24)), "/?range=24h")
+    await page.locator(by_testid("chart")).scroll_into_view_if_needed()
+    for bar in await page.query_selector_all(f"{by_testid('bucket')}:has(rect)"):
+        box = await bar.bounding_box()
+        await page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        tip = await page.locator(by_testid("tip")).bounding_box()
+        assert tip["x"] + tip["width"] <= box["x"] + 1 or tip["x"] >= box["x"] + box["width"] - 1
+
+
 async def test_a_text_that_is_selected_beyond_the_edge_of_a_dialog_does_not_close_it(page: Any, moment: Moment) -> None:
     await moment.open(event(NOW - 60, 1 + number, label=f"label {number:03}") for number in range(30))
     await page.click("button:text('more')")
@@ -7743,22 +7786,36 @@ async def test_all_tracks_that_tie_are_named(page: Any, moment: Moment) -> None:
     assert await page.evaluate("(each => each.scrollHeight <= each.clientHeight + 1)(document.querySelector('[data-testid=top-track]'))")
 
 
-async def test_the_latest_streams_show_track_and_label_however_long_the_track_is(page: Any, moment: Moment) -> None:
-    await moment.open([event(NOW - 60, label="label 3", track_id="71f4ca0346edbe5327af3cbea93b1d7d" * 3)])
-    box, label = await page.evaluate("""() => {
-        const row = document.querySelector('[data-testid=event-row]')
-        const label = [...row.querySelectorAll('bdi')].find(each => each.textContent === 'label 3')
-        return [row.cells[0], label].map(each => each.getBoundingClientRect().right)
-    }""")
-    assert label <= box
+@pytest.mark.parametrize("width", [320, 390, 1280, 1920])
+async def test_the_latest_streams_show_track_and_label_and_cut_neither_while_there_is_room(page: Any, moment: Moment, width: int) -> None:
+    pairs = [("71f4ca0346edbe5327af3cbea93b1d7d" * 3, "label 3"), ("track1", "Harmonia Mundi"), ("catalogue-000123", "C"), ("My Way (Live)", "B"), ("My Way (Live at the Garden)", "ECM"), ("א" * 90, "ב" * 90), ("track", "l" * 90)]
+    await page.set_viewport_size({"width": width, "height": 844})
+    await moment.open([event(NOW - 60 - at, track_id=track, label=label) for at, (track, label) in enumerate(pairs)])
+    rows = await page.evaluate("""() => [...document.querySelectorAll('[data-testid=event-row]')].map(row => {
+        const [track, label] = [...row.querySelectorAll('bdi.half')]
+        return [label.getBoundingClientRect().right <= row.cells[0].getBoundingClientRect().right + 1, track.scrollWidth > track.clientWidth,
+            label.scrollWidth > label.clientWidth, (row.cells[0].getBoundingClientRect().right - label.getBoundingClientRect().right) / row.cells[0].clientWidth,
+            (track.scrollWidth + label.scrollWidth + 20) / row.cells[0].clientWidth]
+    })""")
+    assert len(rows) >= 6
+    for (track, label), (is_within, track_is_cut, label_is_cut, room, needed) in zip(pairs, rows, strict=False):
+        assert is_within
+        assert not (label_is_cut and len(label) < 4)
+        if needed < 0.9:
+            assert (track, label, track_is_cut, label_is_cut) == (track, label, False, False)
+        if track_is_cut or label_is_cut:
+            assert (track, label, room < 0.2) == (track, label, True)
 
 
-async def test_a_chip_names_the_whole_hour_or_minute(page: Any, moment: Moment) -> None:
+@pytest.mark.parametrize("width", [768, 1280, 1920])
+async def test_a_chip_names_the_whole_hour_or_minute_and_the_status_stays_whole(page: Any, moment: Moment, width: int) -> None:
+    await page.set_viewport_size({"width": width, "height": 844})
     client = await moment.open([event(NOW - 7_200)])
     for query in ("bucket=2027-01-15T07", "bucket=2027-01-15T07:05", "bucket=2027-01-15", "bucket=2027-01-15T07:05&label=label1"):
         await page.goto(str(client.make_url(f"/?{query}")))
         await page.wait_for_selector(by_testid("clear"))
-        assert await page.evaluate("[...document.querySelectorAll('[data-testid=clear] bdi')].filter(each => each.scrollWidth > each.clientWidth).map(each => each.textContent)") == [], query
+        assert await page.evaluate("[...document.querySelectorAll('[data-testid=clear] bdi, .status')].filter(each => each.scrollWidth > each.clientWidth).map(each => each.textContent)") == [], query
+    assert "Fri, 15 Jan 2027, 07:05" in await page.get_attribute(f"{by_testid('clear')}.when", "title")
 
 
 async def test_what_is_stale_and_asked_for_anew_can_be_read(page: Any) -> None:
@@ -7798,13 +7855,15 @@ async def test_a_page_on_a_phone_does_not_jump_when_the_minutes_get_a_digit_more
     assert len(tops) == 1
 
 
-@pytest.mark.parametrize(("width", "height"), [(320, 568), (390, 844), (844, 390), (768, 1024)])
+@pytest.mark.parametrize(("width", "height"), [(320, 568), (390, 844), (844, 390), (768, 1024), (1100, 500), (1024, 600), (1366, 625)])
 async def test_a_wall_is_exactly_the_screen_however_small_that_is(page: Any, moment: Moment, width: int, height: int) -> None:
     await page.set_viewport_size({"width": width, "height": height})
     await moment.open((event(NOW - 60 * at, label=f"label {at % 20}") for at in range(1, 300)), "/?wall")
     assert await page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]") == [width, height]
     heights = await page.evaluate("['.total', '.chart', '.plot'].map(each => document.querySelector(each).getBoundingClientRect().height)")
     assert min(heights) > 50
+    assert await page.is_visible(".labels") is (height >= 640 or (width >= 1024 and height >= 576))
+    assert await page.is_visible(".tracks") is (width >= 640 and height >= 576)
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
