@@ -7815,6 +7815,12 @@ async def test_a_chip_names_the_whole_hour_or_minute_and_the_status_stays_whole(
         await page.goto(str(client.make_url(f"/?{query}")))
         await page.wait_for_selector(by_testid("clear"))
         assert await page.evaluate("[...document.querySelectorAll('[data-testid=clear] bdi, .status')].filter(each => each.scrollWidth > each.clientWidth).map(each => each.textContent)") == [], query
+    await client.app[server.STATE].add([event(NOW - 7_200, label="A label with a long name")])
+    await page.goto(str(client.make_url("/?bucket=2027-01-15T07&label=A+label+with+a+long+name")))
+    await page.wait_for_selector(by_testid("clear"))
+    assert (await page.inner_text(f"{by_testid('clear')}.when")).removeprefix("In").strip().startswith("07:00–08:00, ")
+    assert await page.evaluate("(each => each.scrollWidth <= each.clientWidth)(document.querySelector('.status'))")
+    await page.goto(str(client.make_url("/?bucket=2027-01-15T07:05")))
     assert "Fri, 15 Jan 2027, 07:05" in await page.get_attribute(f"{by_testid('clear')}.when", "title")
 
 
