@@ -2169,11 +2169,11 @@ async def answer_cached(
     state = request.app[STATE]
     etag = own_etag or state.usage.etag
     headers = cache_headers(etag, kind) + more
-    if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):
-        return Answer(304, headers=headers)
     name = (etag, key)  # the ETag, too, for an `own_etag` may change while the data do not
     # `make` is called by `get` at once: so its data are those of the ETag.
     body = await state.answers.get(name, lambda: finish(state, join_up_to(most, make())))
+    if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):  # only now, for there could have been an error
+        return Answer(304, headers=headers)
     if body is None:  # too long
         return Answer(200, make(), cache_headers(own_etag or state.usage.etag, kind) + more)
     if len(body) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
