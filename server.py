@@ -2277,7 +2277,7 @@ async def answer_errors(state: State, request: web.Request, handler: Handler) ->
 
 
 async def add_safety_headers(_: web.Request, response: web.StreamResponse) -> None:
-    """Put them on the answer that aiohttp gives by itself, 417 to an Expect that it does not know."""
+    """Put them on aiohttp's own answer, 417 to an unknown Expect, and close: the body may not have come."""
     response.headers.update((*SAFETY_HEADERS, ("Connection", "close")))
     response.force_close()
 
@@ -2727,7 +2727,7 @@ class State:
     requests: Counter[int] = field(default_factory=Counter)  # answered, by the status' first digit
     slice_end: float = 0  # of the requests that are being answered, in monotonic seconds
     writes: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(ROUND_WRITES))
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    slices: asyncio.Lock = field(default_factory=asyncio.Lock)  # of long work, one in a round
     long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LONG_WORK))
     locks: WeakValueDictionary[object, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
@@ -2737,7 +2737,7 @@ class State:
 
     async def yield_to_others(self) -> None:
         """Let the event loop go round. Long work queues here, so that each round has one time slice."""
-        async with self.turn:
+        async with self.slices:
             await asyncio.sleep(0)
 
     async def store(self, number: int, statements: Statements, apply: Apply) -> None:
