@@ -8,9 +8,10 @@
 
 The map, from top to bottom. Each section uses only those above it, and the application's State and Config:
 
+    long work     how whatever takes long shares the event loop
     events        what an event is: the one place where one is checked and written
     usage         the events that are kept, in chunks that are never changed
-    totals        streams and seconds: of each chunk, and by user and month
+    totals        streams and seconds: how they are counted and added up
     royalties     who is owed what
     import        the three files of a royalty backend
     storage       with --db: on disk first, visible second
@@ -132,14 +133,6 @@ KEPT_ANSWERS = 64
 MOST_ROWS = 100_000  # of totals, in one answer
 KNOWN_TOTALS = 8  # so many groupings a chunk remembers
 PAGE_STREAMS = 1_000
-# How the event loop is shared: among requests by `guard`, with longer work by `finish`.
-SLICE_SECONDS = 0.0005  # a time slice: how long something may keep the event loop at a stretch
-SHORT_SLICES = 64  # work that takes more time slices is long work
-MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
-ROUND_WRITES = 4  # without --db so many writes begin before the event loop takes up what else is ready
-# For `sys.setswitchinterval`: so long a thread waits before it demands the interpreter's lock. The event loop
-# gives it up for an instant after each time slice, which restarts the wait: so that must be shorter.
-SWITCH_SECONDS = SLICE_SECONDS / 5
 WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
 LINGER_SECONDS = 1  # how long a body that nobody wants may go on before its connection is closed
 BODY_BYTES = 1024 * 1024
@@ -161,9 +154,6 @@ STATE: web.AppKey[State] = web.AppKey("state")
 
 T = TypeVar("T")
 
-Steps = Generator[None, None, T]  # long work: it yields where others may go on, and returns a T
-Wanted = tuple[tuple[str, Container[Any]], ...]  # names of fields, and the values that are wanted of each
-
 log = logging.getLogger("server")
 
 
@@ -177,11 +167,32 @@ def telling(what: str, items: Iterable[T]) -> Iterator[T]:
         yield item
 
 
+def reason_of(error: BaseException) -> str:
+    """Return what an error says; of an OSError without its number and file."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Yield lists of `size` items; the last may be shorter."""
     rest = iter(items)
     while batch := list(itertools.islice(rest, size)):
         yield batch
+
+
+# ── Long work ───────────────────────────────────────────────────────────────────────────────────
+# One event loop does everything, so nothing may keep it for longer than a time slice at a stretch. Work that
+# could is a generator, which yields wherever others may go on: `TimeSlices.finish` runs it to its end.
+
+SLICE_SECONDS = 0.0005  # a time slice
+SHORT_SLICES = 64  # work that takes more time slices is long work
+MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
+ROUND_WRITES = 4  # without --db so many writes begin in a round of the event loop
+# For `sys.setswitchinterval`: how long a thread waits before it demands the interpreter's lock. When the
+# event loop gives the lock up for an instant, after each time slice, the wait begins anew. So with an
+# interval as long as a time slice a thread might never come to demand it.
+SWITCH_SECONDS = SLICE_SECONDS / 5
+
+Steps = Generator[None, None, T]  # work that yields where others may go on, and returns a T
 
 
 def in_steps(items: Iterable[T]) -> Steps[list[T]]:
@@ -199,6 +210,57 @@ def sort_in_steps(items: Iterable[T], key: Callable[[T], Any]) -> Steps[Iterator
     return merge(*runs, key=key)
 
 
+class TimeSlices:
+    """How requests and longer work share the event loop.
+
+    A round of the event loop takes up all that is ready. After each time slice there is a new round.
+    """
+
+    def __init__(self) -> None:
+        self.one_a_round = asyncio.Lock()  # slice of longer work
+        self.long_work = asyncio.Semaphore(MOST_LONG_WORK)
+        self.writes = asyncio.Semaphore(ROUND_WRITES)
+        self.requests_until = 0.0  # in monotonic seconds: the end of their time slice
+
+    async def yield_to_others(self) -> None:
+        """Wait for a new round in which no other longer work has its time slice."""
+        async with self.one_a_round:
+            await asyncio.sleep(0)
+
+    async def begin_request(self, queue: bool) -> None:
+        """Wait for a new round if the requests' time slice is over: many may come at once.
+
+        With `queue` no more than ROUND_WRITES go on in a round. So writes, which without a file wait for
+        nothing else, leave reads their place.
+        """
+        if time.monotonic() > self.requests_until:
+            async with self.writes if queue else contextlib.nullcontext():
+                await asyncio.sleep(0)
+            self.requests_until = time.monotonic() + SLICE_SECONDS
+
+    async def finish(self, work: Generator[Any, None, T], first: bool = False) -> T:
+        """Return what `work` returns, and yield to others between its time slices.
+
+        If it proves to be long, it goes on as one of MOST_LONG_WORK at a time, unless it comes `first`.
+        """
+        slices, held, until = 0, False, time.monotonic() + SLICE_SECONDS
+        try:
+            while True:
+                next(work)
+                if time.monotonic() >= until:
+                    slices += 1
+                    if slices == SHORT_SLICES and not first:
+                        held = await self.long_work.acquire()
+                    await self.yield_to_others()
+                    until = time.monotonic() + SLICE_SECONDS
+        except StopIteration as end:
+            return cast("T", end.value)
+        finally:
+            work.close()  # or a traceback would hold what it works on
+            if held:
+                self.long_work.release()
+
+
 # ── Events ──────────────────────────────────────────────────────────────────────────────────────
 # What an event is: the only place where one is checked and encoded.
 
@@ -213,7 +275,7 @@ TEXT_CHARACTERS = 128
 INTEGER = re.compile(r"-?[0-9]{1,100}")
 HIGHEST_START = 253_402_300_799  # the end of the year 9999: no later month has a name
 HIGHEST_SECONDS = 2**31 - 1
-COMMON_SECONDS = {seconds: seconds for seconds in range(7_200)}  # one of each is enough
+COMMON_SECONDS = {seconds: seconds for seconds in range(7_200)}  # one object of each, for all events
 CSV_END = "\r\n"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
@@ -259,6 +321,11 @@ class Event:
     def version(self) -> int:
         """The number of the stream's latest change: its creation."""
         return self.id
+
+    @property
+    def etag(self) -> str:
+        """The strong ETag."""
+        return f'"{self.version}"'
 
     @property
     def json_fields(self) -> str:
@@ -412,8 +479,7 @@ class Order:
     An event that belongs into the middle costs the copy of one chunk instead of shifting the whole deque.
     """
 
-    def __init__(self, field: str) -> None:
-        """Order by the field with this name, an int."""
+    def __init__(self, field: str) -> None:  # the name of one that holds an int
         self.value = attrgetter(field)
         self.key = attrgetter(field, "id")
         self.chunks: deque[Chunk] = deque()
@@ -564,6 +630,9 @@ class Usage:
         self.record(events, sign)
 
 
+Wanted = tuple[tuple[str, Container[Any]], ...]  # names of fields, and the values that are wanted of each
+
+
 def matching(events: Chunk, wanted: Wanted) -> Chunk:
     """Return the events whose fields are all among the values that are wanted: the one filter."""
     for name, values in wanted:
@@ -582,8 +651,8 @@ def first_of(chunks: Iterable[Chunk], limit: float) -> Iterator[Chunk]:
 
 # ── Totals ──────────────────────────────────────────────────────────────────────────────────────
 # How many streams and seconds there are under each key, all counted by `totals_of`. A chunk's own totals
-# never change, so they add up to any grouping, filter and window of /usage. Those of `Books` change with
-# each event: so how long a report takes depends on how many users and labels there are, not on the events.
+# never change, so they add up to any grouping, filter and window of /usage. Those by user and month, which
+# `Books` (royalties) keeps, change with each event: so a report takes no longer when there are more events.
 
 Total = tuple[int, int]  # streams and seconds
 Totals = dict[Any, Total]
@@ -663,8 +732,7 @@ def aggregate(
 
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
-    # A dict is in the order in which its keys came. Events come in order of time: so do their windows.
-    sums: Totals = {}
+    sums: Totals = {}  # events come in order of time, so do their windows, and a dict keeps that order
     parts, count = list[Iterable[tuple[Any, Total]]](), 0  # of rows in order, and how many those are
 
     def place(item: tuple[tuple[Any, ...], Total]) -> tuple[Any, ...]:
@@ -674,14 +742,15 @@ def aggregate(
     for chunk in chunks:
         yield
         if window and sums and next(iter(sums))[0] < (start := windows_of(chunk[:1], window)[0]):
-            # No later event is of a window before `start`, so the totals of those are complete.
-            complete, sums = sums, {}  # but those of `start` go back, if the last chunk has begun them
-            while complete and next(reversed(complete))[0] == start:
-                key, total = complete.popitem()
-                sums[key] = total
+            # No later event is of a window before `start`, so the totals of those are complete. Those of
+            # `start`, if the last chunk has begun it, are the last keys.
+            begun: Totals = {}
+            while next(reversed(sums))[0] == start:
+                key, total = sums.popitem()
+                begun[key] = total
             # Windows alone are in order already.
-            parts.append((yield from sort_in_steps(complete.items(), place)) if by else complete.items())
-            count += len(complete)
+            parts.append((yield from sort_in_steps(sums.items(), place)) if by else sums.items())
+            count, sums = count + len(sums), begun
             if limit and count >= limit:
                 break  # all that is in `sums` comes after these
         for key, total in count_chunk(chunk, window, by, wanted).items():
@@ -717,7 +786,7 @@ USER_COLUMNS = ("user_id", "product_type", "fee", "origin")
 PAYER_COLUMNS = (*USER_COLUMNS, "net", "seconds_streamed", "of_seconds", "part")
 
 ByUser = dict[str, Totals]  # of each user the totals by label or by track
-NOBODY: ByUser = {}  # of a month without streams: one object, for `Account.late_amounts` compares objects
+NOBODY: ByUser = {}  # of a month without streams
 Adjustments = dict[tuple[str, str], tuple[int, int]]  # amounts by the month that they are for, and label
 
 
@@ -784,7 +853,9 @@ class Ledger:
 
     Fees and revenue are in cents, net fees in hundredths of one, claims in these x 2**CLAIM_BITS.
     A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
-    user, and a part of the fees of the silent by the seconds of all.
+    user, and a part of the fees of the silent by the seconds of all. It is worked out from two prices of a
+    second, the user's and that of the silent, which are rounded down to ints. So it is too low, but by less
+    than 2 x the label's seconds.
     """
 
     labels: dict[str, Line]
@@ -802,15 +873,13 @@ def seconds_of(totals: Totals) -> int:
 
 
 def quota(cents: int, claim: int, whole: int) -> int:
-    """Return `cents` x `claim` / `whole`, what a claim on the whole comes to, before it is rounded to cents.
+    """Return `cents` x `claim` / `whole`: what a claim comes to, in cents x 2**QUOTA_BITS.
 
-    Quotas that are equal on paper must be equal here, or chance would break a tie instead of the name, but
-    claims are not exact. A price is what a second earns, net fees / seconds, rounded down. `tally` multiplies
-    each second of a label by two prices, the user's and that of the silent. So a claim is too low by less
-    than 2 x seconds in its last bit, and times `cents` by less than 2**100, for there are less than 2**50
-    seconds and 2**49 cents. A quota is rounded to 160 bits less. That hides the error, unless the border
-    between rounding up and down lies within it: once in 2**60 times, or in 2**47 in `statement`, which asks
-    for 10,000 times the cents.
+    `whole` is what all claims come to, without their binary places. Quotas that are equal on paper must be
+    equal here, or chance would break a tie instead of the name. But claims are not exact (see `Ledger`). With
+    2**30 streams and as many subscribers there are less than 2**61 seconds and 2**50 cents. So the error of
+    `cents` x `claim` is less than 2 x 2**61 x 2**50, or 2**112. To round to 160 binary places less hides it,
+    unless the border between rounding up and down lies within it: a chance of 2**112 in 2**160.
     """
     less = CLAIM_BITS - QUOTA_BITS
     return (cents * claim // (whole or 1) + (1 << (less - 1))) >> less
@@ -887,19 +956,16 @@ class Account:
         return lines
 
     def late_amounts(self, month: str, users: ByUser) -> Steps[Adjustments]:
-        """Return how much more each label would get than it got, if `users` are the month's totals of now.
-
-        For an open month that is nothing: its account has the same object.
-        """
-        known, late = self.late_cache or (self.totals, {})
-        if users is not known:  # `Books` puts another object there when something in the month changes
-            now, late = (yield from tally(users, self.subscriptions)), {}
+        """Return how much more each label would get than it got, if `users` are the month's totals of now."""
+        # Months are copied on write (see `Books`): where the object is the same, nothing has changed.
+        if self.late_cache is None or self.late_cache[0] is not users:
+            now, late = (yield from tally(users, self.subscriptions)), Adjustments()
             for labels, sign in ((now.labels, 1), (self.labels, -1)):
                 for label, line in labels.items():
                     yield
                     add_up(late, (month, label), (line.amount, line.amount_user_centric), sign)
             self.late_cache = users, late
-        return late
+        return self.late_cache[1]
 
 
 @dataclass
@@ -907,8 +973,7 @@ class Books:
     """What reports and users are made from. Who reads in steps needs a snapshot: others write in between.
 
     Months are copied on write: `record` copies a month that a snapshot shares before it changes it, and never
-    changes a user's totals in place, but puts new ones there. So a snapshot is of one moment, and where two
-    of them have the same object for a month, nothing in that month has changed.
+    changes a user's totals in place, but puts new ones there.
     """
 
     subscriptions: dict[str, Subscription]
@@ -932,7 +997,7 @@ class Books:
         record_users(self.tracks, events, "track_id", sign)
 
     def snapshot(self) -> Books:
-        """Return the books as they are now; the next change of a month copies its totals first."""
+        """Return the books as they are now."""
         self.copy_on_record |= self.months.keys()
         return Books(self.subscriptions.copy(), self.months.copy(), self.tracks.copy(), self.closed.copy())
 
@@ -985,11 +1050,8 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
 def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid for each month and label.
 
-    For a closed month that is what has changed since its close, less what other months have paid of it. For
-    an open one nothing is to be paid, but an earlier month may have paid for it before it was opened again.
-    That is taken back, for closing it pays all of it. Say, March was closed, and got late streams. February,
-    which had been empty, so nobody had to close it, got streams and was closed: it paid for March. Then March
-    was opened.
+    For a closed month that is what has changed since its close, less what other months have paid of it. What
+    they have paid for a month that has been opened again is taken back, for closing it pays all of it.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
@@ -1009,7 +1071,8 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
     ledger = yield from tally(users, books.subscriptions)
     adjustments = (yield from unpaid(books)) if month == books.paying_month() else {}
     money = ledger.fees, ledger.revenue, ledger.labels
-    return Account(closed_on, users, books.subscriptions, *money, adjustments)
+    # Of these totals nothing is late: so `late_amounts` need not tally the month once more.
+    return Account(closed_on, users, books.subscriptions, *money, adjustments, late_cache=(users, {}))
 
 
 def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Account]]:
@@ -1100,7 +1163,7 @@ def report_by_month(books: Books, month: str | None) -> Steps[Iterator[tuple[Any
 
 
 def describe_payer(terms: Sequence[str | None], net: int, seconds: int, of_seconds: int) -> dict[str, Any]:
-    """Return the row of a statement for a subscriber, or for all the silent; `net` is as in Subscription."""
+    """Return a statement's row for a subscriber, or all the silent; `net` is in hundredths of a cent."""
     part = 100 * net * seconds // (of_seconds or 1)
     cells = (*terms, euros(100 * net, 6), seconds, of_seconds, euros(part, 6))  # in millionths of a euro
     return dict(zip(PAYER_COLUMNS, cells, strict=True))
@@ -1134,7 +1197,8 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
     revenue, claim, net = account.revenue, ledger.claims[label], ledger.net
     adjusted = {name: cents for (name, of_label), cents in account.adjustments.items() if of_label == label}
 
-    # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100.
+    # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100. For these the chance that
+    # `quota` tells of is 10,000 times as high.
     def rounded(part: int, whole: int, paid: int) -> dict[str, Any]:
         exact = quota(10_000 * revenue, part, whole) >> QUOTA_BITS
         down = exact // 10_000
@@ -1228,8 +1292,7 @@ class Import:
         try:
             yield
         except (OSError, ValueError, RecursionError, csv.Error) as error:
-            fault = str(getattr(error, "strerror", None) or error)
-            self.faults.append(f"{where}: {fault[:300]}")
+            self.faults.append(f"{where}: {reason_of(error)[:300]}")
             if len(self.faults) == IMPORT_FAULTS:
                 raise ImportFailedError("\n".join(self.faults)) from None
 
@@ -1265,7 +1328,7 @@ class Import:
             names = [cell.strip().casefold().replace(" ", "_") for cell in next(rows, [])]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            while True:  # to the end, or to an overlong line: its error ends the generator `told`
+            while True:  # to the end, or to an overlong line: the error of `check_line` ends `told`
                 with self._noting_fault(f"{path.name}:{rows.line_num + 1}"):
                     if (row := next(rows, None)) is None:
                         break
@@ -1428,28 +1491,17 @@ def translate_errors() -> Iterator[None]:
     except BlockingIOError:
         raise StorageError("another process uses it") from None
     except (OSError, sqlite3.OperationalError) as error:  # such as a full disk, or another process's lock
-        raise StorageError(getattr(error, "strerror", None) or str(error)) from None
+        raise StorageError(reason_of(error)) from None
     except (sqlite3.Error, TypeError, ValueError, LookupError) as error:
         raise StorageError(f"it is damaged: {error}") from None
 
 
-@dataclass
-class Change:
-    """What waits to be stored, up to this number of the sequence, and then made visible.
+class Database:
+    """The SQLite file, its write-ahead log (WAL) and the memory that processes share: usage.db, -wal, -shm.
 
-    One with `decide` is committed alone. `decide` is called when all earlier changes are visible and none of
-    the later ones, and returns the statements and what makes them visible.
+    After anything has failed, the WAL is emptied into the file before the next commit. For a commit whose
+    sync failed is in the WAL: SQLite passes over it now, but would take it for committed after a restart.
     """
-
-    number: int
-    statements: Statements = ()
-    apply: Apply = lambda: None
-    decide: Callable[[], Awaitable[tuple[Statements, Apply]]] | None = None
-    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-
-class Journal:
-    """The SQLite file behind the usage; one process writes to it, in one transaction at a time."""
 
     @translate_errors()
     def __init__(self, path: Path, mode: str = "a+b") -> None:
@@ -1457,15 +1509,10 @@ class Journal:
 
         The mode "r+b" makes no new file.
         """
-        self.waiting: list[Change] = []
-        self.storing: asyncio.Task[None] | None = None
-        self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
         self.failed = False
-        self.wal_in_doubt = False  # whether it may differ from what is committed: see `_checkpoint`
         self.last_commit = -math.inf
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         real = os.path.realpath(path)
-        self.wal = Path(f"{real}-wal")
         self.lock = path.open(mode, buffering=0)  # it stays open: to close it would drop SQLite's locks, too
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         opened = os.fstat(self.lock.fileno())
@@ -1489,76 +1536,66 @@ class Journal:
         self.connection.executescript(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
         )
-        self.opened = {path: opened, **{file: file.stat() for file in (self.wal, Path(f"{real}-shm"))}}
-        self.sizes = {file: found.st_size for file, found in self.opened.items()}  # as they were last
+        self.files = path, Path(f"{real}-wal"), Path(f"{real}-shm")
+        self.opened = {file: file.stat() for file in self.files}
+        self.sizes = {file: found.st_size for file, found in self.opened.items()}  # the largest seen
+
+    def commit(self, statements: Statements) -> None:
+        """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
+        try:
+            if self.failed:
+                self._checkpoint()
+            with self.connection:  # it commits, or rolls back what fails
+                self._begin()
+                for statement, group in itertools.groupby(statements, key=itemgetter(0)):
+                    self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
+        except Exception as error:
+            self.failed = True
+            with contextlib.suppress(StorageError, sqlite3.Error):
+                self._checkpoint()  # at once, as a kill may come
+            raise StorageError(f"nothing can be stored: {error}") from None
+        self.failed = False
+        self.last_commit = time.monotonic()
+        with contextlib.suppress(OSError):  # if a file has gone by now, the next commit says it
+            self.sizes = {file: max(size, file.stat().st_size) for file, size in self.sizes.items()}
+
+    def _begin(self) -> None:
+        """Begin a transaction: within it no other process can empty the WAL."""
+        _, wal, _ = self.files
+        self._check(*self.files)
+        self.connection.execute("BEGIN IMMEDIATE")
+        if wal.stat().st_size < self.sizes[wal]:
+            # A checkpoint of another process has emptied it. If somebody has truncated it, SQLite cannot read
+            # what was in it, and `_checkpoint` raises sqlite3.Error.
+            self.connection.rollback()
+            self._checkpoint()
+            self.connection.execute("BEGIN IMMEDIATE")
 
     def _checkpoint(self) -> None:
-        """Move what is committed from the WAL into the file, and empty the WAL: then it is in doubt no more.
+        """Move what is committed from the WAL into the file, and empty the WAL.
 
-        It is in doubt
-        - after a commit whose sync failed: its pages are in the WAL. SQLite passes over them now, but would
-          take them for committed after a restart. Once the WAL is empty they are gone.
-        - when the WAL has been removed: SQLite has it open still, so what is in it comes into the file.
-        - when the WAL has become empty. If a checkpoint of another process did that, there is nothing to do.
-          If somebody has truncated it, SQLite cannot read what was in it, and raises sqlite3.Error.
+        That works also when the WAL has been removed, for SQLite has it open.
         """
+        file, wal, shared = self.files
+        self._check(file, shared)
         until = time.monotonic() + BUSY_SECONDS  # SQLite waits for readers, but not for another's checkpoint
         while self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             if time.monotonic() > until:
                 raise StorageError("another process reads the file")
             time.sleep(0.01)
-        self.wal_in_doubt = False
-        self.sizes[self.wal] = 0
+        self.sizes[wal] = 0
 
-    def _check_files(self) -> None:
-        """Note the files' sizes; raises StorageError if one is not the one that was opened, or was truncated.
+    def _check(self, *files: Path) -> None:
+        """Raise StorageError if a file is not the one that was opened, or has lost its end.
 
-        SQLite would go on in files that nobody finds again.
+        SQLite would go on in a file that nobody finds again. Only the WAL may become shorter.
         """
-        for path, opened in self.opened.items():
-            now = path.stat() if path.exists() else None
-            if not now or not os.path.samestat(now, opened):
-                self.wal_in_doubt |= path == self.wal  # SQLite has it open: `_checkpoint` saves what is in it
-                raise StorageError(f"{path.name} has been {'replaced' if now else 'removed'}")
-            if now.st_size < self.sizes[path]:
-                # Only the WAL may become shorter, and only empty: by a checkpoint of another process.
-                if path != self.wal or now.st_size:
-                    raise StorageError(f"{path.name} has been truncated")
-                self.wal_in_doubt = True  # or somebody has truncated it
-            self.sizes[path] = now.st_size
-
-    def _begin(self) -> None:
-        """Begin a transaction in files that are whole: within it no other process can empty the WAL."""
-        while True:
-            self._check_files()
-            if self.wal_in_doubt:
-                self._checkpoint()
-            self.connection.execute("BEGIN IMMEDIATE")
-            if self.wal.stat().st_size >= self.sizes[self.wal]:
-                return
-            self.connection.rollback()  # another process has emptied the WAL since `_check_files`: look again
-
-    def commit(self, statements: Statements) -> None:
-        """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
-        try:
-            with self.connection:  # it commits, or rolls back what fails
-                self._begin()
-                for statement, group in itertools.groupby(statements, key=itemgetter(0)):
-                    self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-                self.wal_in_doubt = True  # until the sync has succeeded
-            self.wal_in_doubt = False
-        except Exception as error:
-            self.failed = True
-            # In doubt after a sync or a `_check_files` that failed, the WAL is mended at once, as a kill may
-            # come. If that fails, the next commit tries it again, in `_begin` or here.
-            if self.wal_in_doubt:
-                with contextlib.suppress(StorageError, sqlite3.Error):
-                    self._checkpoint()
-            raise StorageError(f"nothing can be stored: {error}") from None
-        with contextlib.suppress(StorageError, OSError):  # if anything is wrong now, the next commit says it
-            self._check_files()  # it notes the sizes
-        self.failed = False
-        self.last_commit = time.monotonic()
+        for file in files:
+            now = file.stat() if file.exists() else None
+            if not now or not os.path.samestat(now, self.opened[file]):
+                raise StorageError(f"{file.name} has been {'replaced' if now else 'removed'}")
+            if now.st_size < self.sizes[file] and file != self.files[1]:
+                raise StorageError(f"{file.name} has been truncated")
 
     def _execute(self, statement: str, rows: Iterable[Any]) -> None:
         if "{rows}" not in statement:
@@ -1636,8 +1673,7 @@ class Journal:
 
     @translate_errors()
     def load(self, usage: Usage, books: Books) -> None:
-        """Put what is stored into `usage` and `books`, and keep `usage`: `_store` moves its sequence on."""
-        self.usage = usage
+        """Put what is stored into `usage` and `books`."""
         execute = self.connection.execute
         usage.last_number = usage.sequence = self._last_number()
         # What somebody has put there by hand: such a row would be answered with 500 long after.
@@ -1649,7 +1685,7 @@ class Journal:
         for (number,) in execute(damaged, [HIGHEST_START, HIGHEST_SECONDS]):
             raise ValueError(f"stream {number}")
         rows = telling("loading, streams", execute("SELECT * FROM streams"))
-        # The last two cells are the id and the version.
+        # The last two cells are the id and the version. Adding them has `books` record them, too.
         usage.add([Event(*row[:-1]) if row[-1] == row[-2] else ChangedEvent(*row) for row in rows])
         usage.tombstones.put(Tombstone(*row) for row in execute("SELECT * FROM tombstones"))
         (usage.sequence_name,) = execute("SELECT name FROM sequence").fetchone()
@@ -1671,21 +1707,42 @@ class Journal:
             closed[month].subscriptions[user] = one_of_each(*cells)
         for month, of_month, label, *cents in execute("SELECT * FROM adjustments"):
             closed[month].adjustments[of_month, label] = (*cents,)
-        months = books.snapshot().months  # the accounts may share them: so `record` has to copy them
         rows = execute("SELECT * FROM closed_totals ORDER BY month, user_id")
         for (month, user), group in itertools.groupby(rows, key=itemgetter(0, 1)):
             own = {label: (streams, seconds) for _, _, label, streams, seconds in group}
-            of_now = months.get(month, NOBODY).get(user, {})
+            of_now = books.months.get(month, NOBODY).get(user, {})
             closed[month].totals[user] = of_now if of_now == own else own
-        for month, account in closed.items():
-            if account.totals == (users := months.get(month, NOBODY)):
-                account.totals = users  # the object itself, by which `Account.late_amounts` knows
+
+
+@dataclass
+class Change:
+    """What waits to be stored, up to this number of the sequence, and then made visible.
+
+    One with `decide`, as when a month is closed, depends on all changes before it. So it is committed alone:
+    once these are visible, `decide` returns its statements and its `apply`.
+    """
+
+    number: int
+    statements: Statements = ()
+    apply: Apply = lambda: None
+    decide: Callable[[], Awaitable[tuple[Statements, Apply]]] | None = None
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Journal:
+    """The queue of changes on their way into the database, and from there into the usage.
+
+    First in, first out: what a follower of the sequence has seen has nothing missing before it.
+    """
+
+    def __init__(self, database: Database, usage: Usage) -> None:
+        self.database, self.usage = database, usage
+        self.waiting: list[Change] = []
+        self.storing: asyncio.Task[None] | None = None
+        self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
 
     async def append(self, change: Change) -> None:
-        """Have a change stored and then made visible; raises StorageError or a ConflictError.
-
-        First in, first out: what a follower of the sequence has seen has nothing missing before it.
-        """
+        """Have a change stored and then made visible; raises StorageError or a ConflictError."""
         self.waiting.append(change)
         if len(self.waiting) == 1:  # the task takes changes out once they are stored, and ends with the last
             self.storing = asyncio.create_task(self._store_waiting())
@@ -1714,7 +1771,7 @@ class Journal:
                     change.statements, change.apply = await change.decide()
             statements = [statement for change in group for statement in change.statements]
             statements.append((SET_SEQUENCE, [(group[-1].number,)]))
-            await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, statements)
+            await asyncio.get_running_loop().run_in_executor(self.thread, self.database.commit, statements)
         except (StorageError, ConflictError) as error:
             for change in group:
                 change.done.set_exception(error)
@@ -1729,12 +1786,12 @@ class Journal:
                 began = time.monotonic()
 
     async def close(self) -> None:
-        """Close the file once nothing waits any more; but `serve` just ends the process."""
+        """Close the file once nothing waits any more: for tests, as `serve` just ends the process."""
         if self.storing:
             await self.storing
         self.thread.shutdown()
-        self.connection.close()
-        self.lock.close()
+        self.database.connection.close()
+        self.database.lock.close()
 
 
 # ── Simulation ──────────────────────────────────────────────────────────────────────────────────
@@ -1810,16 +1867,13 @@ GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permu
 
 
 def parse_cursor(text: str) -> tuple[str, int, int]:
-    """Return the parts of a cursor of the feed: NAME-AFTER, AFTER or NAME-AFTER-BEGAN.
+    """Return the parts of a cursor of the feed: AFTER, NAME-AFTER or NAME-AFTER-BEGAN.
 
-    They are the sequence's name and the number up to which a client has read. During a first reading in pages
-    there is the number, too, at which that began: after 0 at number 900 come, say, NAME-350-900, NAME-700-900
-    and then NAME-900.
+    The client has read the sequence of this NAME up to AFTER. BEGAN, while it still reads for the first time,
+    is the number of the latest change when it started to; otherwise that is AFTER.
     """
-    if "-" not in text:
-        return "", int(text), 0
-    name, after, *began = text.split("-")
-    return name, int(after), int(began[0]) if began else 0
+    name, after, *began = text.split("-") if "-" in text else ("", text)
+    return name, int(after), int((began or [after])[0])
 
 
 # What a parameter may be, what that is called, and what is made of it.
@@ -1892,7 +1946,7 @@ async def read_body(request: web.Request) -> bytes:
     except TimeoutError:
         raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_SECONDS} s") from None
     if len(body) > PIECE_BYTES:
-        await request.app[STATE].yield_to_others()  # in a queue: so one such body is parsed in a round
+        await request.app[STATE].slices.yield_to_others()  # so that one such body is parsed in a round
     return body
 
 
@@ -2034,7 +2088,7 @@ class Answer(web.StreamResponse):
                 await self._write_chunk(request, b"".join(ready), chunked, compressor)
                 ready, size = [], 0
             if time.monotonic() > until:
-                await request.app[STATE].yield_to_others()
+                await request.app[STATE].slices.yield_to_others()
                 until = time.monotonic() + SLICE_SECONDS
         await self._write_chunk(request, b"".join(ready), chunked, compressor)
         await self._write_chunk(request, compressor.flush() if compressor else b"", chunked, None)
@@ -2071,29 +2125,6 @@ def join_up_to(most: float, pieces: Pieces) -> Steps[bytes | None]:
         if len(made) > most:
             return None
     return bytes(made)
-
-
-async def finish(state: State, work: Generator[Any, None, T], first: bool = False) -> T:
-    """Return what long `work` returns, and yield to others between its time slices.
-
-    Work of more than SHORT_SLICES goes on as one of MOST_LONG_WORK at a time, unless it comes `first`.
-    """
-    slices, held, until = 0, False, time.monotonic() + SLICE_SECONDS
-    try:
-        while True:
-            next(work)
-            if time.monotonic() >= until:
-                slices += 1
-                if slices == SHORT_SLICES and not first:
-                    held = await state.long_work.acquire()
-                await state.yield_to_others()
-                until = time.monotonic() + SLICE_SECONDS
-    except StopIteration as end:
-        return cast("T", end.value)
-    finally:
-        work.close()  # or a traceback would hold what it works on
-        if held:
-            state.long_work.release()
 
 
 def is_kept(flight: asyncio.Task[Any]) -> bool:
@@ -2171,7 +2202,7 @@ async def answer_cached(
     headers = cache_headers(etag, kind) + more
     name = (etag, key)  # the ETag, too, for an `own_etag` may change while the data do not
     # `make` is called by `get` at once: so its data are those of the ETag.
-    body = await state.answers.get(name, lambda: finish(state, join_up_to(most, make())))
+    body = await state.answers.get(name, lambda: state.slices.finish(join_up_to(most, make())))
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):  # only now, for there could have been an error
         return Answer(304, headers=headers)
     if body is None:  # too long
@@ -2237,20 +2268,10 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Have every request answered. What a write has begun to store goes on when its client disconnects.
-
-    Many requests may come at once: so after each time slice the event loop goes round. Writes queue for that,
-    a few for each round, and reads come in between. With a file writes wait for the disk anyway.
-    """
+    """Have every request answered. What a write has begun to store goes on when its client disconnects."""
     state = request.app[STATE]
     reads = request.method in READING
-    if time.monotonic() > state.slice_end:
-        if reads or state.journal:
-            await asyncio.sleep(0)
-        else:
-            async with state.writes:  # ROUND_WRITES hold it for one round
-                await asyncio.sleep(0)
-        state.slice_end = time.monotonic() + SLICE_SECONDS
+    await state.slices.begin_request(queue=not reads and not state.journal)
     answering = answer_errors(state, request, handler)
     # Without a file nothing is awaited once the data change, so no write can be cancelled half-way.
     answer = await (asyncio.shield(answering) if state.journal and not reads else answering)
@@ -2312,12 +2333,10 @@ async def get_page(request: web.Request) -> Answer:
         state.page = read_page(state.config.page)
     page, policy = state.page
     etag = hashlib.sha256(page).hexdigest()[:16]
-
-    def make() -> Pieces:
-        yield page
-
     header = ("Content-Security-Policy", policy)
-    return await answer_cached(request, "html", "page", make, header, own_etag=etag)
+    return await answer_cached(
+        request, "html", "page", lambda: (whole for whole in [page]), header, own_etag=etag
+    )
 
 
 def select(chunks: deque[Chunk], asked: Mapping[str, Any]) -> Iterator[Chunk]:
@@ -2357,18 +2376,18 @@ async def get_health(request: web.Request) -> Answer:
     """Tell whether all is well: 503 when the simulation has stopped or the last write failed."""
     state = request.app[STATE]
     age = time.monotonic() - state.last_batch
-    # Before the first batch it has waited since the simulation began: `age` is infinite then.
+    # Until the first batch `age` is infinite, and it has waited since the simulation began.
     waited = min(age, time.monotonic() - state.simulating_since)
     running = state.config.simulate and waited < max(LATE_SECONDS, 3 * state.config.interval)
-    journal = state.journal
-    healthy = (running or not state.config.simulate) and not (journal and journal.failed)
-    commit_age = time.monotonic() - journal.last_commit if journal else math.inf
+    database = state.journal and state.journal.database
+    healthy = (running or not state.config.simulate) and not (database and database.failed)
+    commit_age = time.monotonic() - database.last_commit if database else math.inf
     last_batch, last_commit = (round(each, 1) if each < math.inf else None for each in (age, commit_age))
     value = {
         "status": "ok" if healthy else "degraded",
         "events": state.usage.count,
         "simulation": {"running": running, "last_batch_age": last_batch, "errors": state.batch_errors},
-        "storage": {"durable": journal is not None, "last_commit_age": last_commit},
+        "storage": {"durable": database is not None, "last_commit_age": last_commit},
     }
     return answer_now(200 if healthy else 503, encode(value))
 
@@ -2390,11 +2409,11 @@ async def get_streams(request: web.Request) -> Answer:
     if asked:  # there are filters
         since, until = asked.get("from", 0), asked.get("to", sys.maxsize)
         counted = state.usage.by_start.between(since, until)
-        rows = await finish(state, aggregate(counted, by=(), window=None, wanted=wanted, limit=None))
+        rows = await state.slices.finish(aggregate(counted, by=(), window=None, wanted=wanted, limit=None))
         total, _ = next(rows, (0, 0))  # streams and seconds, as it is grouped by nothing
         wanted += (("stream_started_on", range(since, until)),)
     found = first_of((matching(chunk, wanted) for chunk in following), limit + 1)
-    page: list[Event] = list(itertools.chain(*await finish(state, in_steps(found))))
+    page: list[Event] = list(itertools.chain(*await state.slices.finish(in_steps(found))))
     listed = b",".join(event.json_with_id for event in page[:limit])
     next_id = encode(page[limit - 1].id if len(page) > limit else None)
     body = b'{"message":"Found Streams","data":[%b],"total":%d,"next":%b}' % (listed, total, next_id)
@@ -2415,12 +2434,12 @@ async def post_streams(request: web.Request) -> Answer:
             raise web.HTTPUnprocessableEntity(reason="this Idempotency-Key came with another body before")
         value = parse_json(body)
         # A retry of what is stored is not in the future, even if the clock has been set back since.
-        events = await finish(state, parse_events(value, sys.maxsize if known else state.clock()))
+        events = await state.slices.finish(parse_events(value, sys.maxsize if known else state.clock()))
         if known:  # the first answer is made again, whatever became of them
             number_events(events, first_id)
         else:
             if len(body) > PIECE_BYTES:
-                await state.yield_to_others()  # so that several such bodies are not added at a stretch
+                await state.slices.yield_to_others()  # so that several such bodies are not added at a stretch
             if too_old := state.usage.find_too_old(events):
                 index = f"[{events.index(too_old)}]: " if isinstance(value, list) else ""
                 raise ConflictError(f"{index}--keep would drop it at once, as one of the oldest")
@@ -2435,7 +2454,7 @@ async def post_streams(request: web.Request) -> Answer:
 
 def answer_stream(message: str, stream: Event, status: int = 200, **headers: str) -> Answer:
     """Answer with one stream, under its strong ETag."""
-    return answer_success(message, stream.json_with_id, status, ETag=f'"{stream.version}"', **headers)
+    return answer_success(message, stream.json_with_id, status, ETag=stream.etag, **headers)
 
 
 def find_stream(request: web.Request) -> Event:
@@ -2448,16 +2467,15 @@ def find_stream(request: web.Request) -> Event:
 
 def check_version(request: web.Request, stream: Event) -> None:
     """Raise an HTTPException if there is an If-Match that does not list this version."""
-    if hdrs.IF_MATCH in request.headers and not is_listed(request, hdrs.IF_MATCH, f'"{stream.version}"'):
-        raise web.HTTPPreconditionFailed(reason=f'the stream is of another version: "{stream.version}"')
+    if hdrs.IF_MATCH in request.headers and not is_listed(request, hdrs.IF_MATCH, stream.etag):
+        raise web.HTTPPreconditionFailed(reason=f"the stream is of another version: {stream.etag}")
 
 
 async def get_stream(request: web.Request) -> Answer:
     """Show a stream."""
     stream = find_stream(request)
-    tag = f'"{stream.version}"'
-    if is_listed(request, hdrs.IF_NONE_MATCH, tag):
-        return Answer(304, headers=(("ETag", tag), ("Cache-Control", "no-store")))
+    if is_listed(request, hdrs.IF_NONE_MATCH, stream.etag):
+        return Answer(304, headers=(("ETag", stream.etag), ("Cache-Control", "no-store")))
     return answer_stream("Found Stream", stream)
 
 
@@ -2490,21 +2508,24 @@ async def delete_stream(request: web.Request) -> Answer:
 
 
 async def get_changes(request: web.Request) -> Answer:
-    """List what was created, changed or removed after a cursor, each stream once, as it is now."""
+    """List what was created, changed or removed after a cursor, each stream once, as it is now.
+
+    A first reading starts from 0, and may take several pages: at number 900, say, with NAME-350-900 and
+    NAME-700-900 as cursors, and then NAME-900. What was removed before it began has never been shown to the
+    client, so only the tombstones after that must be there still.
+    """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     (name, after, began), limit = asked.get("after", ("", 0, 0)), asked.get("limit", math.inf)
     now = read_to = usage.sequence
     if after == 0:
-        began = now  # of the first reading, as in a cursor; 0 once that is over
-    # A client needs all tombstones after what it has read, but during its first reading only those after the
-    # beginning of it: earlier ones are of streams that it has never been shown.
-    is_known = usage.tombstones_since <= max(after, began) <= now
+        began = now
+    is_known = after <= now and usage.tombstones_since <= began <= now
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
     if "limit" in asked:
-        chunks = page = await finish(state, in_steps(chunks))
+        chunks = page = await state.slices.finish(in_steps(chunks))
         if sum(map(len, page)) == limit:
             read_to = page[-1][-1].version
     following = f"{usage.sequence_name}-{read_to}" + (f"-{began}" if read_to < began else "")
@@ -2626,18 +2647,18 @@ async def put_month(request: web.Request) -> Answer:
         if status == "open":
             return [(statement, [(month,)]) for statement in REOPEN_MONTH], lambda: books.closed.pop(month)
         work = account_of(books.snapshot(), month, int(now))
-        account = await finish(state, work, first=True)  # all other writes wait for it
+        account = await state.slices.finish(work, first=True)  # all other writes wait for it
         return store_account(month, account), lambda: books.closed.update({month: account})
 
     async with state.lock("months"):
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # Snapshots share the accounts of closed months, so this fills their `late_cache` beforehand.
-            # Then `decide`, for which all other writes wait, has only this month to tally.
-            await finish(state, unpaid(state.books.snapshot()))
+            # `decide`, for which all other writes wait, asks for this again. By then the accounts of closed
+            # months, which all snapshots share, have it in their `late_cache`: one month is left to tally.
+            await state.slices.finish(unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
-        rows = await finish(state, month_rows(state.books.snapshot(), month))
+        rows = await state.slices.finish(month_rows(state.books.snapshot(), month))
     return answer_success(f"Month {status.capitalize()}", encode(rows[0]))
 
 
@@ -2654,7 +2675,7 @@ async def get_metrics(request: web.Request) -> Answer:
     tell("usage_requests_total", "counter", "Requests that were answered.", *statuses)
     tell("usage_simulation_errors_total", "counter", "Batches that failed.", f" {state.batch_errors}")
     tell("process_resident_memory_bytes", "gauge", "Resident memory.", f" {resident_memory()}")
-    if state.journal and (age := time.monotonic() - state.journal.last_commit) < math.inf:
+    if state.journal and (age := time.monotonic() - state.journal.database.last_commit) < math.inf:
         tell("usage_last_commit_age_seconds", "gauge", "Seconds since the last commit.", f" {age:.3f}")
     return answer_now(200, "\n".join([*lines, ""]).encode(), "metrics")
 
@@ -2721,24 +2742,16 @@ class State:
     page: tuple[bytes, str]  # and its policy
     clock: Callable[[], float]
     answers: SingleFlight
-    last_batch: float = -math.inf  # of the simulation, in monotonic seconds
-    simulating_since: float = math.inf
+    last_batch: float = -math.inf  # of the simulation, in monotonic seconds; before the first there is none
+    simulating_since: float = math.inf  # it has not begun, and is not late
     batch_errors: int = 0
     requests: Counter[int] = field(default_factory=Counter)  # answered, by the status' first digit
-    slice_end: float = 0  # of the requests that are being answered, in monotonic seconds
-    writes: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(ROUND_WRITES))
-    slices: asyncio.Lock = field(default_factory=asyncio.Lock)  # of long work, one in a round
-    long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LONG_WORK))
+    slices: TimeSlices = field(default_factory=TimeSlices)
     locks: WeakValueDictionary[object, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def lock(self, *name: object) -> asyncio.Lock:
         """Return the lock of what has this name, so that one change of it waits for the other."""
         return self.locks.setdefault(name, asyncio.Lock())  # it lives for as long as somebody holds it
-
-    async def yield_to_others(self) -> None:
-        """Let the event loop go round. Long work queues here, so that each round has one time slice."""
-        async with self.slices:
-            await asyncio.sleep(0)
 
     async def store(self, number: int, statements: Statements, apply: Apply) -> None:
         """Make the change with this number: stored first, visible second; raises StorageError."""
@@ -2778,19 +2791,20 @@ def create_app(
     """Build the application; raises OSError for the page, StorageError for the database."""
     page = read_page(config.page)
     app = web.Application(middlewares=[guard], client_max_size=BODY_BYTES)
-    journal = Journal(config.db) if config.db else None
+    database = Database(config.db) if config.db else None
     books = Books({**SUBSCRIPTIONS})
-    usage = Usage(books.record, math.inf if journal else config.keep)
-    if journal:
+    usage = Usage(books.record, math.inf if database else config.keep)
+    if database:
         if imported:
-            journal.take_in(imported)
-        journal.load(usage, books)
+            database.take_in(imported)
+        database.load(usage, books)
     elif imported:
         books.subscriptions = {**imported.subscriptions}
         number_events(imported.events, usage.next_number(len(imported.events)))
         usage.add(imported.events)
         usage.sequence = usage.last_number
     rng = random.Random(config.random_seed)  # noqa: S311 - no secret comes of it
+    journal = Journal(database, usage) if database else None
     app[STATE] = State(config, usage, books, rng, journal, page, clock, SingleFlight(usage))
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_safety_headers)
@@ -2858,7 +2872,6 @@ def parse_number(kind: type[int] | type[float], low: float, high: float, text: s
 
 parse_port = partial(parse_number, int, 0, 65_535)
 
-
 PARSER = Parser(
     description="Collect usage events and share out royalties.",
     epilog="In the environment HOST and PORT are defaults, and USAGE_TOKEN is what a write then needs:\n"
@@ -2920,7 +2933,7 @@ def read_import(directory: Path, tracks: str | None) -> Import:
         content = asyncio.run(fetch_tracks(source)) if remote else read_file(Path(source))
         return Import(directory, content, time.time())
     except (OSError, ValueError) as error:
-        PARSER.error(f"cannot read the tracks from {source}: {getattr(error, 'strerror', None) or error}")
+        PARSER.error(f"cannot read the tracks from {source}: {reason_of(error)}")
     except ImportFailedError as error:
         PARSER.exit(2, f"{error}\n")
 
@@ -2935,7 +2948,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PIECE_BYTES)
         return listener
     except (OSError, UnicodeError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while attempting to bind")[0]
+        reason = reason_of(error).partition(" (while attempting to bind")[0]
         PARSER.error(f"cannot listen on {host}, port {port}: {reason}; --host or --port names another")
 
 
@@ -2960,11 +2973,10 @@ def await_signal(signalled: Future[None]) -> None:
 async def serve(app: web.Application, listener: socket.socket, signalled: Future[None]) -> NoReturn:
     """Answer until the first signal; then answer what is under way, and end the process."""
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4))  # each thread keeps memory
-    # A compressed body could hold a thousand times of what it may; none was promised, so none is unpacked.
     runner = web.AppRunner(
         app,
         access_log_format='%a "%r" %s %b',  # no header: it may hold any control character above 127
-        auto_decompress=False,
+        auto_decompress=False,  # for the reason that `fetch` has
         handler_cancellation=True,
         lingering_time=LINGER_SECONDS,
     )
@@ -3022,7 +3034,7 @@ def main() -> None:
     logging.getLogger("aiohttp.access").disabled = not options.verbose
     try:
         if options.undo_import:
-            output(1).say(f"Took back {Journal(options.db, 'r+b').undo_import()}\n")
+            output(1).say(f"Took back {Database(options.db, 'r+b').undo_import()}\n")
             return
         listener = listen(options.host, options.port)
         given = vars(options).items()

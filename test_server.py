@@ -1268,14 +1268,14 @@ async def test_everything_is_there_again_after_a_restart(start: Start, tmp_path:
 
 async def test_writers_that_wait_together_share_a_commit(start: Start, tmp_path: Path) -> None:
     client = await start(db=tmp_path / "usage.db")
-    journal, sizes = client.app[server.STATE].journal, list[int]()
-    commit = journal.commit
+    database, sizes = client.app[server.STATE].journal.database, list[int]()
+    commit = database.commit
 
     def counting(statements: server.Statements) -> None:
         sizes.append(len(statements))
         commit(statements)
 
-    journal.commit = counting
+    database.commit = counting
     answers = await asyncio.gather(*(client.post("/api/v1/streams", json=STREAM) for _ in range(60)))
     assert {answer.status for answer in answers} == {201}
     assert len(sizes) < 30
@@ -1306,7 +1306,7 @@ async def test_what_cannot_be_stored_is_503_and_not_visible(start: Start, tmp_pa
     client = await start(db=tmp_path / "usage.db")
     await client.post("/api/v1/streams", json=STREAM)
     before = await snapshot(client)
-    connection = client.app[server.STATE].journal.connection
+    connection = client.app[server.STATE].journal.database.connection
     connection.execute("PRAGMA query_only = ON")
     key = {"Idempotency-Key": "k"}
     for answer in (
@@ -1497,14 +1497,14 @@ def test_a_long_import_and_a_long_start_say_how_far_they_are(
     caplog.set_level("INFO")
     monkeypatch.setattr(time, "monotonic", itertools.count(0, 1.5).__next__)  # a second and a half at each look
     imported = read_import(write_import(tmp_path / "import", streams=STREAMS + STREAMS.splitlines()[1].join("\n\n") * 3_000))
-    journal = server.Journal(tmp_path / "usage.db")
-    journal.take_in(imported)
-    journal.load(usage_of(math.inf), server.Books({}))
+    database = server.Database(tmp_path / "usage.db")
+    database.take_in(imported)
+    database.load(usage_of(math.inf), server.Books({}))
     said = Counter(re.sub(r"[0-9][0-9,.]*", "N", record.getMessage()) for record in caplog.records)
     assert said["reading streaming.csv, lines so far: N after N s"] > 3_000
     assert said["storing, streams so far: N after N s"] == said["loading, streams so far: N after N s"] == 3_003
-    journal.connection.close()
-    journal.lock.close()
+    database.connection.close()
+    database.lock.close()
 
 
 async def test_importing_the_same_directory_again_changes_nothing(start: Start, tmp_path: Path) -> None:
@@ -2086,7 +2086,7 @@ async def test_an_answer_that_is_too_long_to_be_kept_keeps_no_events_alive(
 async def test_a_short_answer_does_not_wait_behind_long_ones(start: Start) -> None:
     client = await start([event()])
     for _ in range(server.MOST_LONG_WORK):
-        await client.app[server.STATE].long_work.acquire()
+        await client.app[server.STATE].slices.long_work.acquire()
     async with asyncio.timeout(5):
         assert (await client.get("/usage")).status == 200
 
@@ -2095,7 +2095,7 @@ async def test_a_poll_over_many_events_does_not_wait_behind_long_answers(start: 
     client = await start(random_events(random.Random(46), 20_000))
     monkeypatch.setattr(server, "SLICE_SECONDS", 0)  # so it takes some twenty slices
     for _ in range(server.MOST_LONG_WORK):
-        await client.app[server.STATE].long_work.acquire()
+        await client.app[server.STATE].slices.long_work.acquire()
     async with asyncio.timeout(5):
         assert len(await (await client.get("/usage?group_by=label")).json()) == 3
 
@@ -2149,7 +2149,7 @@ async def test_an_answer_that_failed_is_made_again(start: Start, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(server, "write_list", Mock(side_effect=RuntimeError))
         assert (await client.get("/usage")).status == 500
-        patch.setattr(server, "finish", AsyncMock(side_effect=RuntimeError))
+        patch.setattr(server.TimeSlices, "finish", AsyncMock(side_effect=RuntimeError))
         assert (await client.get("/usage?to=9")).status == 500
     assert (await client.get("/usage")).status == 200
     assert (await client.get("/usage?to=9")).status == 200
@@ -2204,16 +2204,16 @@ async def test_work_for_clients_that_have_disconnected_ends_without_a_word(
     start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     """The work is cut into so many steps that it cannot be done before it is cancelled."""
-    steps, yield_to_others = 0, server.State.yield_to_others
+    steps, yield_to_others = 0, server.TimeSlices.yield_to_others
 
-    async def count_step(state: server.State) -> None:
+    async def count_step(slices: server.TimeSlices) -> None:
         nonlocal steps
         steps += 1
-        await yield_to_others(state)
+        await yield_to_others(slices)
 
     monkeypatch.setattr(server, "SLICE_SECONDS", 0)
     monkeypatch.setattr(server, "CHUNK_EVENTS", 16)
-    monkeypatch.setattr(server.State, "yield_to_others", count_step)
+    monkeypatch.setattr(server.TimeSlices, "yield_to_others", count_step)
     client = await start(event(NOW - number, user_id=f"user{number}") for number in range(20_000))
     url = client.make_url(path)
     writers = [(await asyncio.open_connection(url.host, url.port))[1] for _ in range(30)]
@@ -2583,13 +2583,13 @@ async def test_a_write_goes_on_when_its_client_disconnects(start: Start, tmp_pat
     journal = client.app[server.STATE].journal
     assert journal
     let = threading.Event()
-    commit = journal.commit
+    commit = journal.database.commit
 
     def slowly(statements: server.Statements) -> None:
         let.wait(10)
         commit(statements)
 
-    journal.commit = slowly  # a disk that is slow
+    journal.database.commit = slowly  # a disk that is slow
     body = json.dumps(STREAM | {"label": "changed"}).encode()
     path = "/api/v1/streams" if method == "POST" else "/api/v1/streams/1"
     for key in (b"k", b"k"):  # the second is the retry, while the first still waits for the disk
@@ -3273,7 +3273,7 @@ async def test_a_month_is_closed_only_by_a_write_that_may_be_one(start: Start, t
 
 async def test_a_close_or_an_open_that_cannot_be_stored_is_503_and_changes_nothing(start: Start, tmp_path: Path) -> None:
     client = await with_example(start, tmp_path)
-    connection = client.app[server.STATE].journal.connection
+    connection = client.app[server.STATE].journal.database.connection
     for body, other in ((CLOSE, "open"), (OPEN, "closed")):
         before = await sequence(client), await money(client, *MONEY, "months")
         connection.execute("PRAGMA query_only = ON")
@@ -3313,7 +3313,7 @@ async def test_a_close_which_all_writes_wait_for_waits_for_no_other_long_work(st
     state.books.subscriptions.update({f"u{number}": Subscription("p", number, "web") for number in range(10_000)})
     add(state.usage, [event(JANUARY, 60, f"u{number}", label=f"label {number % 5}") for number in range(10_000)])
     for _ in range(server.MOST_LONG_WORK):
-        await state.long_work.acquire()
+        await state.slices.long_work.acquire()
     try:
         async with asyncio.timeout(10):
             row = await set_month(client, "2019-01", CLOSE)
@@ -3321,7 +3321,7 @@ async def test_a_close_which_all_writes_wait_for_waits_for_no_other_long_work(st
             assert (await client.post("/api/v1/streams", json=STREAM)).status == 201
     finally:
         for _ in range(server.MOST_LONG_WORK):
-            state.long_work.release()
+            state.slices.long_work.release()
 
 
 class Office(Payroll):
@@ -3411,11 +3411,11 @@ class Office(Payroll):
         number, ids, replaced = self.imports[-1]
         touched = {month_of(self.streams[each]) for each in ids if each in self.streams} & set(self.frozen)
         await self.client.close()
-        journal = server.Journal(self.directory / "usage.db", "r+b")
+        database = server.Database(self.directory / "usage.db", "r+b")
         with pytest.raises(server.StorageError, match="is closed: open it first") if touched else contextlib.nullcontext():
-            journal.undo_import()
-        journal.connection.close()
-        journal.lock.close()
+            database.undo_import()
+        database.connection.close()
+        database.lock.close()
         self.done["undo refused"] += bool(touched)
         if not touched:
             self.imports.pop()
