@@ -131,6 +131,7 @@ GZIP_BYTES = 1024  # a shorter answer is not worth compressing
 KEPT_BYTES = 1024 * 1024  # a longer answer is not kept, and a longer list is sent in pieces as they are made
 KEPT_ANSWERS = 64
 MOST_ROWS = 100_000  # of totals, in one answer
+STEP_ROWS = 256  # of them are made and written in one step
 KNOWN_TOTALS = 8  # so many groupings a chunk remembers
 PAGE_STREAMS = 1_000
 WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
@@ -204,10 +205,16 @@ def in_steps(items: Iterable[T]) -> Steps[list[T]]:
     return made
 
 
+def drain(items: deque[T]) -> Iterator[T]:
+    """Yield items and forget each: to free all of them at the end would take too long."""
+    while items:
+        yield items.popleft()
+
+
 def sort_in_steps(items: Iterable[T], key: Callable[[T], Any]) -> Steps[Iterator[T]]:
     """Return items in order, sorted in runs that are then merged: all at once would take too long."""
-    runs = yield from in_steps(sorted(some, key=key) for some in batched(items, CHUNK_EVENTS))
-    return merge(*runs, key=key)
+    runs = yield from in_steps(deque(sorted(some, key=key)) for some in batched(items, CHUNK_EVENTS))
+    return merge(*map(drain, runs), key=key)
 
 
 class TimeSlices:
@@ -227,14 +234,14 @@ class TimeSlices:
         async with self.one_a_round:
             await asyncio.sleep(0)
 
-    async def begin_request(self, queue: bool) -> None:
+    async def begin_request(self, in_memory_write: bool) -> None:
         """Wait for a new round if the requests' time slice is over: many may come at once.
 
-        With `queue` no more than ROUND_WRITES go on in a round. So writes, which without a file wait for
-        nothing else, leave reads their place.
+        Of the writes without --db that wait here, ROUND_WRITES go on in each round: they wait for nothing
+        else, and would leave reads no place.
         """
         if time.monotonic() > self.requests_until:
-            async with self.writes if queue else contextlib.nullcontext():
+            async with self.writes if in_memory_write else contextlib.nullcontext():
                 await asyncio.sleep(0)
             self.requests_until = time.monotonic() + SLICE_SECONDS
 
@@ -733,35 +740,26 @@ def aggregate(
     Raises InvalidError for more rows than MOST_ROWS, unless only the first `limit` are asked for.
     """
     sums: Totals = {}  # events come in order of time, so do their windows, and a dict keeps that order
-    parts, count = list[Iterable[tuple[Any, Total]]](), 0  # of rows in order, and how many those are
-
-    def place(item: tuple[tuple[Any, ...], Total]) -> tuple[Any, ...]:
-        key, (_, seconds) = item
-        return key[0] if window else 0, -seconds, key
-
     for chunk in chunks:
         yield
-        if window and sums and next(iter(sums))[0] < (start := windows_of(chunk[:1], window)[0]):
-            # No later event is of a window before `start`, so the totals of those are complete. Those of
-            # `start`, if the last chunk has begun it, are the last keys.
-            begun: Totals = {}
-            while next(reversed(sums))[0] == start:
-                key, total = sums.popitem()
-                begun[key] = total
-            # Windows alone are in order already.
-            parts.append((yield from sort_in_steps(sums.items(), place)) if by else sums.items())
-            count, sums = count + len(sums), begun
-            if limit and count >= limit:
-                break  # all that is in `sums` comes after these
+        if window and limit and len(sums) >= limit:
+            last_row = next(itertools.islice(sums, limit - 1, None))
+            if last_row[0] < windows_of(chunk[:1], window)[0]:
+                break  # what comes from now on is of later windows
         for key, total in count_chunk(chunk, window, by, wanted).items():
             if key in sums:
                 add_up(sums, key, total)
             else:  # quicker: most keys of short windows are new
                 sums[key] = total
-        if count + len(sums) > MOST_ROWS and not limit:
+        if len(sums) > MOST_ROWS and not limit:
             raise InvalidError(f"there are more than {MOST_ROWS:,} rows: narrow the query, or pass limit")
-    parts.append((yield from sort_in_steps(sums.items(), place)))
-    return ((*key, *total) for key, total in itertools.islice(itertools.chain(*parts), limit))
+
+    def place(item: tuple[tuple[Any, ...], Total]) -> tuple[Any, ...]:
+        key, (_, seconds) = item
+        return (key[0] if window else 0), -seconds, key
+
+    rows = (yield from sort_in_steps(sums.items(), place)) if by else sums.items()
+    return ((*key, *total) for key, total in itertools.islice(rows, limit))
 
 
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
@@ -853,9 +851,7 @@ class Ledger:
 
     Fees and revenue are in cents, net fees in hundredths of one, claims in these x 2**CLAIM_BITS.
     A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
-    user, and a part of the fees of the silent by the seconds of all. It is worked out from two prices of a
-    second, the user's and that of the silent, which are rounded down to ints. So it is too low, but by less
-    than 2 x the label's seconds.
+    user, and a part of the fees of the silent by the seconds of all.
     """
 
     labels: dict[str, Line]
@@ -870,33 +866,6 @@ class Ledger:
 
 def seconds_of(totals: Totals) -> int:
     return sum(seconds for _, seconds in totals.values())
-
-
-def quota(cents: int, claim: int, whole: int) -> int:
-    """Return `cents` x `claim` / `whole`: what a claim comes to, in cents x 2**QUOTA_BITS.
-
-    `whole` is what all claims come to, without their binary places. Quotas that are equal on paper must be
-    equal here, or chance would break a tie instead of the name. But claims are not exact (see `Ledger`). With
-    2**30 streams and as many subscribers there are less than 2**61 seconds and 2**50 cents. So the error of
-    `cents` x `claim` is less than 2 x 2**61 x 2**50, or 2**112. To round to 160 binary places less hides it,
-    unless the border between rounding up and down lies within it: a chance of 2**112 in 2**160.
-    """
-    less = CLAIM_BITS - QUOTA_BITS
-    return (cents * claim // (whole or 1) + (1 << (less - 1))) >> less
-
-
-def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[str, int]]:
-    """Share out `cents` by claims on `whole`, to the last cent: by the largest remainder.
-
-    Each gets its quota rounded down; what is left goes, a cent each, to those who lost most by the rounding,
-    ties in order of the name.
-    """
-    divided = ((name, *divmod(quota(cents, claim, whole), 1 << QUOTA_BITS)) for name, claim in claims.items())
-    shares = yield from in_steps(divided)
-    left = cents - sum(share for _, share, _ in shares)
-    in_order = yield from sort_in_steps(shares, lambda each: (-each[2], each[0]))
-    rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
-    return dict((yield from in_steps(rounded)))
 
 
 def tally(users: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Ledger]:
@@ -929,6 +898,34 @@ def tally(users: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Led
     lines = ((label, Line(*total, pro_rata[label], centric[label])) for label, total in totals.items())
     labels = dict((yield from in_steps(lines)))
     return Ledger(labels, claims, seconds, fees, net, revenue, silent_net, silent_users)
+
+
+def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[str, int]]:
+    """Share out `cents`, to the last one, by claims on `whole`: by the largest remainder.
+
+    `whole` is what all claims come to, without their binary places. Each gets its quota rounded down.
+    What is left goes, a cent each, to those who lost most by the rounding, ties in order of the name.
+    """
+    divided = ((name, *divmod(quota(cents, claim, whole), 1 << QUOTA_BITS)) for name, claim in claims.items())
+    shares = yield from in_steps(divided)
+    left = cents - sum(share for _, share, _ in shares)
+    in_order = yield from sort_in_steps(shares, lambda each: (-each[2], each[0]))
+    rounded = ((name, share + (number < left)) for number, (name, share, _) in enumerate(in_order))
+    return dict((yield from in_steps(rounded)))
+
+
+def quota(cents: int, claim: int, whole: int) -> int:
+    """Return `cents` x `claim` / `whole`: what a claim comes to, in cents x 2**QUOTA_BITS.
+
+    Quotas that are equal on paper must be equal here, or chance would break a tie instead of the name. But
+    claims are not exact: `tally` rounds the two prices of a second down, that of the user and that of the
+    silent. So a claim is too low by less than 2 x seconds. With 2**30 streams and as many subscribers there
+    are less than 2**61 seconds and 2**50 cents, so `cents` x `claim` is too low by less than 2**112. To round
+    to 160 binary places less hides that, unless the border between rounding up and down lies within it: a
+    chance of 1 in 2**48.
+    """
+    less = CLAIM_BITS - QUOTA_BITS
+    return (cents * claim // (whole or 1) + (1 << (less - 1))) >> less
 
 
 @dataclass
@@ -1048,10 +1045,13 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
 
 
 def unpaid(books: Books) -> Steps[Adjustments]:
-    """Return what is still to be paid for each month and label.
+    """Return what is still to be paid, or taken back, for each month and label.
 
-    For a closed month that is what has changed since its close, less what other months have paid of it. What
-    they have paid for a month that has been opened again is taken back, for closing it pays all of it.
+    For a closed month that is what has changed since its close, less what other months have paid of it.
+
+    Say, March is closed. Then February, empty until now, gets streams and is closed: it pays what is late of
+    March. If March is then opened again, only what February paid of it is left here, as a negative amount.
+    It is taken back, for closing March pays all of it anew.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
@@ -1197,8 +1197,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
     revenue, claim, net = account.revenue, ledger.claims[label], ledger.net
     adjusted = {name: cents for (name, of_label), cents in account.adjustments.items() if of_label == label}
 
-    # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100. For these the chance that
-    # `quota` tells of is 10,000 times as high.
+    # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100.
     def rounded(part: int, whole: int, paid: int) -> dict[str, Any]:
         exact = quota(10_000 * revenue, part, whole) >> QUOTA_BITS
         down = exact // 10_000
@@ -1217,7 +1216,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
         },
         "user_centric": {
             "subscribers": payers,
-            "sum": euros(quota(100, claim, 1) >> QUOTA_BITS, 6),  # the claim itself
+            "sum": euros(quota(100, claim, 1) >> QUOTA_BITS, 6),  # the claim itself, in millionths
             "of_sum": euros(100 * net, 6),
             "revenue": euros(revenue),
             **rounded(claim, net, line.amount_user_centric),
@@ -1444,7 +1443,7 @@ MIGRATIONS = (
 Statements = Sequence[tuple[str, Iterable[Any]]]
 Apply = Callable[[], object]  # makes visible what is stored
 
-STEP_ROWS = 100  # go into one INSERT: after each the thread waits for the GIL, so one a row would take long
+INSERT_ROWS = 100  # at a time: after each the thread waits for the GIL, so one a row would take long
 INSERT_STREAMS = "INSERT INTO streams VALUES {rows}"
 CELLS = attrgetter(*FIELDS, "id", "version")  # of an event, as SQLite has them
 SET_STREAM = "INSERT OR REPLACE INTO streams VALUES {rows}"
@@ -1497,11 +1496,7 @@ def translate_errors() -> Iterator[None]:
 
 
 class Database:
-    """The SQLite file, its write-ahead log (WAL) and the memory that processes share: usage.db, -wal, -shm.
-
-    After anything has failed, the WAL is emptied into the file before the next commit. For a commit whose
-    sync failed is in the WAL: SQLite passes over it now, but would take it for committed after a restart.
-    """
+    """The SQLite file, its write-ahead log (WAL), and the index of that: usage.db, usage.db-wal, -shm."""
 
     @translate_errors()
     def __init__(self, path: Path, mode: str = "a+b") -> None:
@@ -1510,6 +1505,7 @@ class Database:
         The mode "r+b" makes no new file.
         """
         self.failed = False
+        self.unsynced = False  # whether the WAL holds a commit whose sync has failed: see `_checkpoint`
         self.last_commit = -math.inf
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         real = os.path.realpath(path)
@@ -1536,72 +1532,73 @@ class Database:
         self.connection.executescript(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE);"
         )
-        self.files = path, Path(f"{real}-wal"), Path(f"{real}-shm")
-        self.opened = {file: file.stat() for file in self.files}
-        self.sizes = {file: found.st_size for file, found in self.opened.items()}  # the largest seen
+        self.wal, shm = Path(f"{real}-wal"), Path(f"{real}-shm")
+        self.opened = {file: file.stat() for file in (path, self.wal, shm)}
+        self.sizes = {file: self.opened[file].st_size for file in (path, shm)}  # the largest that were seen
+        self.index = shm.open("rb", buffering=0)  # it stays open, like `lock`
+        (self.page_size,) = self.connection.execute("PRAGMA page_size").fetchone()
 
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
         try:
-            if self.failed:
-                self._checkpoint()
             with self.connection:  # it commits, or rolls back what fails
                 self._begin()
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
+                self.unsynced = True  # until the sync has succeeded
+            self.unsynced = False
         except Exception as error:
             self.failed = True
-            with contextlib.suppress(StorageError, sqlite3.Error):
-                self._checkpoint()  # at once, as a kill may come
+            if self.unsynced:  # at once, as a kill may come; if that fails, `_begin` tries it again
+                with contextlib.suppress(StorageError, sqlite3.Error):
+                    self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None
         self.failed = False
         self.last_commit = time.monotonic()
         with contextlib.suppress(OSError):  # if a file has gone by now, the next commit says it
             self.sizes = {file: max(size, file.stat().st_size) for file, size in self.sizes.items()}
 
+    def close(self) -> None:
+        self.connection.close()
+        self.index.close()
+        self.lock.close()
+
     def _begin(self) -> None:
-        """Begin a transaction: within it no other process can empty the WAL."""
-        _, wal, _ = self.files
-        self._check(*self.files)
-        self.connection.execute("BEGIN IMMEDIATE")
-        if wal.stat().st_size < self.sizes[wal]:
-            # A checkpoint of another process has emptied it. If somebody has truncated it, SQLite cannot read
-            # what was in it, and `_checkpoint` raises sqlite3.Error.
-            self.connection.rollback()
+        """Begin a transaction in files that are whole; raises StorageError if they are not."""
+        for file, opened in self.opened.items():
+            now = file.stat() if file.exists() else None
+            if not now or not os.path.samestat(now, opened):  # SQLite would go on in a file that is lost
+                if file == self.wal:
+                    self._checkpoint()  # SQLite has it open still, so what is in it comes into the file
+                raise StorageError(f"{file.name} has been {'replaced' if now else 'removed'}")
+            if now.st_size < self.sizes.get(file, 0):
+                raise StorageError(f"{file.name} has been truncated")
+        if self.unsynced:
             self._checkpoint()
-            self.connection.execute("BEGIN IMMEDIATE")
+        self.connection.execute("BEGIN IMMEDIATE")  # from now on no other process can empty the WAL
+        # At byte 16 the index has the number of the frames that are in the WAL (sqlite.org/walformat.html).
+        frames = int.from_bytes(os.pread(self.index.fileno(), 4, 16), sys.byteorder)
+        if frames and self.wal.stat().st_size < 32 + frames * (24 + self.page_size):
+            raise StorageError(f"{self.wal.name} has been truncated")
 
     def _checkpoint(self) -> None:
         """Move what is committed from the WAL into the file, and empty the WAL.
 
-        That works also when the WAL has been removed, for SQLite has it open.
+        That takes away a commit whose sync has failed. It is in the WAL, where SQLite passes over it now, but
+        would take it for committed after a restart.
         """
-        file, wal, shared = self.files
-        self._check(file, shared)
         until = time.monotonic() + BUSY_SECONDS  # SQLite waits for readers, but not for another's checkpoint
         while self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             if time.monotonic() > until:
                 raise StorageError("another process reads the file")
             time.sleep(0.01)
-        self.sizes[wal] = 0
-
-    def _check(self, *files: Path) -> None:
-        """Raise StorageError if a file is not the one that was opened, or has lost its end.
-
-        SQLite would go on in a file that nobody finds again. Only the WAL may become shorter.
-        """
-        for file in files:
-            now = file.stat() if file.exists() else None
-            if not now or not os.path.samestat(now, self.opened[file]):
-                raise StorageError(f"{file.name} has been {'replaced' if now else 'removed'}")
-            if now.st_size < self.sizes[file] and file != self.files[1]:
-                raise StorageError(f"{file.name} has been truncated")
+        self.unsynced = False
 
     def _execute(self, statement: str, rows: Iterable[Any]) -> None:
         if "{rows}" not in statement:
             self.connection.executemany(statement, rows)
             return
-        for some in batched(rows, STEP_ROWS):
+        for some in batched(rows, INSERT_ROWS):
             place = f"({', '.join('?' * len(some[0]))})"
             places = ", ".join([place] * len(some))
             self.connection.execute(statement.format(rows=places), [*itertools.chain.from_iterable(some)])
@@ -1707,11 +1704,16 @@ class Database:
             closed[month].subscriptions[user] = one_of_each(*cells)
         for month, of_month, label, *cents in execute("SELECT * FROM adjustments"):
             closed[month].adjustments[of_month, label] = (*cents,)
+        months = books.snapshot().months  # which `record` copies before it changes them
         rows = execute("SELECT * FROM closed_totals ORDER BY month, user_id")
         for (month, user), group in itertools.groupby(rows, key=itemgetter(0, 1)):
             own = {label: (streams, seconds) for _, _, label, streams, seconds in group}
-            of_now = books.months.get(month, NOBODY).get(user, {})
+            of_now = months.get(month, NOBODY).get(user, {})
             closed[month].totals[user] = of_now if of_now == own else own
+        for month, account in closed.items():
+            if account.totals == (users := months.get(month, NOBODY)):
+                # Nothing is late, whatever cents a later version of this program would work out.
+                account.totals, account.late_cache = users, (users, {})
 
 
 @dataclass
@@ -1790,8 +1792,7 @@ class Journal:
         if self.storing:
             await self.storing
         self.thread.shutdown()
-        self.database.connection.close()
-        self.database.lock.close()
+        self.database.close()
 
 
 # ── Simulation ──────────────────────────────────────────────────────────────────────────────────
@@ -1866,14 +1867,25 @@ JSON_TYPES = ("application/json", "application/merge-patch+json")  # the second 
 GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permutations(NAMES, size))
 
 
-def parse_cursor(text: str) -> tuple[str, int, int]:
-    """Return the parts of a cursor of the feed: AFTER, NAME-AFTER or NAME-AFTER-BEGAN.
+class Cursor(NamedTuple):
+    """How far a client has read the feed of the sequence with this name: up to `after`.
 
-    The client has read the sequence of this NAME up to AFTER. BEGAN, while it still reads for the first time,
-    is the number of the latest change when it started to; otherwise that is AFTER.
+    A first reading starts from 0 and may take several pages. The client has never seen what was removed
+    before it `began`, so it needs no tombstones of that. At number 900, say, come NAME-350-900, NAME-700-900
+    and then, as the first reading is over, NAME-900: from now on `began` is `after`.
     """
-    name, after, *began = text.split("-") if "-" in text else ("", text)
-    return name, int(after), int((began or [after])[0])
+
+    name: str  # empty where a client passes a mere number
+    after: int
+    began: int
+
+    @classmethod
+    def parse(cls, text: str) -> Cursor:
+        name, after, *began = text.split("-") if "-" in text else ("", text)
+        return cls(name, int(after), int((began or [after])[0]))
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.after}" + (f"-{self.began}" if self.after < self.began else "")
 
 
 # What a parameter may be, what that is called, and what is made of it.
@@ -1885,7 +1897,7 @@ PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "order": (r"asc|desc", "asc or desc", str),
     "format": (r"json|ndjson|csv", "json, ndjson or csv", str),
     "limit": (r"0{0,9}([1-9][0-9]{0,4}|100000)", "an int from 1 to 100000", int),
-    "after": (r"([0-9a-f]+-)?([0-9]{1,100}-)?[0-9]{1,100}", "0 or more, or what a Link says", parse_cursor),
+    "after": (r"([0-9a-f]+-)?([0-9]{1,100}-)?[0-9]{1,100}", "0 or more, or what a Link says", Cursor.parse),
     "month": (r"(19[7-9]|[2-9][0-9]{2})[0-9]-(0[1-9]|1[0-2])", "a month as in 2019-03", str),
 }
 FILTERS = ("from", "to", *NAMES)
@@ -2240,7 +2252,7 @@ def write_rows(kind: str, columns: Sequence[str], work: Steps[Iterable[Sequence[
         cells = (map(quote, each) if isinstance(each[0], str) else each for each in zip(*rows, strict=True))
         return "".join([template % row for row in zip(*cells, strict=True)]).encode()
 
-    yield from write_list(kind, columns, map(lines, batched((yield from work), CHUNK_EVENTS)))
+    yield from write_list(kind, columns, map(lines, batched((yield from work), STEP_ROWS)))
 
 
 def write_success(message: str, work: Steps[Any]) -> Pieces:
@@ -2271,9 +2283,9 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Have every request answered. What a write has begun to store goes on when its client disconnects."""
     state = request.app[STATE]
     reads = request.method in READING
-    await state.slices.begin_request(queue=not reads and not state.journal)
+    await state.slices.begin_request(in_memory_write=not reads and not state.journal)
     answering = answer_errors(state, request, handler)
-    # Without a file nothing is awaited once the data change, so no write can be cancelled half-way.
+    # Without a file nothing is awaited in `State.store`, so no write can be cancelled half-way.
     answer = await (asyncio.shield(answering) if state.journal and not reads else answering)
     state.requests[answer.status // 100] += 1
     return answer
@@ -2396,7 +2408,7 @@ async def get_streams(request: web.Request) -> Answer:
     """List a page of streams in order of id."""
     state = request.app[STATE]
     asked = dict(parse_query(request.rel_url.raw_query_string, *FILTERS, "limit", "after"))
-    limit, (name, after, _) = asked.pop("limit", 100), asked.pop("after", ("", 0, 0))
+    limit, (name, after, _) = asked.pop("limit", 100), asked.pop("after", Cursor("", 0, 0))
     if limit > PAGE_STREAMS:
         raise InvalidError(f"limit must be an int from 1 to {PAGE_STREAMS}")
     if name:
@@ -2508,18 +2520,14 @@ async def delete_stream(request: web.Request) -> Answer:
 
 
 async def get_changes(request: web.Request) -> Answer:
-    """List what was created, changed or removed after a cursor, each stream once, as it is now.
-
-    A first reading starts from 0, and may take several pages: at number 900, say, with NAME-350-900 and
-    NAME-700-900 as cursors, and then NAME-900. What was removed before it began has never been shown to the
-    client, so only the tombstones after that must be there still.
-    """
+    """List what was created, changed or removed after a cursor, each stream once, as it is now."""
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
-    (name, after, began), limit = asked.get("after", ("", 0, 0)), asked.get("limit", math.inf)
+    (name, after, began), limit = asked.get("after", Cursor("", 0, 0)), asked.get("limit", math.inf)
     now = read_to = usage.sequence
-    if after == 0:
+    if after == 0:  # a first reading begins
         began = now
+    # The client has seen nothing that was removed before `began`: tombstones of that need not be there.
     is_known = after <= now and usage.tombstones_since <= began <= now
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
@@ -2528,8 +2536,7 @@ async def get_changes(request: web.Request) -> Answer:
         chunks = page = await state.slices.finish(in_steps(chunks))
         if sum(map(len, page)) == limit:
             read_to = page[-1][-1].version
-    following = f"{usage.sequence_name}-{read_to}" + (f"-{began}" if read_to < began else "")
-    link = f'</api/v1/changes?after={following}>; rel="next"'
+    link = f'</api/v1/changes?after={Cursor(usage.sequence_name, read_to, began)}>; rel="next"'
     # Most who poll have read everything: to them b"" is sent quicker than pieces that come to nothing.
     feed = (chunk.feed_lines for chunk in chunks) if after < now else b""
     return answer_now(200, feed, "ndjson", Link=link, Vary="Accept-Encoding")
@@ -2654,8 +2661,8 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # `decide`, for which all other writes wait, asks for this again. By then the accounts of closed
-            # months, which all snapshots share, have it in their `late_cache`: one month is left to tally.
+            # Only to fill the `late_cache` of the closed months. Then `decide`, for which all other writes
+            # wait, has one month to tally, and not all that have late streams.
             await state.slices.finish(unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await state.slices.finish(month_rows(state.books.snapshot(), month))

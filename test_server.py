@@ -1503,8 +1503,7 @@ def test_a_long_import_and_a_long_start_say_how_far_they_are(
     said = Counter(re.sub(r"[0-9][0-9,.]*", "N", record.getMessage()) for record in caplog.records)
     assert said["reading streaming.csv, lines so far: N after N s"] > 3_000
     assert said["storing, streams so far: N after N s"] == said["loading, streams so far: N after N s"] == 3_003
-    database.connection.close()
-    database.lock.close()
+    database.close()
 
 
 async def test_importing_the_same_directory_again_changes_nothing(start: Start, tmp_path: Path) -> None:
@@ -3286,6 +3285,18 @@ async def test_a_close_or_an_open_that_cannot_be_stored_is_503_and_changes_nothi
         assert (await set_month(client, "2019-01", body)) == json.loads(before[1][-1])["data"][0] | body | {"closed_on": NOW if body == CLOSE else None}
 
 
+async def test_nothing_is_late_because_a_later_version_would_share_out_other_cents(start: Start, tmp_path: Path) -> None:
+    client = await with_example(start, tmp_path)
+    await set_month(client, "2019-01", CLOSE)
+    await client.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "usage.db", isolation_level=None)) as file:
+        file.execute("UPDATE closed_labels SET amount = amount + CASE label WHEN 'a' THEN 1 ELSE -1 END WHERE label IN ('a', 'b')")
+    client = await start(db=tmp_path / "usage.db")
+    months, february = map(json.loads, await money(client, "months", "report?month=2019-02"))
+    assert [row["late"] for row in months["data"]] == [0]
+    assert february["data"]["labels"] == []
+
+
 async def test_a_statement_over_10_000_subscribers_takes_less_than_a_second_and_lets_others_in(start: Start, tmp_path: Path) -> None:
     client, rng = await start(db=tmp_path / "usage.db"), random.Random(41)
     state = client.app[server.STATE]
@@ -3414,8 +3425,7 @@ class Office(Payroll):
         database = server.Database(self.directory / "usage.db", "r+b")
         with pytest.raises(server.StorageError, match="is closed: open it first") if touched else contextlib.nullcontext():
             database.undo_import()
-        database.connection.close()
-        database.lock.close()
+        database.close()
         self.done["undo refused"] += bool(touched)
         if not touched:
             self.imports.pop()
@@ -5784,6 +5794,7 @@ async def test_a_disk_that_was_full_at_the_end_is_no_reason_not_to_start_when_th
         ("rm usage.db-shm", 3),
         (": > usage.db-shm", 3),
         ("cp usage.db other; mv other usage.db", None),
+        ("rm usage.db-wal usage.db-shm", 3),
     ],
 )
 async def test_what_is_done_to_the_files_of_a_running_program_costs_a_503_and_no_201_that_is_gone(tmp_path: Path, damage: str, kept: int | None) -> None:
@@ -5804,6 +5815,27 @@ async def test_what_is_done_to_the_files_of_a_running_program_costs_a_503_and_no
     if kept is not None:
         async with started("--db", str(path), "--no-simulation") as program:
             assert (await get_json(f"{await program.url()}/health"))["events"] == kept
+
+
+@pytest.mark.parametrize("left", [0, 4_152, 8_272, 40_000])
+async def test_a_log_that_was_cut_short_is_not_moved_into_the_file(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "usage.db"
+    body = [STREAM | {"stream_started_on": 1}] * 1_000
+    async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        async with session.post(f"{await program.url()}/api/v1/streams", json=body) as answer:
+            assert answer.status == 201
+        await program.stop()
+    async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        async with session.post(f"{url}/api/v1/streams", json=body) as answer:
+            assert answer.status == 201
+        os.truncate(tmp_path / "usage.db-wal", left)
+        for _ in range(2):
+            assert await post_one(session, url) == 503
+        program.process.kill()
+        await program.process.wait()
+    async with started("--db", str(path), "--no-simulation") as program:
+        assert (await get_json(f"{await program.url()}/health"))["events"] == 1_000
 
 
 async def test_a_file_whose_name_is_no_utf_8_costs_a_503_like_any_other(tmp_path: Path) -> None:
@@ -5850,6 +5882,39 @@ async def test_a_log_that_was_away_for_a_moment_may_then_be_written_to_by_anothe
         assert 0 < log.stat().st_size < before
         for _ in range(3):
             assert await post_one(session, url) == 201
+
+
+async def test_a_log_that_another_process_has_emptied_and_written_to_is_whole(tmp_path: Path) -> None:
+    path, log = tmp_path / "usage.db", tmp_path / "usage.db-wal"
+    async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        for _ in range(5):
+            assert await post_one(session, url) == 201
+        before = log.stat().st_size
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            other.execute("CREATE TABLE notes (note)")
+        assert 0 < log.stat().st_size < before
+        assert await post_one(session, url) == 201
+        program.process.kill()
+        await program.process.wait()
+    async with started("--db", str(path), "--no-simulation") as program:
+        assert (await get_json(f"{await program.url()}/health"))["events"] == 6
+
+
+async def test_a_write_that_failed_without_the_disk_failing_holds_up_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
+        url = await program.url()
+        assert await post_one(session, url) == 201
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader, contextlib.closing(sqlite3.connect(path, isolation_level=None)) as writer:
+            reader.execute("BEGIN")
+            assert reader.execute("SELECT count(*) FROM streams").fetchone() == (1,)
+            writer.execute("BEGIN IMMEDIATE")
+            assert await post_one(session, url) == 503
+            writer.execute("ROLLBACK")
+            for _ in range(3):  # the reader goes on, and no sync has failed
+                assert await post_one(session, url) == 201
 
 
 CHECKPOINT_OFTEN = """
