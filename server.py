@@ -85,19 +85,7 @@ import unicodedata
 import zlib
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict, deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Container,
-    Coroutine,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-    Set,
-)
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
 from decimal import Decimal
@@ -137,6 +125,7 @@ PAGE_STREAMS = 1_000
 WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
 LINGER_SECONDS = 1  # how long a body that nobody wants may go on before its connection is closed
 BODY_BYTES = 1024 * 1024
+LARGE_BODY_BYTES = 64 * 1024  # to parse more takes about a millisecond: so that is done once in a round
 BODY_SECONDS = 10
 POST_EVENTS = 1_000
 BUSY_SECONDS = 1  # how long a commit waits for another process that has locked the file
@@ -237,8 +226,8 @@ class TimeSlices:
     async def begin_request(self, in_memory_write: bool) -> None:
         """Wait for a new round if the requests' time slice is over: many may come at once.
 
-        Of the writes without --db that wait here, ROUND_WRITES go on in each round: they wait for nothing
-        else, and would leave reads no place.
+        A write with --db then waits for the disk. One in memory is done at once, so many that wait would fill
+        the new round: ROUND_WRITES of them go on in it, and the others wait for the next.
         """
         if time.monotonic() > self.requests_until:
             async with self.writes if in_memory_write else contextlib.nullcontext():
@@ -269,7 +258,7 @@ class TimeSlices:
 
 
 # ── Events ──────────────────────────────────────────────────────────────────────────────────────
-# What an event is: the only place where one is checked and encoded.
+# What an event is, and what it may hold.
 
 NAMES = ("user_id", "track_id", "label")
 FIELDS = (*NAMES, "stream_started_on", "seconds_streamed")
@@ -280,7 +269,6 @@ FORBIDDEN_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 TEXT_CHARACTERS = 128
 
 INTEGER = re.compile(r"-?[0-9]{1,100}")
-HIGHEST_START = 253_402_300_799  # the end of the year 9999: no later month has a name
 HIGHEST_SECONDS = 2**31 - 1
 COMMON_SECONDS = {seconds: seconds for seconds in range(7_200)}  # one object of each, for all events
 CSV_END = "\r\n"
@@ -602,14 +590,11 @@ class Usage:
         raise MissingError(f"there is no stream {stream_id}")
 
     def changes_after(self, number: int) -> Iterator[Chunk]:
-        """Return what was created, changed or removed after this number, in order of version, as it is now.
-
-        However late it is read, it is of this moment. A stream that was never changed has its id as version.
-        """
+        """Return what was created, changed or removed after a number, as it is now, in order of version."""
         orders = self.by_id, self.changed, self.tombstones
-        # Unpacked at once: so all three are of now.
+        # Unpacked at once: so all three are of now, however late they are read.
         created, changed, removed = (itertools.chain(*order.between(number + 1)) for order in orders)
-        unchanged = (event for event in created if type(event) is Event)
+        unchanged = (event for event in created if type(event) is Event)  # their version is their id
         in_order = merge(unchanged, changed, removed, key=attrgetter("version"))
         return map(Chunk, batched(in_order, CHUNK_EVENTS))
 
@@ -637,7 +622,7 @@ class Usage:
         self.record(events, sign)
 
 
-Wanted = tuple[tuple[str, Container[Any]], ...]  # names of fields, and the values that are wanted of each
+Wanted = tuple[tuple[str, Set[Any] | range], ...]  # names of fields, and the values that are wanted of each
 
 
 def matching(events: Chunk, wanted: Wanted) -> Chunk:
@@ -879,13 +864,13 @@ def tally(users: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Led
     claims = Counter[str]()
     for user, own in users.items():
         yield
-        price, seconds = 0, seconds_of(own)
+        user_price, seconds = 0, seconds_of(own)
         if seconds and user in subscriptions:
-            price = (subscriptions[user].net << CLAIM_BITS) // seconds
+            user_price = (subscriptions[user].net << CLAIM_BITS) // seconds
             silent_net, silent_users = silent_net - subscriptions[user].net, silent_users - 1
         for label, total in own.items():
             add_up(totals, label, total)
-            claims[label] += price * total[1]
+            claims[label] += user_price * total[1]
     seconds, revenue = seconds_of(totals), (net + 50) // 100
     silent_price, by_seconds = (silent_net << CLAIM_BITS) // (seconds or 1), Counter[str]()
     for label, total in totals.items():
@@ -914,55 +899,18 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
     return dict((yield from in_steps(rounded)))
 
 
-def quota(cents: int, claim: int, whole: int) -> int:
-    """Return `cents` x `claim` / `whole`: what a claim comes to, in cents x 2**QUOTA_BITS.
+def quota(amount: int, claim: int, whole: int) -> int:
+    """Return `amount` x `claim` / `whole`: what a claim comes to, in units of the amount x 2**QUOTA_BITS.
 
     Quotas that are equal on paper must be equal here, or chance would break a tie instead of the name. But
-    claims are not exact: `tally` rounds the two prices of a second down, that of the user and that of the
-    silent. So a claim is too low by less than 2 x seconds. With 2**30 streams and as many subscribers there
-    are less than 2**61 seconds and 2**50 cents, so `cents` x `claim` is too low by less than 2**112. To round
-    to 160 binary places less hides that, unless the border between rounding up and down lies within it: a
-    chance of 1 in 2**48.
+    claims are not exact: they are seconds x `user_price` and `silent_price`, which `tally` rounds down. So
+    one is too low by less than 2 x seconds. With 2**30 streams of HIGHEST_SECONDS and 2**30 fees of
+    HIGHEST_FEE there are less than 2**61 seconds and 2**50 cents: so `amount` x `claim` is too low by less
+    than 2**112, and to divide by `whole` only lessens that. To round to 160 places less hides it, but where
+    the border between rounding up and down lies in it: 1 time in 2**48.
     """
     less = CLAIM_BITS - QUOTA_BITS
-    return (cents * claim // (whole or 1) + (1 << (less - 1))) >> less
-
-
-@dataclass
-class Account:
-    """A month's money, in cents: what was frozen when it was closed, or what closing it now would freeze."""
-
-    closed_on: int | None
-    totals: ByUser
-    subscriptions: dict[str, Subscription]
-    fees: int
-    revenue: int
-    labels: dict[str, Line]
-    adjustments: Adjustments  # what is paid with this month for others, or taken back: see `unpaid`
-    late_cache: tuple[ByUser, Adjustments] | None = None  # what `late_amounts` last got and returned
-
-    @property
-    def status(self) -> str:
-        return "open" if self.closed_on is None else "closed"
-
-    def lines(self) -> dict[str, Line]:
-        """Return each label's line with the sums of its adjustments."""
-        lines = {**self.labels}
-        for (_, label), cents in self.adjustments.items():
-            lines[label] = add_lines([lines.get(label, Line()), Line(0, 0, 0, 0, *cents)])
-        return lines
-
-    def late_amounts(self, month: str, users: ByUser) -> Steps[Adjustments]:
-        """Return how much more each label would get than it got, if `users` are the month's totals of now."""
-        # Months are copied on write (see `Books`): where the object is the same, nothing has changed.
-        if self.late_cache is None or self.late_cache[0] is not users:
-            now, late = (yield from tally(users, self.subscriptions)), Adjustments()
-            for labels, sign in ((now.labels, 1), (self.labels, -1)):
-                for label, line in labels.items():
-                    yield
-                    add_up(late, (month, label), (line.amount, line.amount_user_centric), sign)
-            self.late_cache = users, late
-        return self.late_cache[1]
+    return (amount * claim // (whole or 1) + (1 << (less - 1))) >> less
 
 
 @dataclass
@@ -977,7 +925,7 @@ class Books:
     months: defaultdict[str, ByUser] = field(default_factory=lambda: defaultdict(dict))
     tracks: ByUser = field(default_factory=dict)  # over all time
     closed: dict[str, Account] = field(default_factory=dict)
-    copy_on_record: set[str] = field(default_factory=set)  # months whose totals are shared
+    copy_on_record: set[str] = field(default_factory=set)  # months that a snapshot shares
 
     def record(self, events: Sequence[Event], sign: int = 1) -> None:
         """Add events to the totals or, with a `sign` of -1, take them away."""
@@ -994,7 +942,7 @@ class Books:
         record_users(self.tracks, events, "track_id", sign)
 
     def snapshot(self) -> Books:
-        """Return the books as they are now."""
+        """Return the books as they are now: months are copied once they change, the rest at once."""
         self.copy_on_record |= self.months.keys()
         return Books(self.subscriptions.copy(), self.months.copy(), self.tracks.copy(), self.closed.copy())
 
@@ -1015,7 +963,7 @@ class Books:
 
 
 def record_users(users: ByUser, events: Sequence[Event], name: str, sign: int) -> None:
-    """Count events by user and a field in `users`, each replaced: who reads one reads one moment."""
+    """Count events by user and a field, and put new totals of these users into `users`."""
     totals = totals_of(events, ("user_id", name))
     for user in {user for user, _ in totals}:
         users[user] = {**users.get(user, {})}
@@ -1044,14 +992,52 @@ def describe_user(books: Books, user: str) -> dict[str, Any]:
     }
 
 
+@dataclass
+class Account:
+    """A month's money, in cents: what was frozen when it was closed, or what closing it now would freeze."""
+
+    closed_on: int | None
+    totals: ByUser
+    subscriptions: dict[str, Subscription]
+    fees: int
+    revenue: int
+    labels: dict[str, Line]
+    adjustments: Adjustments  # what is paid with this month for others, or taken back: see `unpaid`
+    late_cache: tuple[ByUser, Adjustments] | None = None  # what `late_amounts` last got and returned
+
+    @property
+    def status(self) -> str:
+        return "open" if self.closed_on is None else "closed"
+
+    def lines(self) -> dict[str, Line]:
+        """Return each label's line with the sums of its adjustments."""
+        lines = {**self.labels}
+        for (_, label), cents in self.adjustments.items():
+            lines[label] = add_lines([lines.get(label, Line()), Line(0, 0, 0, 0, *cents)])
+        return lines
+
+    def late_amounts(self, month: str, users: ByUser) -> Steps[Adjustments]:
+        """Return how much more each label would get than its amounts, from the month's totals of now.
+
+        These must be of a snapshot. Nobody changes such totals in place (see `Books`), so the same object
+        means the same totals.
+        """
+        if self.late_cache is None or self.late_cache[0] is not users:
+            now, late = (yield from tally(users, self.subscriptions)), Adjustments()
+            for labels, sign in ((now.labels, 1), (self.labels, -1)):
+                for label, line in labels.items():
+                    yield
+                    add_up(late, (month, label), (line.amount, line.amount_user_centric), sign)
+            self.late_cache = users, late
+        return self.late_cache[1]
+
+
 def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid, or taken back, for each month and label.
 
-    For a closed month that is what has changed since its close, less what other months have paid of it.
-
-    Say, March is closed. Then February, empty until now, gets streams and is closed: it pays what is late of
-    March. If March is then opened again, only what February paid of it is left here, as a negative amount.
-    It is taken back, for closing March pays all of it anew.
+    That is what all closed months would give now, less what they have given: their amounts, and their
+    adjustments for each other. A month that is open again would give nothing, so what others have paid for it
+    is taken back.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
@@ -1069,7 +1055,7 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
         return books.closed[month]
     users = books.months.get(month, NOBODY)
     ledger = yield from tally(users, books.subscriptions)
-    adjustments = (yield from unpaid(books)) if month == books.paying_month() else {}
+    adjustments = (yield from unpaid(books)) if month == books.paying_month() else {}  # one pays all
     money = ledger.fees, ledger.revenue, ledger.labels
     # Of these totals nothing is late: so `late_amounts` need not tally the month once more.
     return Account(closed_on, users, books.subscriptions, *money, adjustments, late_cache=(users, {}))
@@ -1154,12 +1140,9 @@ def report_by_month(books: Books, month: str | None) -> Steps[Iterator[tuple[Any
     by_month = []
     for name, account in (yield from accounts_of(books, month)).items():
         by_month.append((name, (yield from describe_lines(account.lines()))))
-
-    def cells(line: dict[str, Any]) -> Iterable[Any]:
-        share = f"{Decimal(str(line['share'])):f}"  # 0.00001, and not 1e-05
-        return (line | {"share": share}).values()
-
-    return ((name, CURRENCY, *cells(line)) for name, lines in by_month for line in lines)
+    rows = ((name, line) for name, lines in by_month for line in lines)
+    plain = ((name, line | {"share": f"{Decimal(str(line['share'])):f}"}) for name, line in rows)  # no 1e-05
+    return ((name, CURRENCY, *line.values()) for name, line in plain)
 
 
 def describe_payer(terms: Sequence[str | None], net: int, seconds: int, of_seconds: int) -> dict[str, Any]:
@@ -1197,7 +1180,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
     revenue, claim, net = account.revenue, ledger.claims[label], ledger.net
     adjusted = {name: cents for (name, of_label), cents in account.adjustments.items() if of_label == label}
 
-    # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100.
+    # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100. They are shown and not paid.
     def rounded(part: int, whole: int, paid: int) -> dict[str, Any]:
         exact = quota(10_000 * revenue, part, whole) >> QUOTA_BITS
         down = exact // 10_000
@@ -1261,11 +1244,12 @@ def read_file(path: Path) -> bytes:
         return file.read(found.st_size)
 
 
-def check_line(line: str) -> str:
-    """Return a line of a CSV file; raises InvalidError if its cells could fill the memory."""
-    if len(line) > LINE_CHARACTERS:
-        raise InvalidError(f"a line is longer than {LINE_CHARACTERS:,} characters")
-    return line
+def check_lines(lines: Iterable[str]) -> Iterator[str]:
+    """Yield lines of a CSV file; raises InvalidError, and ends, at one whose cells could fill the memory."""
+    for line in lines:
+        if len(line) > LINE_CHARACTERS:
+            raise InvalidError(f"a line is longer than {LINE_CHARACTERS:,} characters")
+        yield line
 
 
 class Import:
@@ -1322,12 +1306,12 @@ class Import:
             lines = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", "surrogateescape", newline="")
             header = lines.readline()
             delimiter = ";" if ";" in header else ","
-            told = telling(f"reading {path.name}, lines", map(check_line, itertools.chain([header], lines)))
+            told = telling(f"reading {path.name}, lines", check_lines(itertools.chain([header], lines)))
             rows = csv.reader(told, delimiter=delimiter, strict=True)
             names = [cell.strip().casefold().replace(" ", "_") for cell in next(rows, [])]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            while True:  # to the end, or to an overlong line: the error of `check_line` ends `told`
+            while True:  # to the end, or to an overlong line: its error has ended `check_lines`
                 with self._noting_fault(f"{path.name}:{rows.line_num + 1}"):
                     if (row := next(rows, None)) is None:
                         break
@@ -1407,7 +1391,7 @@ MIGRATIONS = (
         id INTEGER PRIMARY KEY AUTOINCREMENT);
     CREATE TABLE subscriptions (
         user_id TEXT PRIMARY KEY, product_type TEXT NOT NULL, fee INTEGER NOT NULL, origin TEXT NOT NULL,
-        import INTEGER);
+        import INTEGER);  -- NULL where a client has set it
     CREATE TABLE keys (key TEXT PRIMARY KEY, hash BLOB NOT NULL, first_id INTEGER NOT NULL);
     CREATE TABLE imports (
         id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, first_id INTEGER NOT NULL, size INTEGER NOT NULL);
@@ -1505,7 +1489,7 @@ class Database:
         The mode "r+b" makes no new file.
         """
         self.failed = False
-        self.unsynced = False  # whether the WAL holds a commit whose sync has failed: see `_checkpoint`
+        self.wal_in_doubt = False  # it may hold a commit whose sync failed: after a restart that would count
         self.last_commit = -math.inf
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         real = os.path.realpath(path)
@@ -1538,30 +1522,19 @@ class Database:
         self.index = shm.open("rb", buffering=0)  # it stays open, like `lock`
         (self.page_size,) = self.connection.execute("PRAGMA page_size").fetchone()
 
-    def commit(self, statements: Statements) -> None:
-        """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
-        try:
-            with self.connection:  # it commits, or rolls back what fails
-                self._begin()
-                for statement, group in itertools.groupby(statements, key=itemgetter(0)):
-                    self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-                self.unsynced = True  # until the sync has succeeded
-            self.unsynced = False
-        except Exception as error:
-            self.failed = True
-            if self.unsynced:  # at once, as a kill may come; if that fails, `_begin` tries it again
-                with contextlib.suppress(StorageError, sqlite3.Error):
-                    self._checkpoint()
-            raise StorageError(f"nothing can be stored: {error}") from None
-        self.failed = False
-        self.last_commit = time.monotonic()
-        with contextlib.suppress(OSError):  # if a file has gone by now, the next commit says it
-            self.sizes = {file: max(size, file.stat().st_size) for file, size in self.sizes.items()}
-
     def close(self) -> None:
         self.connection.close()
         self.index.close()
         self.lock.close()
+
+    def _checkpoint(self) -> None:
+        """Move what is committed from the WAL into the file, and empty the WAL: what has failed is gone."""
+        until = time.monotonic() + BUSY_SECONDS  # SQLite waits for readers, but not for another's checkpoint
+        while self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            if time.monotonic() > until:
+                raise StorageError("another process reads the file")
+            time.sleep(0.01)
+        self.wal_in_doubt = False
 
     def _begin(self) -> None:
         """Begin a transaction in files that are whole; raises StorageError if they are not."""
@@ -1573,26 +1546,13 @@ class Database:
                 raise StorageError(f"{file.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes.get(file, 0):
                 raise StorageError(f"{file.name} has been truncated")
-        if self.unsynced:
+        if self.wal_in_doubt:
             self._checkpoint()
         self.connection.execute("BEGIN IMMEDIATE")  # from now on no other process can empty the WAL
         # At byte 16 the index has the number of the frames that are in the WAL (sqlite.org/walformat.html).
         frames = int.from_bytes(os.pread(self.index.fileno(), 4, 16), sys.byteorder)
         if frames and self.wal.stat().st_size < 32 + frames * (24 + self.page_size):
             raise StorageError(f"{self.wal.name} has been truncated")
-
-    def _checkpoint(self) -> None:
-        """Move what is committed from the WAL into the file, and empty the WAL.
-
-        That takes away a commit whose sync has failed. It is in the WAL, where SQLite passes over it now, but
-        would take it for committed after a restart.
-        """
-        until = time.monotonic() + BUSY_SECONDS  # SQLite waits for readers, but not for another's checkpoint
-        while self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
-            if time.monotonic() > until:
-                raise StorageError("another process reads the file")
-            time.sleep(0.01)
-        self.unsynced = False
 
     def _execute(self, statement: str, rows: Iterable[Any]) -> None:
         if "{rows}" not in statement:
@@ -1602,6 +1562,26 @@ class Database:
             place = f"({', '.join('?' * len(some[0]))})"
             places = ", ".join([place] * len(some))
             self.connection.execute(statement.format(rows=places), [*itertools.chain.from_iterable(some)])
+
+    def commit(self, statements: Statements) -> None:
+        """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
+        try:
+            with self.connection:  # it commits, or rolls back what fails
+                self._begin()
+                for statement, group in itertools.groupby(statements, key=itemgetter(0)):
+                    self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
+                self.wal_in_doubt = True  # until the commit, at the end of the `with`, has succeeded
+            self.wal_in_doubt = False
+        except Exception as error:
+            self.failed = True
+            if self.wal_in_doubt:  # a kill may come: so this is tried now, and again by the next `_begin`
+                with contextlib.suppress(StorageError, sqlite3.Error):
+                    self._checkpoint()
+            raise StorageError(f"nothing can be stored: {error}") from None
+        self.failed = False
+        self.last_commit = time.monotonic()
+        with contextlib.suppress(OSError):  # if a file has gone by now, the next commit says it
+            self.sizes = {file: max(size, file.stat().st_size) for file, size in self.sizes.items()}
 
     @translate_errors()
     def take_in(self, imported: Import) -> None:
@@ -1679,7 +1659,8 @@ class Database:
             OR stream_started_on NOT BETWEEN 0 AND ? OR seconds_streamed NOT BETWEEN 0 AND ?
             OR 'real' IN (typeof(stream_started_on), typeof(seconds_streamed))
         """
-        for (number,) in execute(damaged, [HIGHEST_START, HIGHEST_SECONDS]):
+        highest_start = month_start("9999-12") + 31 * DAY - 1  # no later month has a name
+        for (number,) in execute(damaged, [highest_start, HIGHEST_SECONDS]):
             raise ValueError(f"stream {number}")
         rows = telling("loading, streams", execute("SELECT * FROM streams"))
         # The last two cells are the id and the version. Adding them has `books` record them, too.
@@ -1704,7 +1685,7 @@ class Database:
             closed[month].subscriptions[user] = one_of_each(*cells)
         for month, of_month, label, *cents in execute("SELECT * FROM adjustments"):
             closed[month].adjustments[of_month, label] = (*cents,)
-        months = books.snapshot().months  # which `record` copies before it changes them
+        months = books.snapshot().months  # shared with `closed`: so `record` has to copy what it changes
         rows = execute("SELECT * FROM closed_totals ORDER BY month, user_id")
         for (month, user), group in itertools.groupby(rows, key=itemgetter(0, 1)):
             own = {label: (streams, seconds) for _, _, label, streams, seconds in group}
@@ -1727,7 +1708,7 @@ class Change:
     number: int
     statements: Statements = ()
     apply: Apply = lambda: None
-    decide: Callable[[], Awaitable[tuple[Statements, Apply]]] | None = None
+    decide: Callable[[], Steps[tuple[Statements, Apply]]] | None = None
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -1737,8 +1718,8 @@ class Journal:
     First in, first out: what a follower of the sequence has seen has nothing missing before it.
     """
 
-    def __init__(self, database: Database, usage: Usage) -> None:
-        self.database, self.usage = database, usage
+    def __init__(self, database: Database, usage: Usage, slices: TimeSlices) -> None:
+        self.database, self.usage, self.slices = database, usage, slices
         self.waiting: list[Change] = []
         self.storing: asyncio.Task[None] | None = None
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
@@ -1755,10 +1736,11 @@ class Journal:
         try:
             while self.waiting:
                 await asyncio.sleep(0.001)  # more may come, for the same commit
-                # Those without `decide`, as most are, stay together; each that has one is alone.
-                for _, group in itertools.groupby([*self.waiting], key=attrgetter("decide")):
-                    await self._store(batch := [*group])
-                    del self.waiting[: len(batch)]
+                # All up to the first with `decide`; that one is alone.
+                group = [*itertools.takewhile(lambda change: not change.decide, self.waiting)]
+                group = group or self.waiting[:1]
+                await self._store(group)
+                del self.waiting[: len(group)]
         except Exception:
             # As a kill does, end the process: what is stored and what is visible could differ from now on.
             log.critical("the journal has failed; start again, nothing stored is lost", exc_info=True)
@@ -1770,7 +1752,8 @@ class Journal:
         try:
             for change in group:
                 if change.decide:
-                    change.statements, change.apply = await change.decide()
+                    work = change.decide()
+                    change.statements, change.apply = await self.slices.finish(work, first=True)
             statements = [statement for change in group for statement in change.statements]
             statements.append((SET_SEQUENCE, [(group[-1].number,)]))
             await asyncio.get_running_loop().run_in_executor(self.thread, self.database.commit, statements)
@@ -1788,7 +1771,7 @@ class Journal:
                 began = time.monotonic()
 
     async def close(self) -> None:
-        """Close the file once nothing waits any more: for tests, as `serve` just ends the process."""
+        """Close the file once nothing waits any more, as tests do; `serve` just ends the process."""
         if self.storing:
             await self.storing
         self.thread.shutdown()
@@ -1818,8 +1801,8 @@ def simulate_batch(now: int, rng: random.Random) -> list[Event]:
 
 async def tick(state: State, now: float, rng: random.Random) -> None:
     """Add a batch that ends at `now`."""
-    await state.add(simulate_batch(int(now), rng))
-    state.last_batch = time.monotonic()
+    await state.create(simulate_batch(int(now), rng))
+    state.last_batch = state.batch_expected_since = time.monotonic()
 
 
 async def simulate_history(state: State) -> None:
@@ -1837,18 +1820,20 @@ async def simulate_history(state: State) -> None:
         events += simulate_batch(int(now - number * config.interval), state.rng)
     if events:
         events.reverse()
-        await state.add(events)
+        await state.create(events)
 
 
 async def run_simulation(state: State) -> None:
-    """If it is to simulate, make a batch at once and then one every `interval` seconds, without drift.
+    """Make a batch at once and then one every `interval` seconds, without drift.
 
     A batch that fails is logged and counted, and the next one comes. A process that was stopped for an hour
     does not make up for what it has missed.
     """
+    if not state.config.simulate:
+        return
     interval, began = state.config.interval, time.monotonic()
-    state.simulating_since = began
-    while state.config.simulate:
+    state.batch_expected_since = began
+    while True:
         try:
             await tick(state, state.clock(), state.rng)
         except Exception as error:
@@ -1867,27 +1852,6 @@ JSON_TYPES = ("application/json", "application/merge-patch+json")  # the second 
 GROUP_BY = "|".join(",".join(by) for size in (1, 2, 3) for by in itertools.permutations(NAMES, size))
 
 
-class Cursor(NamedTuple):
-    """How far a client has read the feed of the sequence with this name: up to `after`.
-
-    A first reading starts from 0 and may take several pages. The client has never seen what was removed
-    before it `began`, so it needs no tombstones of that. At number 900, say, come NAME-350-900, NAME-700-900
-    and then, as the first reading is over, NAME-900: from now on `began` is `after`.
-    """
-
-    name: str  # empty where a client passes a mere number
-    after: int
-    began: int
-
-    @classmethod
-    def parse(cls, text: str) -> Cursor:
-        name, after, *began = text.split("-") if "-" in text else ("", text)
-        return cls(name, int(after), int((began or [after])[0]))
-
-    def __str__(self) -> str:
-        return f"{self.name}-{self.after}" + (f"-{self.began}" if self.after < self.began else "")
-
-
 # What a parameter may be, what that is called, and what is made of it.
 PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "from": (INTEGER.pattern, "an int", int),
@@ -1897,7 +1861,8 @@ PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "order": (r"asc|desc", "asc or desc", str),
     "format": (r"json|ndjson|csv", "json, ndjson or csv", str),
     "limit": (r"0{0,9}([1-9][0-9]{0,4}|100000)", "an int from 1 to 100000", int),
-    "after": (r"([0-9a-f]+-)?([0-9]{1,100}-)?[0-9]{1,100}", "0 or more, or what a Link says", Cursor.parse),
+    # The id of a stream or, in the feed, a cursor: `get_changes` tells its parts.
+    "after": (r"([0-9a-f]+-)?([0-9]{1,100}-)?[0-9]{1,100}", "0 or more, or what a Link says", str),
     "month": (r"(19[7-9]|[2-9][0-9]{2})[0-9]-(0[1-9]|1[0-2])", "a month as in 2019-03", str),
 }
 FILTERS = ("from", "to", *NAMES)
@@ -1957,8 +1922,8 @@ async def read_body(request: web.Request) -> bytes:
             body = await request.read()
     except TimeoutError:
         raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_SECONDS} s") from None
-    if len(body) > PIECE_BYTES:
-        await request.app[STATE].slices.yield_to_others()  # so that one such body is parsed in a round
+    if len(body) > LARGE_BODY_BYTES:
+        await request.app[STATE].slices.yield_to_others()
     return body
 
 
@@ -2009,10 +1974,9 @@ def check_access(request: web.Request, config: Config) -> None:
 
 
 # ── HTTP: answers ───────────────────────────────────────────────────────────────────────────────
-# One way out: a handler returns an `Answer`, and its `prepare` sends that: bytes that are there, or pieces
-# that are made as the client takes them. What depends on the data alone comes from
-# `answer_cached`: it is made once for all who wait, and kept until the data change. What is about this
-# moment comes from `answer_now`, and what goes wrong is answered by `answer_errors`.
+# One way out: a handler returns an `Answer`, and its `prepare` sends that. What depends on the data alone
+# comes from `answer_cached`, what is about this moment from `answer_now`, and what goes wrong is answered by
+# `answer_errors`.
 
 MEDIA_TYPES = {
     "json": "application/json; charset=utf-8",
@@ -2139,12 +2103,6 @@ def join_up_to(most: float, pieces: Pieces) -> Steps[bytes | None]:
     return bytes(made)
 
 
-def is_kept(flight: asyncio.Task[Any]) -> bool:
-    """Tell whether what was made stays: a short answer, or the None of one that is too long to be kept."""
-    made = flight.done() and not flight.cancelled() and not flight.exception()
-    return made and len(flight.result() or b"") <= KEPT_BYTES
-
-
 class SingleFlight:
     """Answers: each is made once for all who wait and, if it is short, kept until the usage changes."""
 
@@ -2154,8 +2112,8 @@ class SingleFlight:
         self.flights: dict[object, asyncio.Task[Any]] = {}  # the one that was asked for last comes last
         self.waiters = Counter[asyncio.Task[Any]]()
 
-    async def get(self, key: object, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return what the work that `start` starts returns; it is cancelled when nobody waits any more.
+    async def get(self, key: object, start: Callable[[], Any]) -> Any:
+        """Return what the coroutine of `start` returns; it is cancelled when nobody waits for it any more.
 
         Who asks first has `start` called, before anything is awaited: so it can take the data of this moment.
         """
@@ -2167,16 +2125,18 @@ class SingleFlight:
         if len(flights) > KEPT_ANSWERS:
             del flights[next(iter(flights))]
         if flight.done():  # as most are
-            return cast("T", flight.result())
+            return flight.result()
         self.waiters[flight] += 1
         try:
-            return cast("T", await asyncio.shield(flight))
+            return await asyncio.shield(flight)
         finally:
             self.waiters[flight] -= 1
             if not self.waiters[flight]:
                 del self.waiters[flight]
                 flight.cancel()  # of one that is done this does nothing
-                if not is_kept(flight) and flights.get(key) is flight:
+                made = flight.done() and not flight.cancelled() and not flight.exception()
+                is_short = made and 0 < len(flight.result() or b"") <= KEPT_BYTES  # None is for a longer one
+                if not is_short and flights.get(key) is flight:
                     del flights[key]
 
 
@@ -2213,7 +2173,7 @@ async def answer_cached(
     etag = own_etag or state.usage.etag
     headers = cache_headers(etag, kind) + more
     name = (etag, key)  # the ETag, too, for an `own_etag` may change while the data do not
-    # `make` is called by `get` at once: so its data are those of the ETag.
+    # `get` calls the lambda, and so `make`, at once: so its data are those of the ETag.
     body = await state.answers.get(name, lambda: state.slices.finish(join_up_to(most, make())))
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):  # only now, for there could have been an error
         return Answer(304, headers=headers)
@@ -2280,7 +2240,7 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Have every request answered. What a write has begun to store goes on when its client disconnects."""
+    """Have a request answered. It is cancelled with its client (see `serve`), but what it stores goes on."""
     state = request.app[STATE]
     reads = request.method in READING
     await state.slices.begin_request(in_memory_write=not reads and not state.journal)
@@ -2310,7 +2270,7 @@ async def answer_errors(state: State, request: web.Request, handler: Handler) ->
 
 
 async def add_safety_headers(_: web.Request, response: web.StreamResponse) -> None:
-    """Put them on aiohttp's own answer, 417 to an unknown Expect, and close: the body may not have come."""
+    """Put them on what aiohttp itself answers, 417 to an unknown Expect, and close: the body may not come."""
     response.headers.update((*SAFETY_HEADERS, ("Connection", "close")))
     response.force_close()
 
@@ -2388,9 +2348,8 @@ async def get_health(request: web.Request) -> Answer:
     """Tell whether all is well: 503 when the simulation has stopped or the last write failed."""
     state = request.app[STATE]
     age = time.monotonic() - state.last_batch
-    # Until the first batch `age` is infinite, and it has waited since the simulation began.
-    waited = min(age, time.monotonic() - state.simulating_since)
-    running = state.config.simulate and waited < max(LATE_SECONDS, 3 * state.config.interval)
+    late_from = state.batch_expected_since + max(LATE_SECONDS, 3 * state.config.interval)
+    running = state.config.simulate and time.monotonic() < late_from
     database = state.journal and state.journal.database
     healthy = (running or not state.config.simulate) and not (database and database.failed)
     commit_age = time.monotonic() - database.last_commit if database else math.inf
@@ -2408,15 +2367,15 @@ async def get_streams(request: web.Request) -> Answer:
     """List a page of streams in order of id."""
     state = request.app[STATE]
     asked = dict(parse_query(request.rel_url.raw_query_string, *FILTERS, "limit", "after"))
-    limit, (name, after, _) = asked.pop("limit", 100), asked.pop("after", Cursor("", 0, 0))
+    limit, after = asked.pop("limit", 100), asked.pop("after", "0")
     if limit > PAGE_STREAMS:
         raise InvalidError(f"limit must be an int from 1 to {PAGE_STREAMS}")
-    if name:
+    if not after.isdecimal():
         raise InvalidError("after must be an id")
     if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
     # The page is of the events by id, the total of those by start, both of now: an await ends this moment.
-    following, total = state.usage.by_id.between(after + 1), state.usage.count
+    following, total = state.usage.by_id.between(int(after) + 1), state.usage.count
     wanted = wanted_in(asked)
     if asked:  # there are filters
         since, until = asked.get("from", 0), asked.get("to", sys.maxsize)
@@ -2450,12 +2409,12 @@ async def post_streams(request: web.Request) -> Answer:
         if known:  # the first answer is made again, whatever became of them
             number_events(events, first_id)
         else:
-            if len(body) > PIECE_BYTES:
-                await state.slices.yield_to_others()  # so that several such bodies are not added at a stretch
+            if len(body) > LARGE_BODY_BYTES:
+                await state.slices.yield_to_others()  # they are added once in a round, too
             if too_old := state.usage.find_too_old(events):
                 index = f"[{events.index(too_old)}]: " if isinstance(value, list) else ""
                 raise ConflictError(f"{index}--keep would drop it at once, as one of the oldest")
-            await state.add(events, (key, digest) if key else None)
+            await state.create(events, (key, digest) if key else None)
     headers = {"Idempotent-Replayed": "true"} if known else {}
     if isinstance(value, list):
         data = b",".join(event.json_with_id for event in events)
@@ -2520,15 +2479,22 @@ async def delete_stream(request: web.Request) -> Answer:
 
 
 async def get_changes(request: web.Request) -> Answer:
-    """List what was created, changed or removed after a cursor, each stream once, as it is now."""
+    """List what was created, changed or removed after a cursor, each stream once, as it is now.
+
+    A cursor is AFTER, the number up to which the client has read, or NAME-AFTER with the sequence's name: it
+    needs the tombstones of all later removals. But a first reading, from 0 on, may take several pages. While
+    it does, the cursor is NAME-AFTER-BEGAN, and BEGAN the number at which it began: what was removed before
+    that was never shown to the client, so it needs only the tombstones of later removals.
+    """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
-    (name, after, began), limit = asked.get("after", Cursor("", 0, 0)), asked.get("limit", math.inf)
+    cursor, limit = asked.get("after", "0"), asked.get("limit", math.inf)
+    name, *numbers = cursor.split("-") if "-" in cursor else ("", cursor)
     now = read_to = usage.sequence
+    after, needs_tombstones_after = int(numbers[0]), int(numbers[-1])  # BEGAN or, without it, AFTER
     if after == 0:  # a first reading begins
-        began = now
-    # The client has seen nothing that was removed before `began`: tombstones of that need not be there.
-    is_known = after <= now and usage.tombstones_since <= began <= now
+        needs_tombstones_after = now
+    is_known = after <= now and usage.tombstones_since <= needs_tombstones_after <= now
     if name not in ("", usage.sequence_name) or not is_known:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
@@ -2536,7 +2502,10 @@ async def get_changes(request: web.Request) -> Answer:
         chunks = page = await state.slices.finish(in_steps(chunks))
         if sum(map(len, page)) == limit:
             read_to = page[-1][-1].version
-    link = f'</api/v1/changes?after={Cursor(usage.sequence_name, read_to, began)}>; rel="next"'
+    following = f"{usage.sequence_name}-{read_to}"
+    if read_to < needs_tombstones_after:  # the first reading goes on
+        following += f"-{needs_tombstones_after}"
+    link = f'</api/v1/changes?after={following}>; rel="next"'
     # Most who poll have read everything: to them b"" is sent quicker than pieces that come to nothing.
     feed = (chunk.feed_lines for chunk in chunks) if after < now else b""
     return answer_now(200, feed, "ndjson", Link=link, Vary="Accept-Encoding")
@@ -2646,23 +2615,21 @@ async def put_month(request: web.Request) -> Answer:
     if status not in ("open", "closed"):
         raise InvalidError("status must be open or closed")
 
-    async def decide() -> tuple[Statements, Apply]:
+    def decide() -> Steps[tuple[Statements, Apply]]:
         """Work out what is to be frozen or forgotten."""
         now, books = state.clock(), state.books
         if reason := books.obstacle(month, status, now):
             raise ConflictError(reason)
         if status == "open":
             return [(statement, [(month,)]) for statement in REOPEN_MONTH], lambda: books.closed.pop(month)
-        work = account_of(books.snapshot(), month, int(now))
-        account = await state.slices.finish(work, first=True)  # all other writes wait for it
+        account = yield from account_of(books.snapshot(), month, int(now))
         return store_account(month, account), lambda: books.closed.update({month: account})
 
     async with state.lock("months"):
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # Only to fill the `late_cache` of the closed months. Then `decide`, for which all other writes
-            # wait, has one month to tally, and not all that have late streams.
+            # Beforehand, as all other writes wait for `decide`: accounts remember what is late of them.
             await state.slices.finish(unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await state.slices.finish(month_rows(state.books.snapshot(), month))
@@ -2745,15 +2712,15 @@ class State:
     usage: Usage
     books: Books
     rng: random.Random  # of the simulation
+    slices: TimeSlices
     journal: Journal | None
     page: tuple[bytes, str]  # and its policy
     clock: Callable[[], float]
     answers: SingleFlight
     last_batch: float = -math.inf  # of the simulation, in monotonic seconds; before the first there is none
-    simulating_since: float = math.inf  # it has not begun, and is not late
+    batch_expected_since: float = math.inf  # none is expected before the simulation begins
     batch_errors: int = 0
     requests: Counter[int] = field(default_factory=Counter)  # answered, by the status' first digit
-    slices: TimeSlices = field(default_factory=TimeSlices)
     locks: WeakValueDictionary[object, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def lock(self, *name: object) -> asyncio.Lock:
@@ -2768,8 +2735,8 @@ class State:
             apply()
             self.usage.sequence = self.usage.last_number  # what `keep` then drops has numbers, too
 
-    async def add(self, events: Sequence[Event], key: tuple[str, bytes] | None = None) -> None:
-        """Create and keep `events`, and the idempotency key, with the body's hash, that they came with."""
+    async def create(self, events: Sequence[Event], key: tuple[str, bytes] | None = None) -> None:
+        """Number and keep `events`, and the idempotency key, with the body's hash, that they came with."""
         first_id = self.usage.next_number(len(events))
         number_events(events, first_id)
 
@@ -2811,8 +2778,9 @@ def create_app(
         usage.add(imported.events)
         usage.sequence = usage.last_number
     rng = random.Random(config.random_seed)  # noqa: S311 - no secret comes of it
-    journal = Journal(database, usage) if database else None
-    app[STATE] = State(config, usage, books, rng, journal, page, clock, SingleFlight(usage))
+    slices = TimeSlices()
+    journal = Journal(database, usage, slices) if database else None
+    app[STATE] = State(config, usage, books, rng, slices, journal, page, clock, SingleFlight(usage))
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_safety_headers)
     if journal:
@@ -2983,7 +2951,7 @@ async def serve(app: web.Application, listener: socket.socket, signalled: Future
     runner = web.AppRunner(
         app,
         access_log_format='%a "%r" %s %b',  # no header: it may hold any control character above 127
-        auto_decompress=False,  # for the reason that `fetch` has
+        auto_decompress=False,  # a small body could become very large
         handler_cancellation=True,
         lingering_time=LINGER_SECONDS,
     )

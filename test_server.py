@@ -1573,7 +1573,7 @@ async def test_a_batch_that_fails_is_counted_and_the_next_one_comes(start: Start
 
 
 async def test_until_its_first_batch_is_late_a_simulation_is_running(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.State, "add", AsyncMock(side_effect=asyncio.Event().wait))
+    monkeypatch.setattr(server.State, "create", AsyncMock(side_effect=asyncio.Event().wait))
     client = await start(simulate=True)
     await asyncio.sleep(0)
     answer = await client.get("/health")
@@ -7702,7 +7702,7 @@ async def test_total_rankings_and_chart_are_of_one_moment_while_others_write(pag
             writing, left = writing + 1, left - 1
             total += writing
             moments.add(total)
-            await state.add([event(NOW - 60, writing, label=f"label{writing % 3}", track_id=f"track{writing % 3}")])
+            await state.create([event(NOW - 60, writing, label=f"label{writing % 3}", track_id=f"track{writing % 3}")])
         await route.continue_()
 
     await page.route("**/usage?*", while_it_asks)
@@ -7770,14 +7770,14 @@ async def test_streams_at_once_of_a_few_seconds_are_those_of_a_whole_window(page
     client = await moment.open([event(NOW // 60 * 60 - 3_601, 1_290)])  # it started in the last second of its minute
     assert "about 21.5 streams" not in await page.text_content(by_testid("beneath"))
     assert "about 22 streams at once" in await page.text_content(by_testid("beneath"))
-    await client.app[server.STATE].add([event(NOW // 60 * 60 - 3_600, 30)])
+    await client.app[server.STATE].create([event(NOW // 60 * 60 - 3_600, 30)])
     await moment.poll()
     assert "about 22 streams at once" in await page.text_content(by_testid("beneath"))
 
 
 async def test_a_page_that_was_opened_while_there_was_nothing_says_the_same_as_a_new_one(page: Any, moment: Moment) -> None:
     client = await moment.open()
-    await client.app[server.STATE].add([event(NOW - 86_400 * 5 - 43_200, 86_400), event(NOW - 60, 86_400)])
+    await client.app[server.STATE].create([event(NOW - 86_400 * 5 - 43_200, 86_400), event(NOW - 60, 86_400)])
     await moment.poll()
     before = await page.text_content(by_testid("beneath"))
     await page.reload()
@@ -7891,7 +7891,7 @@ async def test_a_chip_names_the_whole_hour_or_minute_and_the_status_stays_whole(
         await page.goto(str(client.make_url(f"/?{query}")))
         await page.wait_for_selector(by_testid("clear"))
         assert await page.evaluate("[...document.querySelectorAll('[data-testid=clear] bdi, .status')].filter(each => each.scrollWidth > each.clientWidth).map(each => each.textContent)") == [], query
-    await client.app[server.STATE].add([event(NOW - 7_200, label="A label with a long name")])
+    await client.app[server.STATE].create([event(NOW - 7_200, label="A label with a long name")])
     await page.goto(str(client.make_url("/?bucket=2027-01-15T07&label=A+label+with+a+long+name")))
     await page.wait_for_selector(by_testid("clear"))
     assert (await page.inner_text(f"{by_testid('clear')}.when")).removeprefix("In").strip().startswith("07:00–08:00, ")
@@ -7929,7 +7929,7 @@ async def test_a_page_on_a_phone_does_not_jump_when_the_minutes_get_a_digit_more
     client = await moment.open([event(NOW - 86_400 * 20, 116 * 86_400 + 3_660)])
     tops, texts = set(), set()
     for more in (0, 1_000 * 86_400 + 20 * 3_600 + 52 * 60):
-        await client.app[server.STATE].add([event(NOW - 70_000, more)])
+        await client.app[server.STATE].create([event(NOW - 70_000, more)])
         await moment.poll()
         tops.add(await page.evaluate("document.querySelector('.labels').getBoundingClientRect().top + scrollY"))
         texts.add(await page.evaluate("(each => { const range = document.createRange(); range.selectNodeContents(each); return range.getClientRects().length })(document.querySelector('[data-testid=beneath]'))"))
@@ -8024,7 +8024,7 @@ async def test_everything_is_shown_whatever_was_shown_before_and_however_much_th
     await shows(everything)
     await page.click(f"{by_testid('label-row', label='new')} button")
     await shows(7)
-    await state.add([event(made.stream_started_on, label="new") for made in hourly])
+    await state.create([event(made.stream_started_on, label="new") for made in hourly])
     moment.now += 5
     await page.clock.run_for(5_000)
     await page.wait_for_selector(f'{by_testid("status")}:has-text("Stale")')  # for its minutes are too many now
@@ -8196,7 +8196,7 @@ async def test_what_arrives_is_what_came_and_not_what_is_more_than_before(page: 
     client = await moment.open([event(NOW - 899, 200), event(NOW - 100, 500)], "/?range=15m")
     for _ in range(11):
         await moment.poll()
-    await client.app[server.STATE].add([event(NOW - 10, 300)])
+    await client.app[server.STATE].create([event(NOW - 10, 300)])
     await moment.poll()
     assert await page.text_content(by_testid("total-seconds")) == "800"
     assert await page.text_content(by_testid("arrived")) == "+300 s"
@@ -8315,7 +8315,7 @@ async def test_the_table_of_the_chart_names_its_columns_whatever_labels_are_call
     seconds = {f"label {number}": number for number in range(1, 12)} | {"5 other labels": 12}  # as the last layer is called
     client = await moment.open(event(seconds=number, label=name) for name, number in seconds.items())
     for number, name in enumerate(("label 3", "label 9", "5 other labels", "label 1")):
-        await client.app[server.STATE].add([event(seconds=50, label=name), event(seconds=1, label=f"new {number}")])
+        await client.app[server.STATE].create([event(seconds=50, label=name), event(seconds=1, label=f"new {number}")])
         await moment.poll()
         seconds[name] += 50
         best = sorted(seconds, key=lambda label: (-seconds[label], label))[:7]
@@ -8336,7 +8336,7 @@ async def test_without_a_tag_nothing_is_taken_for_unchanged(page: Any, moment: M
     await page.route("**/usage?*", answer_without_a_tag)
     await page.emulate_media(reduced_motion="reduce")
     client = await moment.open([event()])
-    await client.app[server.STATE].add([event(seconds=7)])
+    await client.app[server.STATE].create([event(seconds=7)])
     await moment.poll()
     assert (await figures(page))[0] == 67
 
@@ -8410,7 +8410,7 @@ async def test_live_is_one_screen_whatever_is_filtered_and_however_stale_it_is(p
 
 async def test_what_has_arrived_is_said_beside_no_other_total(page: Any, moment: Moment) -> None:
     client = await moment.open([event(), event(label="label2")])
-    await client.app[server.STATE].add([event(seconds=77)])
+    await client.app[server.STATE].create([event(seconds=77)])
     await moment.poll()
     assert await page.text_content(by_testid("arrived")) == "+77 s"
     await page.click(f"{by_testid('label-row', label='label2')} button")
@@ -8949,7 +8949,7 @@ async def test_a_statement_without_a_second_is_told_in_words_and_both_adjustment
     december = int(datetime(2026, 12, 5, tzinfo=UTC).timestamp())
     client = await moment.open([event(december, 100, label="a"), event(december, 300, "user2", label="b")], "/?view=money", db=tmp_path / "usage.db")
     assert (await client.put("/api/v1/months/2026-12", json={"status": "closed"})).status == 200
-    await client.app[server.STATE].add([event(december, 50, "user2", label="a")])
+    await client.app[server.STATE].create([event(december, 50, "user2", label="a")])
     line = (await (await client.get("/api/v1/report?month=2027-01")).json())["data"]["labels"][0]
     await page.goto(str(client.make_url(f"/?view=money&month=2027-01&label={line['label']}")))
     await page.wait_for_selector(by_testid("statement-adjustment"))
