@@ -1541,8 +1541,7 @@ class Database:
         for file, opened in self.opened.items():
             now = file.stat() if file.exists() else None
             if not now or not os.path.samestat(now, opened):  # SQLite would go on in a file that is lost
-                if file == self.wal:
-                    self._checkpoint()  # SQLite has it open still, so what is in it comes into the file
+                self.wal_in_doubt |= file == self.wal  # SQLite has it open: `commit` saves what is in it
                 raise StorageError(f"{file.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes.get(file, 0):
                 raise StorageError(f"{file.name} has been truncated")

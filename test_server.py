@@ -5902,7 +5902,7 @@ async def test_a_log_that_another_process_has_emptied_and_written_to_is_whole(tm
         assert (await get_json(f"{await program.url()}/health"))["events"] == 6
 
 
-async def test_a_write_that_failed_without_the_disk_failing_holds_up_no_other(tmp_path: Path) -> None:
+async def test_beside_a_long_reader_a_write_goes_on_and_what_stops_it_is_named(tmp_path: Path) -> None:
     path = tmp_path / "usage.db"
     async with started("--db", str(path), "--no-simulation") as program, aiohttp.ClientSession() as session:
         url = await program.url()
@@ -5915,6 +5915,14 @@ async def test_a_write_that_failed_without_the_disk_failing_holds_up_no_other(tm
             writer.execute("ROLLBACK")
             for _ in range(3):  # the reader goes on, and no sync has failed
                 assert await post_one(session, url) == 201
+            (tmp_path / "usage.db-wal").unlink()
+            async with session.post(f"{url}/api/v1/streams", json=STREAM | {"stream_started_on": 1}) as answer:
+                assert (answer.status, (await answer.json())["error"]) == (503, "nothing can be stored: usage.db-wal has been removed")
+        assert await post_one(session, url) == 503  # without the reader what was in it comes into the file
+        program.process.kill()
+        await program.process.wait()
+    async with started("--db", str(path), "--no-simulation") as program:
+        assert (await get_json(f"{await program.url()}/health"))["events"] == 4
 
 
 CHECKPOINT_OFTEN = """
