@@ -226,8 +226,8 @@ class TimeSlices:
     async def begin_request(self, in_memory_write: bool) -> None:
         """Wait for a new round if the requests' time slice is over: many may come at once.
 
-        A write with --db then waits for the disk. One in memory is done at once, so many that wait would fill
-        the new round: ROUND_WRITES of them go on in it, and the others wait for the next.
+        Writes in memory are done at once, so many that wait would fill the new round: ROUND_WRITES of them
+        go on in it, and the others wait for the next.
         """
         if time.monotonic() > self.requests_until:
             async with self.writes if in_memory_write else contextlib.nullcontext():
@@ -444,7 +444,7 @@ class Chunk(list[Any]):
 
     @cached_property
     def json_lines(self) -> bytes:
-        """The JSON of each event after a newline, which no JSON of an event can hold."""
+        """The JSON of each event after a newline, which it cannot hold: `write_list` makes it a comma."""
         return "".join([f"\n{{{event.json_fields}}}" for event in self]).encode()
 
     @property
@@ -769,7 +769,7 @@ USER_COLUMNS = ("user_id", "product_type", "fee", "origin")
 PAYER_COLUMNS = (*USER_COLUMNS, "net", "seconds_streamed", "of_seconds", "part")
 
 ByUser = dict[str, Totals]  # of each user the totals by label or by track
-NOBODY: ByUser = {}  # of a month without streams
+NOBODY: ByUser = {}  # of a month without streams: always this one object, for `late_cache`
 Adjustments = dict[tuple[str, str], tuple[int, int]]  # amounts by the month that they are for, and label
 
 
@@ -906,8 +906,8 @@ def quota(amount: int, claim: int, whole: int) -> int:
     claims are not exact: they are seconds x `user_price` and `silent_price`, which `tally` rounds down. So
     one is too low by less than 2 x seconds. With 2**30 streams of HIGHEST_SECONDS and 2**30 fees of
     HIGHEST_FEE there are less than 2**61 seconds and 2**50 cents: so `amount` x `claim` is too low by less
-    than 2**112, and to divide by `whole` only lessens that. To round to 160 places less hides it, but where
-    the border between rounding up and down lies in it: 1 time in 2**48.
+    than 2**112, and to divide by `whole` only lessens that. Rounded to 160 places less, a quota is another
+    only if the border between rounding up and down lies within the error: once in 2**48 times.
     """
     less = CLAIM_BITS - QUOTA_BITS
     return (amount * claim // (whole or 1) + (1 << (less - 1))) >> less
@@ -1489,7 +1489,9 @@ class Database:
         The mode "r+b" makes no new file.
         """
         self.failed = False
-        self.wal_in_doubt = False  # it may hold a commit whose sync failed: after a restart that would count
+        # True while the WAL may hold a commit whose sync has failed, which would count after a restart. Also
+        # once it has been removed, and what it holds has to be saved: SQLite has it open.
+        self.must_checkpoint = False
         self.last_commit = -math.inf
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         real = os.path.realpath(path)
@@ -1534,18 +1536,18 @@ class Database:
             if time.monotonic() > until:
                 raise StorageError("another process reads the file")
             time.sleep(0.01)
-        self.wal_in_doubt = False
+        self.must_checkpoint = False
 
     def _begin(self) -> None:
         """Begin a transaction in files that are whole; raises StorageError if they are not."""
         for file, opened in self.opened.items():
             now = file.stat() if file.exists() else None
             if not now or not os.path.samestat(now, opened):  # SQLite would go on in a file that is lost
-                self.wal_in_doubt |= file == self.wal  # SQLite has it open: `commit` saves what is in it
+                self.must_checkpoint |= file == self.wal
                 raise StorageError(f"{file.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes.get(file, 0):
                 raise StorageError(f"{file.name} has been truncated")
-        if self.wal_in_doubt:
+        if self.must_checkpoint:
             self._checkpoint()
         self.connection.execute("BEGIN IMMEDIATE")  # from now on no other process can empty the WAL
         # At byte 16 the index has the number of the frames that are in the WAL (sqlite.org/walformat.html).
@@ -1569,11 +1571,11 @@ class Database:
                 self._begin()
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-                self.wal_in_doubt = True  # until the commit, at the end of the `with`, has succeeded
-            self.wal_in_doubt = False
+                self.must_checkpoint = True  # until the commit, at the end of the `with`, has succeeded
+            self.must_checkpoint = False
         except Exception as error:
             self.failed = True
-            if self.wal_in_doubt:  # a kill may come: so this is tried now, and again by the next `_begin`
+            if self.must_checkpoint:  # a kill may come: so this is tried now, and again by the next `_begin`
                 with contextlib.suppress(StorageError, sqlite3.Error):
                     self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None
@@ -1831,7 +1833,7 @@ async def run_simulation(state: State) -> None:
     if not state.config.simulate:
         return
     interval, began = state.config.interval, time.monotonic()
-    state.batch_expected_since = began
+    state.batch_expected_since = began  # from then on /health tells when none has come
     while True:
         try:
             await tick(state, state.clock(), state.rng)
@@ -2102,6 +2104,12 @@ def join_up_to(most: float, pieces: Pieces) -> Steps[bytes | None]:
     return bytes(made)
 
 
+def is_kept(flight: asyncio.Task[Any]) -> bool:
+    """Tell whether it has made a short answer, and not None, as for one that is too long to be joined."""
+    made = flight.done() and not flight.cancelled() and not flight.exception()
+    return made and flight.result() is not None and len(flight.result()) <= KEPT_BYTES
+
+
 class SingleFlight:
     """Answers: each is made once for all who wait and, if it is short, kept until the usage changes."""
 
@@ -2133,9 +2141,7 @@ class SingleFlight:
             if not self.waiters[flight]:
                 del self.waiters[flight]
                 flight.cancel()  # of one that is done this does nothing
-                made = flight.done() and not flight.cancelled() and not flight.exception()
-                is_short = made and 0 < len(flight.result() or b"") <= KEPT_BYTES  # None is for a longer one
-                if not is_short and flights.get(key) is flight:
+                if not is_kept(flight) and flights.get(key) is flight:
                     del flights[key]
 
 
@@ -2172,7 +2178,6 @@ async def answer_cached(
     etag = own_etag or state.usage.etag
     headers = cache_headers(etag, kind) + more
     name = (etag, key)  # the ETag, too, for an `own_etag` may change while the data do not
-    # `get` calls the lambda, and so `make`, at once: so its data are those of the ETag.
     body = await state.answers.get(name, lambda: state.slices.finish(join_up_to(most, make())))
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):  # only now, for there could have been an error
         return Answer(304, headers=headers)
@@ -2480,10 +2485,12 @@ async def delete_stream(request: web.Request) -> Answer:
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a cursor, each stream once, as it is now.
 
-    A cursor is AFTER, the number up to which the client has read, or NAME-AFTER with the sequence's name: it
-    needs the tombstones of all later removals. But a first reading, from 0 on, may take several pages. While
-    it does, the cursor is NAME-AFTER-BEGAN, and BEGAN the number at which it began: what was removed before
-    that was never shown to the client, so it needs only the tombstones of later removals.
+    A cursor has one of these forms:
+    - NAME-AFTER: the client has read the sequence of this name up to the number AFTER. The tombstones of all
+      later removals must be there still, or this is 410.
+    - AFTER alone, of whatever sequence; 0 begins a first reading.
+    - NAME-AFTER-BEGAN: it is reading for the first time, in pages, and started at the number BEGAN. What was
+      removed before that it has never seen, so only the tombstones of later removals must be there.
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
@@ -2502,7 +2509,7 @@ async def get_changes(request: web.Request) -> Answer:
         if sum(map(len, page)) == limit:
             read_to = page[-1][-1].version
     following = f"{usage.sequence_name}-{read_to}"
-    if read_to < needs_tombstones_after:  # the first reading goes on
+    if read_to < needs_tombstones_after:  # it has not read up to BEGAN
         following += f"-{needs_tombstones_after}"
     link = f'</api/v1/changes?after={following}>; rel="next"'
     # Most who poll have read everything: to them b"" is sent quicker than pieces that come to nothing.
@@ -2628,7 +2635,7 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # Beforehand, as all other writes wait for `decide`: accounts remember what is late of them.
+            # Only to fill the `late_cache` of the accounts, for `decide`, which all other writes wait for.
             await state.slices.finish(unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await state.slices.finish(month_rows(state.books.snapshot(), month))
