@@ -769,7 +769,7 @@ USER_COLUMNS = ("user_id", "product_type", "fee", "origin")
 PAYER_COLUMNS = (*USER_COLUMNS, "net", "seconds_streamed", "of_seconds", "part")
 
 ByUser = dict[str, Totals]  # of each user the totals by label or by track
-NOBODY: ByUser = {}  # of a month without streams: always this one object, for `late_cache`
+NOBODY: ByUser = {}  # of a month without streams: one object, for `late_cache` compares by identity
 Adjustments = dict[tuple[str, str], tuple[int, int]]  # amounts by the month that they are for, and label
 
 
@@ -906,8 +906,9 @@ def quota(amount: int, claim: int, whole: int) -> int:
     claims are not exact: they are seconds x `user_price` and `silent_price`, which `tally` rounds down. So
     one is too low by less than 2 x seconds. With 2**30 streams of HIGHEST_SECONDS and 2**30 fees of
     HIGHEST_FEE there are less than 2**61 seconds and 2**50 cents: so `amount` x `claim` is too low by less
-    than 2**112, and to divide by `whole` only lessens that. Rounded to 160 places less, a quota is another
-    only if the border between rounding up and down lies within the error: once in 2**48 times.
+    than 2**112, and to divide by `whole` only lessens that. A quota has 160 binary places less (CLAIM_BITS -
+    QUOTA_BITS). So it differs only where the border between rounding up and down lies within the error: once
+    in 2**(160 - 112) times.
     """
     less = CLAIM_BITS - QUOTA_BITS
     return (amount * claim // (whole or 1) + (1 << (less - 1))) >> less
@@ -1019,7 +1020,7 @@ class Account:
     def late_amounts(self, month: str, users: ByUser) -> Steps[Adjustments]:
         """Return how much more each label would get than its amounts, from the month's totals of now.
 
-        These must be of a snapshot. Nobody changes such totals in place (see `Books`), so the same object
+        These must be of a snapshot: `record` copies such a month before it changes it, so the same object
         means the same totals.
         """
         if self.late_cache is None or self.late_cache[0] is not users:
@@ -1489,8 +1490,7 @@ class Database:
         The mode "r+b" makes no new file.
         """
         self.failed = False
-        # True while the WAL may hold a commit whose sync has failed, which would count after a restart. Also
-        # once it has been removed, and what it holds has to be saved: SQLite has it open.
+        # True while the WAL may hold a commit whose sync has failed: it would count after a restart.
         self.must_checkpoint = False
         self.last_commit = -math.inf
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
@@ -1543,7 +1543,8 @@ class Database:
         for file, opened in self.opened.items():
             now = file.stat() if file.exists() else None
             if not now or not os.path.samestat(now, opened):  # SQLite would go on in a file that is lost
-                self.must_checkpoint |= file == self.wal
+                if file == self.wal:  # SQLite has it open still: `commit`, as this fails, saves what is in it
+                    self.must_checkpoint = True
                 raise StorageError(f"{file.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes.get(file, 0):
                 raise StorageError(f"{file.name} has been truncated")
@@ -1575,7 +1576,7 @@ class Database:
             self.must_checkpoint = False
         except Exception as error:
             self.failed = True
-            if self.must_checkpoint:  # a kill may come: so this is tried now, and again by the next `_begin`
+            if self.must_checkpoint:  # now, as a kill may come, or else by the next `_begin`
                 with contextlib.suppress(StorageError, sqlite3.Error):
                     self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None
@@ -1686,7 +1687,7 @@ class Database:
             closed[month].subscriptions[user] = one_of_each(*cells)
         for month, of_month, label, *cents in execute("SELECT * FROM adjustments"):
             closed[month].adjustments[of_month, label] = (*cents,)
-        months = books.snapshot().months  # shared with `closed`: so `record` has to copy what it changes
+        months = books.snapshot().months  # `closed` will share them: so `record` must copy what it changes
         rows = execute("SELECT * FROM closed_totals ORDER BY month, user_id")
         for (month, user), group in itertools.groupby(rows, key=itemgetter(0, 1)):
             own = {label: (streams, seconds) for _, _, label, streams, seconds in group}
@@ -2122,7 +2123,8 @@ class SingleFlight:
     async def get(self, key: object, start: Callable[[], Any]) -> Any:
         """Return what the coroutine of `start` returns; it is cancelled when nobody waits for it any more.
 
-        Who asks first has `start` called, before anything is awaited: so it can take the data of this moment.
+        Who asks first has `start` called at once: so it can take the data of this moment. Its coroutine runs
+        later.
         """
         if self.moment != self.usage.sequence:
             self.moment, self.flights = self.usage.sequence, {}
