@@ -903,12 +903,12 @@ def quota(amount: int, claim: int, whole: int) -> int:
     """Return `amount` x `claim` / `whole`: what a claim comes to, in units of the amount x 2**QUOTA_BITS.
 
     Quotas that are equal on paper must be equal here, or chance would break a tie instead of the name. But
-    claims are not exact: they are seconds x `user_price` and `silent_price`, which `tally` rounds down. So
-    one is too low by less than 2 x seconds. With 2**30 streams of HIGHEST_SECONDS and 2**30 fees of
-    HIGHEST_FEE there are less than 2**61 seconds and 2**50 cents: so `amount` x `claim` is too low by less
-    than 2**112, and to divide by `whole` only lessens that. A quota has 160 binary places less (CLAIM_BITS -
-    QUOTA_BITS). So it differs only where the border between rounding up and down lies within the error: once
-    in 2**(160 - 112) times.
+    claims are not exact: they are seconds x `user_price` + seconds x `silent_price`, and `tally` rounds both
+    prices down. So one is too low by less than 2 x seconds. With 2**30 streams of HIGHEST_SECONDS and 2**30
+    fees of HIGHEST_FEE there are less than 2**61 seconds and 2**50 cents: so `amount` x `claim` is too low by
+    less than 2**112, and to divide by `whole` only lessens that. A quota has 160 binary places less than a
+    claim. So it differs only where the border between rounding up and down lies within the error: once in
+    2**(160 - 112) times.
     """
     less = CLAIM_BITS - QUOTA_BITS
     return (amount * claim // (whole or 1) + (1 << (less - 1))) >> less
@@ -943,7 +943,7 @@ class Books:
         record_users(self.tracks, events, "track_id", sign)
 
     def snapshot(self) -> Books:
-        """Return the books as they are now: months are copied once they change, the rest at once."""
+        """Return the books as they are now: months are copied once they change, accounts are shared."""
         self.copy_on_record |= self.months.keys()
         return Books(self.subscriptions.copy(), self.months.copy(), self.tracks.copy(), self.closed.copy())
 
@@ -1490,8 +1490,8 @@ class Database:
         The mode "r+b" makes no new file.
         """
         self.failed = False
-        # True while the WAL may hold a commit whose sync has failed: it would count after a restart.
-        self.must_checkpoint = False
+        # True while the WAL may hold a commit whose sync has failed, and which would count after a restart.
+        self.wal_in_doubt = False
         self.last_commit = -math.inf
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
         real = os.path.realpath(path)
@@ -1536,19 +1536,20 @@ class Database:
             if time.monotonic() > until:
                 raise StorageError("another process reads the file")
             time.sleep(0.01)
-        self.must_checkpoint = False
+        self.wal_in_doubt = False
 
     def _begin(self) -> None:
         """Begin a transaction in files that are whole; raises StorageError if they are not."""
         for file, opened in self.opened.items():
             now = file.stat() if file.exists() else None
             if not now or not os.path.samestat(now, opened):  # SQLite would go on in a file that is lost
-                if file == self.wal:  # SQLite has it open still: `commit`, as this fails, saves what is in it
-                    self.must_checkpoint = True
+                if file == self.wal:
+                    with contextlib.suppress(StorageError, sqlite3.Error):
+                        self._checkpoint()  # SQLite has it open still: what is in it comes into the file
                 raise StorageError(f"{file.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes.get(file, 0):
                 raise StorageError(f"{file.name} has been truncated")
-        if self.must_checkpoint:
+        if self.wal_in_doubt:
             self._checkpoint()
         self.connection.execute("BEGIN IMMEDIATE")  # from now on no other process can empty the WAL
         # At byte 16 the index has the number of the frames that are in the WAL (sqlite.org/walformat.html).
@@ -1572,11 +1573,11 @@ class Database:
                 self._begin()
                 for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                     self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-                self.must_checkpoint = True  # until the commit, at the end of the `with`, has succeeded
-            self.must_checkpoint = False
+                self.wal_in_doubt = True  # until the commit, at the end of the `with`, has succeeded
+            self.wal_in_doubt = False
         except Exception as error:
             self.failed = True
-            if self.must_checkpoint:  # now, as a kill may come, or else by the next `_begin`
+            if self.wal_in_doubt:  # now, as a kill may come, or else by the next `_begin`
                 with contextlib.suppress(StorageError, sqlite3.Error):
                     self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None
@@ -2511,7 +2512,7 @@ async def get_changes(request: web.Request) -> Answer:
         if sum(map(len, page)) == limit:
             read_to = page[-1][-1].version
     following = f"{usage.sequence_name}-{read_to}"
-    if read_to < needs_tombstones_after:  # it has not read up to BEGAN
+    if read_to < needs_tombstones_after:  # as only in a first reading: it has not read up to BEGAN
         following += f"-{needs_tombstones_after}"
     link = f'</api/v1/changes?after={following}>; rel="next"'
     # Most who poll have read everything: to them b"" is sent quicker than pieces that come to nothing.
@@ -2637,7 +2638,8 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # Only to fill the `late_cache` of the accounts, for `decide`, which all other writes wait for.
+            # Only to fill the `late_cache` of the accounts, which all snapshots share: so `decide`, for which
+            # all other writes wait, finds it filled.
             await state.slices.finish(unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await state.slices.finish(month_rows(state.books.snapshot(), month))
