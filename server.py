@@ -2107,9 +2107,9 @@ def join_up_to(most: float, pieces: Pieces) -> Steps[bytes | None]:
 
 
 def is_kept(flight: asyncio.Task[Any]) -> bool:
-    """Tell whether it has made a short answer, and not None, as for one that is too long to be joined."""
+    """Tell whether it has made a short answer, or None for one too long: so 304 need not try again."""
     made = flight.done() and not flight.cancelled() and not flight.exception()
-    return made and flight.result() is not None and len(flight.result()) <= KEPT_BYTES
+    return made and len(flight.result() or b"") <= KEPT_BYTES
 
 
 class SingleFlight:
