@@ -5647,6 +5647,14 @@ async def post_one(session: aiohttp.ClientSession, url: str, key: str = "") -> i
         return 200 if "Idempotent-Replayed" in answer.headers else answer.status
 
 
+async def events_after_a_kill(program: Program, path: Path | str) -> int:
+    """Kill the program, start another one on its file, and return how many events that has."""
+    program.process.kill()
+    await program.process.wait()
+    async with started("--db", str(path), "--no-simulation") as another:
+        return cast("int", (await get_json(f"{await another.url()}/health"))["events"])
+
+
 @contextlib.asynccontextmanager
 async def failing_syncs(program: Program, when: str = "1+") -> AsyncIterator[None]:
     """Have the disk refuse to sync: each time or, of each thread, the times that `when` tells."""
@@ -5720,10 +5728,7 @@ async def test_after_a_sync_that_failed_no_write_is_taken_while_another_process_
             assert await post_one(session, url) == 503
             other.execute("COMMIT")
             assert await post_one(session, url) == 201
-        program.process.kill()
-        await program.process.wait()
-    async with started("--db", path, "--no-simulation") as program:
-        assert (await get_json(f"{await program.url()}/health"))["events"] == 2
+        assert await events_after_a_kill(program, path) == 2
 
 
 @needs_strace
@@ -5832,10 +5837,7 @@ async def test_a_log_that_was_cut_short_is_not_moved_into_the_file(tmp_path: Pat
         os.truncate(tmp_path / "usage.db-wal", left)
         for _ in range(2):
             assert await post_one(session, url) == 503
-        program.process.kill()
-        await program.process.wait()
-    async with started("--db", str(path), "--no-simulation") as program:
-        assert (await get_json(f"{await program.url()}/health"))["events"] == 1_000
+        assert await events_after_a_kill(program, path) == 1_000
 
 
 async def test_a_file_whose_name_is_no_utf_8_costs_a_503_like_any_other(tmp_path: Path) -> None:
@@ -5860,10 +5862,7 @@ async def test_another_process_may_read_back_up_and_empty_the_log(tmp_path: Path
                 assert other.execute("SELECT count(*) FROM streams").fetchone() == (count,)
         assert await post_one(session, url) == 201
         assert (tmp_path / "usage.db-wal").stat().st_size
-        program.process.kill()
-        await program.process.wait()
-    async with started("--db", str(path), "--no-simulation") as program:
-        assert (await get_json(f"{await program.url()}/health"))["events"] == 5
+        assert await events_after_a_kill(program, path) == 5
 
 
 async def test_a_log_that_was_away_for_a_moment_may_then_be_written_to_by_another_process(tmp_path: Path) -> None:
@@ -5896,10 +5895,7 @@ async def test_a_log_that_another_process_has_emptied_and_written_to_is_whole(tm
             other.execute("CREATE TABLE notes (note)")
         assert 0 < log.stat().st_size < before
         assert await post_one(session, url) == 201
-        program.process.kill()
-        await program.process.wait()
-    async with started("--db", str(path), "--no-simulation") as program:
-        assert (await get_json(f"{await program.url()}/health"))["events"] == 6
+        assert await events_after_a_kill(program, path) == 6
 
 
 async def test_beside_a_long_reader_a_write_goes_on_and_what_stops_it_is_named(tmp_path: Path) -> None:
@@ -5919,10 +5915,7 @@ async def test_beside_a_long_reader_a_write_goes_on_and_what_stops_it_is_named(t
             async with session.post(f"{url}/api/v1/streams", json=STREAM | {"stream_started_on": 1}) as answer:
                 assert (answer.status, (await answer.json())["error"]) == (503, "nothing can be stored: usage.db-wal has been removed")
         assert await post_one(session, url) == 503  # without the reader what was in it comes into the file
-        program.process.kill()
-        await program.process.wait()
-    async with started("--db", str(path), "--no-simulation") as program:
-        assert (await get_json(f"{await program.url()}/health"))["events"] == 4
+        assert await events_after_a_kill(program, path) == 4
 
 
 CHECKPOINT_OFTEN = """
@@ -6408,10 +6401,7 @@ async def test_a_full_disk_is_503_and_it_goes_on_when_there_is_room_again(tmp_pa
         resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, limit)
         assert await post() == 201
         assert (await get_json(f"{url}/health"))["events"] == 1_000 * (stored + 1)
-        program.process.kill()
-        await program.process.wait()
-    async with started("--db", str(path), "--no-simulation") as program:
-        assert (await get_json(f"{await program.url()}/health"))["events"] == 1_000 * (stored + 1)
+        assert await events_after_a_kill(program, path) == 1_000 * (stored + 1)
 
 
 @pytest.mark.skipif(not CAN_MOUNT, reason="nothing can be mounted here")
