@@ -125,7 +125,6 @@ PAGE_STREAMS = 1_000
 WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
 LINGER_SECONDS = 1  # how long a body that nobody wants may go on before its connection is closed
 BODY_BYTES = 1024 * 1024
-LARGE_BODY_BYTES = 64 * 1024  # to parse more takes about a millisecond: so that is done once in a round
 BODY_SECONDS = 10
 POST_EVENTS = 1_000
 BUSY_SECONDS = 1  # how long a commit waits for another process that has locked the file
@@ -176,10 +175,8 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 SLICE_SECONDS = 0.0005  # a time slice
 SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
-ROUND_WRITES = 4  # without --db so many writes begin in a round of the event loop
-# For `sys.setswitchinterval`: how long a thread waits before it demands the interpreter's lock. When the
-# event loop gives the lock up for an instant, after each time slice, the wait begins anew. So with an
-# interval as long as a time slice a thread might never come to demand it.
+# How long a thread waits before it demands the interpreter's lock. Each time that the event loop gives it up,
+# after a time slice, the wait begins anew: so this must be much shorter than that.
 SWITCH_SECONDS = SLICE_SECONDS / 5
 
 Steps = Generator[None, None, T]  # work that yields where others may go on, and returns a T
@@ -207,32 +204,19 @@ def sort_in_steps(items: Iterable[T], key: Callable[[T], Any]) -> Steps[Iterator
 
 
 class TimeSlices:
-    """How requests and longer work share the event loop.
+    """How all work shares the event loop: whatever asks for it gets one time slice, after all others.
 
-    A round of the event loop takes up all that is ready. After each time slice there is a new round.
+    A round of the event loop runs what is ready: all requests that have come, and one such time slice.
     """
 
     def __init__(self) -> None:
-        self.one_a_round = asyncio.Lock()  # slice of longer work
+        self.one_a_round = asyncio.Lock()
         self.long_work = asyncio.Semaphore(MOST_LONG_WORK)
-        self.writes = asyncio.Semaphore(ROUND_WRITES)
-        self.requests_until = 0.0  # in monotonic seconds: the end of their time slice
 
     async def yield_to_others(self) -> None:
-        """Wait for a new round in which no other longer work has its time slice."""
+        """Wait for the next round in which nobody else has the time slice."""
         async with self.one_a_round:
             await asyncio.sleep(0)
-
-    async def begin_request(self, in_memory_write: bool) -> None:
-        """Wait for a new round if the requests' time slice is over: many may come at once.
-
-        Writes in memory are done at once, so many that wait would fill the new round: ROUND_WRITES of them
-        go on in it, and the others wait for the next.
-        """
-        if time.monotonic() > self.requests_until:
-            async with self.writes if in_memory_write else contextlib.nullcontext():
-                await asyncio.sleep(0)
-            self.requests_until = time.monotonic() + SLICE_SECONDS
 
     async def finish(self, work: Generator[Any, None, T], first: bool = False) -> T:
         """Return what `work` returns, and yield to others between its time slices.
@@ -1925,8 +1909,6 @@ async def read_body(request: web.Request) -> bytes:
             body = await request.read()
     except TimeoutError:
         raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_SECONDS} s") from None
-    if len(body) > LARGE_BODY_BYTES:
-        await request.app[STATE].slices.yield_to_others()
     return body
 
 
@@ -2106,46 +2088,42 @@ def join_up_to(most: float, pieces: Pieces) -> Steps[bytes | None]:
     return bytes(made)
 
 
-def is_kept(flight: asyncio.Task[Any]) -> bool:
-    """Tell whether it has made a short answer, or None for one too long: so 304 need not try again."""
-    made = flight.done() and not flight.cancelled() and not flight.exception()
-    return made and len(flight.result() or b"") <= KEPT_BYTES
-
-
 class SingleFlight:
-    """Answers: each is made once for all who wait and, if it is short, kept until the usage changes."""
+    """Answers: each is made once for all who wait and, if it is short, kept until the usage changes.
+
+    What is made is bytes, or None for an answer that is too long: that is kept, too, or each who asks would
+    have it tried anew. Each key names the moment that its answer is of.
+    """
 
     def __init__(self, usage: Usage) -> None:
         self.usage = usage
-        self.moment = 0  # in the sequence of changes
-        self.flights: dict[object, asyncio.Task[Any]] = {}  # the one that was asked for last comes last
-        self.waiters = Counter[asyncio.Task[Any]]()
+        self.moment = 0  # in the sequence of changes, of what is kept
+        self.kept: dict[object, bytes | None] = {}  # the latest come last
+        self.flights: dict[object, asyncio.Task[bytes | None]] = {}
+        self.waiters = Counter[object]()
 
     async def get(self, key: object, start: Callable[[], Any]) -> Any:
-        """Return what the coroutine of `start` returns; it is cancelled when nobody waits for it any more.
-
-        Who asks first has `start` called at once: so it can take the data of this moment. Its coroutine runs
-        later.
-        """
+        """Return what the coroutine of `start` makes; it is cancelled when nobody waits for it any more."""
         if self.moment != self.usage.sequence:
-            self.moment, self.flights = self.usage.sequence, {}
-        flights = self.flights  # of this moment: during the await, a later one may begin others
-        flight = flights.pop(key, None) or asyncio.create_task(start())
-        flights[key] = flight
-        if len(flights) > KEPT_ANSWERS:
-            del flights[next(iter(flights))]
-        if flight.done():  # as most are
-            return flight.result()
-        self.waiters[flight] += 1
+            self.moment, self.kept = self.usage.sequence, {}
+        if key in self.kept:
+            return self.kept[key]
+        if key not in self.flights:
+            self.flights[key] = asyncio.create_task(start())
+        flight = self.flights[key]
+        self.waiters[key] += 1
         try:
-            return await asyncio.shield(flight)
+            made = await asyncio.shield(flight)
         finally:
-            self.waiters[flight] -= 1
-            if not self.waiters[flight]:
-                del self.waiters[flight]
+            self.waiters[key] -= 1
+            if not self.waiters[key]:
+                del self.waiters[key], self.flights[key]
                 flight.cancel()  # of one that is done this does nothing
-                if not is_kept(flight) and flights.get(key) is flight:
-                    del flights[key]
+        if len(made or b"") <= KEPT_BYTES:
+            self.kept[key] = made
+            if len(self.kept) > KEPT_ANSWERS:
+                del self.kept[next(iter(self.kept))]
+        return made
 
 
 @lru_cache(maxsize=64)
@@ -2181,6 +2159,7 @@ async def answer_cached(
     etag = own_etag or state.usage.etag
     headers = cache_headers(etag, kind) + more
     name = (etag, key)  # the ETag, too, for an `own_etag` may change while the data do not
+    # `make` is called at once, by who asks first: so its data are those that the name tells.
     body = await state.answers.get(name, lambda: state.slices.finish(join_up_to(most, make())))
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):  # only now, for there could have been an error
         return Answer(304, headers=headers)
@@ -2249,11 +2228,14 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Have a request answered. It is cancelled with its client (see `serve`), but what it stores goes on."""
     state = request.app[STATE]
-    reads = request.method in READING
-    await state.slices.begin_request(in_memory_write=not reads and not state.journal)
+    writes = request.method not in READING
+    if writes and not state.journal:  # it will wait for no disk, so many writers would leave others no time
+        await state.slices.yield_to_others()
+    else:  # a connection may send many requests at once
+        await asyncio.sleep(0)
     answering = answer_errors(state, request, handler)
     # Without a file nothing is awaited in `State.store`, so no write can be cancelled half-way.
-    answer = await (asyncio.shield(answering) if state.journal and not reads else answering)
+    answer = await (asyncio.shield(answering) if writes and state.journal else answering)
     state.requests[answer.status // 100] += 1
     return answer
 
@@ -2416,8 +2398,6 @@ async def post_streams(request: web.Request) -> Answer:
         if known:  # the first answer is made again, whatever became of them
             number_events(events, first_id)
         else:
-            if len(body) > LARGE_BODY_BYTES:
-                await state.slices.yield_to_others()  # they are added once in a round, too
             if too_old := state.usage.find_too_old(events):
                 index = f"[{events.index(too_old)}]: " if isinstance(value, list) else ""
                 raise ConflictError(f"{index}--keep would drop it at once, as one of the oldest")

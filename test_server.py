@@ -2114,20 +2114,20 @@ async def test_what_is_long_is_not_kept(start: Start, monkeypatch: pytest.Monkey
     for path in ("/api/v1/report", "/usage?group_by=label") * 2:
         answer = await client.get(path, headers={"Accept-Encoding": "identity"})
         assert len(await answer.read()) > server.KEPT_BYTES
-    assert not client.app[server.STATE].answers.flights
+    assert not client.app[server.STATE].answers.kept
 
 
 async def test_no_more_answers_are_kept_than_fit_and_the_latest_ones(start: Start) -> None:
     client = await start([event(NOW - number) for number in range(30)])
     for number in range(3 * server.KEPT_ANSWERS):
         await client.get(f"/usage?to={NOW - number}")
-    flights = client.app[server.STATE].answers.flights
-    assert len(flights) == server.KEPT_ANSWERS
+    kept = client.app[server.STATE].answers.kept
+    assert len(kept) == server.KEPT_ANSWERS
     await client.get(f"/usage?to={NOW - 3 * server.KEPT_ANSWERS + 1}")
-    assert client.app[server.STATE].answers.flights is flights
+    assert client.app[server.STATE].answers.kept is kept
     add(client.app[server.STATE].usage, [event()])
     await client.get("/usage", headers={"Accept-Encoding": "identity"})
-    assert len(client.app[server.STATE].answers.flights) == 1
+    assert len(client.app[server.STATE].answers.kept) == 1
 
 
 @pytest.mark.parametrize(
@@ -2227,7 +2227,8 @@ async def test_work_for_clients_that_have_disconnected_ends_without_a_word(
     before = steps
     await asyncio.sleep(0.1)
     assert steps == before
-    assert not client.app[server.STATE].answers.flights
+    answers = client.app[server.STATE].answers
+    assert (len(answers.flights), len(answers.waiters), len(answers.kept)) == (0, 0, 0)
     assert caplog.text == ""
 
 
