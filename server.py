@@ -734,7 +734,8 @@ def aggregate(
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
 # Who is owed what. Money is in ints: cents, or hundredths of a cent before the revenue is rounded.
 # A month's streams and fees make a ledger, a ledger is shared out, and what comes of it is an account:
-# it follows the streams while the month is open, and is frozen when it is closed.
+# it follows the streams while the month is open, and is frozen when it is closed. What a closed month would
+# give otherwise now is late; what of that no adjustment has paid yet is unpaid.
 # It is shared out in two ways: pro rata, by the seconds of all (`amount`), and user-centric, each fee by the
 # seconds of who pays it (`amount_user_centric`). What a label has a right to, as a fixed-point int, is its
 # claim. The cents that a claim comes to, before they are rounded, are its quota.
@@ -744,7 +745,7 @@ FEE = re.compile(r"[0-9]{1,5}(\.[0-9]{1,2})?")
 HIGHEST_FEE = 1_000_000  # cents
 CURRENCY = "EUR"
 CLAIM_BITS = 512  # binary places of a claim
-QUOTA_BITS = 352  # and of a quota
+QUOTA_BITS = 256  # and of a quota
 AMOUNTS = ("amount", "amount_user_centric")
 ADJUSTMENTS = ("adjustment", "adjustment_user_centric")
 LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", *AMOUNTS, *ADJUSTMENTS)
@@ -753,7 +754,6 @@ USER_COLUMNS = ("user_id", "product_type", "fee", "origin")
 PAYER_COLUMNS = (*USER_COLUMNS, "net", "seconds_streamed", "of_seconds", "part")
 
 ByUser = dict[str, Totals]  # of each user the totals by label or by track
-NOBODY: ByUser = {}  # of a month without streams: one object, for `late_cache` compares by identity
 Adjustments = dict[tuple[str, str], tuple[int, int]]  # amounts by the month that they are for, and label
 
 
@@ -884,18 +884,16 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
 
 
 def quota(amount: int, claim: int, whole: int) -> int:
-    """Return `amount` x `claim` / `whole`: what a claim comes to, in units of the amount x 2**QUOTA_BITS.
+    """Return `amount` x `claim` / `whole`, in units of the amount x 2**QUOTA_BITS.
 
-    Quotas that are equal on paper must be equal here, or chance would break a tie instead of the name. But
-    claims are not exact: they are seconds x `user_price` + seconds x `silent_price`, and `tally` rounds both
-    prices down. So one is too low by less than 2 x seconds. With 2**30 streams of HIGHEST_SECONDS and 2**30
-    fees of HIGHEST_FEE there are less than 2**61 seconds and 2**50 cents: so `amount` x `claim` is too low by
-    less than 2**112, and to divide by `whole` only lessens that. A quota has 160 binary places less than a
-    claim. So it differs only where the border between rounding up and down lies within the error: once in
-    2**(160 - 112) times.
+    Quotas that are equal on paper must be equal here, or chance would break a tie instead of the name. So the
+    last binary places, which are not exact, are rounded off.
     """
-    less = CLAIM_BITS - QUOTA_BITS
-    return (amount * claim // (whole or 1) + (1 << (less - 1))) >> less
+    # A claim is the sum of seconds x one of two prices, which `tally` rounds down: so it is too low by less
+    # than 2 x the seconds of the month. These are less than 2**64, and so is `amount`: so the last 129 places
+    # of their product may be wrong. Of the 256 that are rounded off, this changes one more in 2**127 times.
+    off = CLAIM_BITS - QUOTA_BITS
+    return (amount * claim // (whole or 1) + (1 << (off - 1))) >> off
 
 
 @dataclass
@@ -908,6 +906,7 @@ class Books:
 
     subscriptions: dict[str, Subscription]
     months: defaultdict[str, ByUser] = field(default_factory=lambda: defaultdict(dict))
+    versions: Counter[str] = field(default_factory=Counter)  # of the totals of each month
     tracks: ByUser = field(default_factory=dict)  # over all time
     closed: dict[str, Account] = field(default_factory=dict)
     copy_on_record: set[str] = field(default_factory=set)  # months that a snapshot shares
@@ -922,6 +921,7 @@ class Books:
                 self.months[month] = {**self.months[month]}
                 self.copy_on_record.remove(month)
             record_users(self.months[month], of_month, "label", sign)
+            self.versions[month] += 1
             if not self.months[month]:
                 del self.months[month]
         record_users(self.tracks, events, "track_id", sign)
@@ -929,7 +929,8 @@ class Books:
     def snapshot(self) -> Books:
         """Return the books as they are now: months are copied once they change, accounts are shared."""
         self.copy_on_record |= self.months.keys()
-        return Books(self.subscriptions.copy(), self.months.copy(), self.tracks.copy(), self.closed.copy())
+        months, versions = self.months.copy(), self.versions.copy()
+        return Books(self.subscriptions.copy(), months, versions, self.tracks.copy(), self.closed.copy())
 
     def paying_month(self) -> str:
         """Return the first open month with streams, or the one after the last closed: it pays adjustments."""
@@ -988,7 +989,7 @@ class Account:
     revenue: int
     labels: dict[str, Line]
     adjustments: Adjustments  # what is paid with this month for others, or taken back: see `unpaid`
-    late_cache: tuple[ByUser, Adjustments] | None = None  # what `late_amounts` last got and returned
+    late_cache: tuple[int, Adjustments] | None = None  # the version of the totals, and what was late then
 
     @property
     def status(self) -> str:
@@ -1001,19 +1002,16 @@ class Account:
             lines[label] = add_lines([lines.get(label, Line()), Line(0, 0, 0, 0, *cents)])
         return lines
 
-    def late_amounts(self, month: str, users: ByUser) -> Steps[Adjustments]:
-        """Return how much more each label would get than its amounts, from the month's totals of now.
-
-        These must be of a snapshot: `record` copies such a month before it changes it, so the same object
-        means the same totals.
-        """
-        if self.late_cache is None or self.late_cache[0] is not users:
-            now, late = (yield from tally(users, self.subscriptions)), Adjustments()
+    def late_amounts(self, month: str, books: Books) -> Steps[Adjustments]:
+        """Return how much more each label would get than its amounts, from the month's totals of now."""
+        version = books.versions[month]
+        if self.late_cache is None or self.late_cache[0] != version:
+            now, late = (yield from tally(books.months.get(month, {}), self.subscriptions)), Adjustments()
             for labels, sign in ((now.labels, 1), (self.labels, -1)):
                 for label, line in labels.items():
                     yield
                     add_up(late, (month, label), (line.amount, line.amount_user_centric), sign)
-            self.late_cache = users, late
+            self.late_cache = version, late
         return self.late_cache[1]
 
 
@@ -1026,7 +1024,7 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
-        due |= yield from account.late_amounts(month, books.months.get(month, NOBODY))
+        due |= yield from account.late_amounts(month, books)
     for account in books.closed.values():
         for key, cents in account.adjustments.items():
             yield
@@ -1038,12 +1036,12 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
     """Return what was frozen of a month or, when it is open, what closing it now freezes."""
     if month in books.closed:
         return books.closed[month]
-    users = books.months.get(month, NOBODY)
+    users = books.months.get(month, {})
     ledger = yield from tally(users, books.subscriptions)
     adjustments = (yield from unpaid(books)) if month == books.paying_month() else {}  # one pays all
     money = ledger.fees, ledger.revenue, ledger.labels
-    # Of these totals nothing is late: so `late_amounts` need not tally the month once more.
-    return Account(closed_on, users, books.subscriptions, *money, adjustments, late_cache=(users, {}))
+    nothing_late = books.versions[month], Adjustments()  # so `late_amounts` need not tally this once more
+    return Account(closed_on, users, books.subscriptions, *money, adjustments, nothing_late)
 
 
 def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Account]]:
@@ -1067,7 +1065,7 @@ def month_rows(books: Books, only: str | None = None) -> Steps[list[dict[str, An
         accounts |= books.closed  # also those with nothing in them
     for month, account in sorted(accounts.items(), reverse=True):
         line = add_lines(account.lines().values())
-        late = yield from account.late_amounts(month, books.months.get(month, NOBODY))
+        late = yield from account.late_amounts(month, books)
         rows.append({
             "month": month,
             "status": account.status,
@@ -1676,12 +1674,12 @@ class Database:
         rows = execute("SELECT * FROM closed_totals ORDER BY month, user_id")
         for (month, user), group in itertools.groupby(rows, key=itemgetter(0, 1)):
             own = {label: (streams, seconds) for _, _, label, streams, seconds in group}
-            of_now = months.get(month, NOBODY).get(user, {})
+            of_now = months.get(month, {}).get(user, {})
             closed[month].totals[user] = of_now if of_now == own else own
         for month, account in closed.items():
-            if account.totals == (users := months.get(month, NOBODY)):
+            if account.totals == (users := months.get(month, {})):
                 # Nothing is late, whatever cents a later version of this program would work out.
-                account.totals, account.late_cache = users, (users, {})
+                account.totals, account.late_cache = users, (books.versions[month], {})
 
 
 @dataclass
@@ -2468,32 +2466,26 @@ async def delete_stream(request: web.Request) -> Answer:
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a cursor, each stream once, as it is now.
 
-    A cursor has one of these forms:
-    - NAME-AFTER: the client has read the sequence of this name up to the number AFTER. The tombstones of all
-      later removals must be there still, or this is 410.
-    - AFTER alone, of whatever sequence; 0 begins a first reading.
-    - NAME-AFTER-BEGAN: it is reading for the first time, in pages, and started at the number BEGAN. What was
-      removed before that it has never seen, so only the tombstones of later removals must be there.
+    A cursor is NAME-AFTER: the client has read the sequence of this name up to the number AFTER. While it
+    reads for the first time, in pages, it is NAME-AFTER-SINCE: what was removed up to the number SINCE, when
+    that began, it has never seen, so only tombstones of later removals must be there. A number alone will do.
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     cursor, limit = asked.get("after", "0"), asked.get("limit", math.inf)
-    name, *numbers = cursor.split("-") if "-" in cursor else ("", cursor)
+    name, *numbers = cursor.split("-") if "-" in cursor else (usage.sequence_name, cursor)
     now = read_to = usage.sequence
-    after, needs_tombstones_after = int(numbers[0]), int(numbers[-1])  # BEGAN or, without it, AFTER
+    after, since = int(numbers[0]), int(numbers[-1])
     if after == 0:  # a first reading begins
-        needs_tombstones_after = now
-    is_known = after <= now and usage.tombstones_since <= needs_tombstones_after <= now
-    if name not in ("", usage.sequence_name) or not is_known:
+        since = now
+    if name != usage.sequence_name or not (after <= now and usage.tombstones_since <= since <= now):
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
     if "limit" in asked:
         chunks = page = await state.slices.finish(in_steps(chunks))
         if sum(map(len, page)) == limit:
             read_to = page[-1][-1].version
-    following = f"{usage.sequence_name}-{read_to}"
-    if read_to < needs_tombstones_after:  # as only in a first reading: it has not read up to BEGAN
-        following += f"-{needs_tombstones_after}"
+    following = f"{name}-{read_to}" + (f"-{since}" if since > read_to else "")
     link = f'</api/v1/changes?after={following}>; rel="next"'
     # Most who poll have read everything: to them b"" is sent quicker than pieces that come to nothing.
     feed = (chunk.feed_lines for chunk in chunks) if after < now else b""
@@ -2618,8 +2610,8 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # Only to fill the `late_cache` of the accounts, which all snapshots share: so `decide`, for which
-            # all other writes wait, finds it filled.
+            # Only to fill `late_cache` of the accounts, which all snapshots share: all other writes wait for
+            # `decide`, and with that it is done sooner.
             await state.slices.finish(unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await state.slices.finish(month_rows(state.books.snapshot(), month))
