@@ -744,8 +744,8 @@ FACTORS = {"app_store": 70, "web": 90}  # per cent: what the store or the paymen
 FEE = re.compile(r"[0-9]{1,5}(\.[0-9]{1,2})?")
 HIGHEST_FEE = 1_000_000  # cents
 CURRENCY = "EUR"
-CLAIM_BITS = 512  # binary places of a claim
-QUOTA_BITS = 256  # and of a quota
+CLAIM_BITS = 640  # binary places of a claim
+QUOTA_BITS = 384  # and of a quota
 AMOUNTS = ("amount", "amount_user_centric")
 ADJUSTMENTS = ("adjustment", "adjustment_user_centric")
 LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", *AMOUNTS, *ADJUSTMENTS)
@@ -848,13 +848,13 @@ def tally(users: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Led
     claims = Counter[str]()
     for user, own in users.items():
         yield
-        user_price, seconds = 0, seconds_of(own)
+        price, seconds = 0, seconds_of(own)
         if seconds and user in subscriptions:
-            user_price = (subscriptions[user].net << CLAIM_BITS) // seconds
+            price = (subscriptions[user].net << CLAIM_BITS) // seconds  # of one of them
             silent_net, silent_users = silent_net - subscriptions[user].net, silent_users - 1
         for label, total in own.items():
             add_up(totals, label, total)
-            claims[label] += user_price * total[1]
+            claims[label] += price * total[1]
     seconds, revenue = seconds_of(totals), (net + 50) // 100
     silent_price, by_seconds = (silent_net << CLAIM_BITS) // (seconds or 1), Counter[str]()
     for label, total in totals.items():
@@ -935,11 +935,11 @@ class Books:
     def paying_month(self) -> str:
         """Return the first open month with streams, or the one after the last closed: it pays adjustments."""
         last = max(self.closed, default="1969-12")  # without any, there is nothing to adjust
-        after_last = month_of(month_start(last) // DAY + 31)
+        after_last = month_of(month_start(last) // DAY + 31)  # the 32nd day is one of the next month
         return min(self.months.keys() - self.closed.keys(), default=after_last)
 
     def obstacle(self, month: str, new_status: str, now: float) -> str:
-        """Return why a closed month cannot be opened again, or an open one closed, or "" if it can."""
+        """Return why a month cannot get a new status, or "" if it can."""
         if new_status == "open":
             return f"{max(self.closed)} is closed: open it first" if max(self.closed) > month else ""
         if month >= month_of(int(now) // DAY):
@@ -1472,7 +1472,8 @@ class Database:
         The mode "r+b" makes no new file.
         """
         self.failed = False
-        # True while the WAL may hold a commit whose sync has failed, and which would count after a restart.
+        # True while the WAL may hold a commit whose sync has failed. The index does not count it, so nobody
+        # reads it, but after a kill SQLite makes a new index and counts it.
         self.wal_in_doubt = False
         self.last_commit = -math.inf
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
@@ -1512,7 +1513,7 @@ class Database:
         self.lock.close()
 
     def _checkpoint(self) -> None:
-        """Move what is committed from the WAL into the file, and empty the WAL: what has failed is gone."""
+        """Move what the index counts from the WAL into the file, and empty the WAL: the rest is gone."""
         until = time.monotonic() + BUSY_SECONDS  # SQLite waits for readers, but not for another's checkpoint
         while self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             if time.monotonic() > until:
@@ -1551,16 +1552,17 @@ class Database:
     def commit(self, statements: Statements) -> None:
         """Store all of it or, with a StorageError, nothing; when this returns it is on disk."""
         try:
-            with self.connection:  # it commits, or rolls back what fails
-                self._begin()
-                for statement, group in itertools.groupby(statements, key=itemgetter(0)):
-                    self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-                self.wal_in_doubt = True  # until the commit, at the end of the `with`, has succeeded
+            self._begin()
+            for statement, group in itertools.groupby(statements, key=itemgetter(0)):
+                self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
+            self.wal_in_doubt = True  # until it has succeeded
+            self.connection.commit()
             self.wal_in_doubt = False
         except Exception as error:
             self.failed = True
-            if self.wal_in_doubt:  # now, as a kill may come, or else by the next `_begin`
-                with contextlib.suppress(StorageError, sqlite3.Error):
+            with contextlib.suppress(StorageError, sqlite3.Error):
+                self.connection.rollback()
+                if self.wal_in_doubt:  # now, as a kill may come, or else by the next `_begin`
                     self._checkpoint()
             raise StorageError(f"nothing can be stored: {error}") from None
         self.failed = False
@@ -1804,7 +1806,7 @@ async def simulate_history(state: State) -> None:
             break
         events += simulate_batch(int(now - number * config.interval), state.rng)
     if events:
-        events.reverse()
+        events.reverse()  # so ids come in order of time
         await state.create(events)
 
 
@@ -2610,8 +2612,8 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # Only to fill `late_cache` of the accounts, which all snapshots share: all other writes wait for
-            # `decide`, and with that it is done sooner.
+            # What this returns is not used: it fills `late_cache` of the accounts, which all snapshots share.
+            # So `decide` is done soon. All other writes wait for that one, and none for this.
             await state.slices.finish(unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await state.slices.finish(month_rows(state.books.snapshot(), month))
