@@ -175,8 +175,8 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 SLICE_SECONDS = 0.0005  # a time slice
 SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
-# How long a thread waits before it demands the interpreter's lock. Each time that the event loop gives it up,
-# after a time slice, the wait begins anew: so this must be much shorter than that.
+# How long a thread waits for the interpreter's lock before it demands it. After each time slice the event
+# loop gives the lock up for an instant, too short to get it, and the wait begins anew: so it must be short.
 SWITCH_SECONDS = SLICE_SECONDS / 5
 
 Steps = Generator[None, None, T]  # work that yields where others may go on, and returns a T
@@ -215,7 +215,7 @@ class TimeSlices:
 
     async def yield_to_others(self) -> None:
         """Wait for the next round in which nobody else has the time slice."""
-        async with self.one_a_round:
+        async with self.one_a_round:  # who has it waits for a round, and leaves it to who is next
             await asyncio.sleep(0)
 
     async def finish(self, work: Generator[Any, None, T], first: bool = False) -> T:
@@ -428,7 +428,7 @@ class Chunk(list[Any]):
 
     @cached_property
     def json_lines(self) -> bytes:
-        """The JSON of each event after a newline, which it cannot hold: `write_list` makes it a comma."""
+        """The JSON of each event, with a newline before it: `write_list` makes commas of these for a list."""
         return "".join([f"\n{{{event.json_fields}}}" for event in self]).encode()
 
     @property
@@ -447,8 +447,8 @@ class Chunk(list[Any]):
         return "".join(lines).encode()
 
     @cached_property
-    def known(self) -> dict[object, Totals | None]:
-        """The totals that `count_chunk` has found; None where there are too many to be remembered."""
+    def known(self) -> dict[object, Totals]:
+        """The totals that `count_chunk` has found, by window and names."""
         return {}
 
 
@@ -633,6 +633,7 @@ def first_of(chunks: Iterable[Chunk], limit: float) -> Iterator[Chunk]:
 Total = tuple[int, int]  # streams and seconds
 Totals = dict[Any, Total]
 WINDOWS = {"minute": 60, "hour": 3_600, "day": DAY}  # and month, which has no fixed length
+MANY: Totals = {}  # stands for totals that are too many to be remembered
 
 
 def totals_of(events: Sequence[Event], names: Sequence[str], window: str | None = None) -> Totals:
@@ -681,23 +682,23 @@ def count_chunk(chunk: Chunk, window: str | None, by: tuple[str, ...], wanted: W
     A chunk remembers totals that are few. Where they are many, to filter before counting saves work.
     """
     names = (*by, *(name for name, _ in wanted if name not in by))  # to filter by one it must be in the keys
-    grouping = window, names
-    found = chunk.known.get(grouping)
-    if found is None and grouping in chunk.known:  # they are many
+    found = chunk.known.get((window, names))
+    if found is MANY:
         return totals_of(matching(chunk, wanted), by, window)
-    if found is None:
+    if found is None:  # it is the first time
         found = totals_of(chunk, names, window)
-        chunk.known[grouping] = found if len(found) <= len(chunk) // 4 else None
+        chunk.known[window, names] = found if len(found) <= len(chunk) // 4 else MANY
         if len(chunk.known) > KNOWN_TOTALS:
             del chunk.known[next(iter(chunk.known))]
+    first = 1 if window else 0  # the place of the first name in a key
     for name, values in wanted:
-        at = names.index(name) - len(names)  # from the end: the window may stand before the names
+        at = first + names.index(name)
         found = {key: total for key, total in found.items() if key[at] in values}
     if names == by:
         return found
     sums: Totals = {}
     for key, total in found.items():
-        add_up(sums, key[: len(by) - len(names)], total)  # without the names that are only filtered by
+        add_up(sums, key[: first + len(by)], total)  # without the names that are only filtered by
     return sums
 
 
@@ -733,12 +734,15 @@ def aggregate(
 
 # ── Royalties ───────────────────────────────────────────────────────────────────────────────────
 # Who is owed what. Money is in ints: cents, or hundredths of a cent before the revenue is rounded.
-# A month's streams and fees make a ledger, a ledger is shared out, and what comes of it is an account:
-# it follows the streams while the month is open, and is frozen when it is closed. What a closed month would
-# give otherwise now is late; what of that no adjustment has paid yet is unpaid.
-# It is shared out in two ways: pro rata, by the seconds of all (`amount`), and user-centric, each fee by the
-# seconds of who pays it (`amount_user_centric`). What a label has a right to, as a fixed-point int, is its
-# claim. The cents that a claim comes to, before they are rounded, are its quota.
+#
+#     amount   what a label gets of a month's revenue: pro rata, by the seconds of all, or user-centric, each
+#              fee by the seconds of who pays it
+#     claim    what a label has a right to of the net fees, in hundredths of a cent x 2**CLAIM_BITS
+#     quota    what a claim comes to in cents of the revenue, x 2**QUOTA_BITS, before it is rounded
+#     ledger   what a month's streams and fees come to, and how they are shared out
+#     account  a month's money: it follows the streams while the month is open, and is frozen with its close
+#     late     how much more, or less, a closed month would give a label now
+#     unpaid   what of that no adjustment has paid yet
 
 FACTORS = {"app_store": 70, "web": 90}  # per cent: what the store or the payment provider leaves
 FEE = re.compile(r"[0-9]{1,5}(\.[0-9]{1,2})?")
@@ -818,13 +822,13 @@ def add_lines(lines: Iterable[Line]) -> Line:
 class Ledger:
     """What a month's streams and fees come to, and what each label is owed of it.
 
-    Fees and revenue are in cents, net fees in hundredths of one, claims in these x 2**CLAIM_BITS.
-    A label's user-centric claim is the sum, over users, of net fee x seconds of the label / seconds of the
-    user, and a part of the fees of the silent by the seconds of all.
+    Fees and revenue are in cents, net fees in hundredths of one. A label's user-centric claim is the sum,
+    over users, of net fee x seconds of the label / seconds of the user, and a part of the fees of the silent
+    by the seconds of all.
     """
 
     labels: dict[str, Line]
-    claims: Counter[str]
+    claims: Counter[str]  # user-centric
     seconds: int
     fees: int
     net: int
@@ -845,28 +849,28 @@ def tally(users: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Led
         fees, net = fees + subscription.fee, net + subscription.net
     silent_net, silent_users = net, len(subscriptions)  # until they are found to have streamed
     totals: Totals = {}
-    claims = Counter[str]()
+    pro_rata, centric = Counter[str](), Counter[str]()  # claims
     for user, own in users.items():
         yield
-        price, seconds = 0, seconds_of(own)
-        if seconds and user in subscriptions:
-            price = (subscriptions[user].net << CLAIM_BITS) // seconds  # of one of them
+        price, user_seconds = 0, seconds_of(own)
+        if user_seconds and user in subscriptions:
+            price = (subscriptions[user].net << CLAIM_BITS) // user_seconds  # of a second
             silent_net, silent_users = silent_net - subscriptions[user].net, silent_users - 1
         for label, total in own.items():
             add_up(totals, label, total)
-            claims[label] += price * total[1]
+            centric[label] += price * total[1]
     seconds, revenue = seconds_of(totals), (net + 50) // 100
-    silent_price, by_seconds = (silent_net << CLAIM_BITS) // (seconds or 1), Counter[str]()
+    price_of_all, silent_price = ((each << CLAIM_BITS) // (seconds or 1) for each in (net, silent_net))
     for label, total in totals.items():
         yield
-        claims[label] += silent_price * total[1]
-        by_seconds[label] = total[1] << CLAIM_BITS
+        pro_rata[label] = price_of_all * total[1]
+        centric[label] += silent_price * total[1]
     cents = revenue if seconds else 0
-    pro_rata = yield from share_out(cents, seconds, by_seconds)
-    centric = yield from share_out(cents, net, claims)
-    lines = ((label, Line(*total, pro_rata[label], centric[label])) for label, total in totals.items())
+    amounts = yield from share_out(cents, net, pro_rata)
+    amounts_centric = yield from share_out(cents, net, centric)
+    lines = ((label, Line(*total, amounts[label], amounts_centric[label])) for label, total in totals.items())
     labels = dict((yield from in_steps(lines)))
-    return Ledger(labels, claims, seconds, fees, net, revenue, silent_net, silent_users)
+    return Ledger(labels, centric, seconds, fees, net, revenue, silent_net, silent_users)
 
 
 def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[str, int]]:
@@ -889,9 +893,10 @@ def quota(amount: int, claim: int, whole: int) -> int:
     Quotas that are equal on paper must be equal here, or chance would break a tie instead of the name. So the
     last binary places, which are not exact, are rounded off.
     """
-    # A claim is the sum of seconds x one of two prices, which `tally` rounds down: so it is too low by less
-    # than 2 x the seconds of the month. These are less than 2**64, and so is `amount`: so the last 129 places
-    # of their product may be wrong. Of the 256 that are rounded off, this changes one more in 2**127 times.
+    # Each second is in a claim at two prices at most, its user's and that of the silent, and `tally` rounds
+    # both down: so a claim is too low by less than 2 x the seconds of the month. These are less than 2**64,
+    # and so is `amount`: so their product is too low by less than 2**129. Of 256 places that are rounded off,
+    # this reaches those that stay once in 2**127 times.
     off = CLAIM_BITS - QUOTA_BITS
     return (amount * claim // (whole or 1) + (1 << (off - 1))) >> off
 
@@ -1472,8 +1477,9 @@ class Database:
         The mode "r+b" makes no new file.
         """
         self.failed = False
-        # True while the WAL may hold a commit whose sync has failed. The index does not count it, so nobody
-        # reads it, but after a kill SQLite makes a new index and counts it.
+        # A commit whose sync has failed is in the WAL, but not in the index, so nobody reads it. After a
+        # kill, though, SQLite makes a new index, and would find it. True from each commit on until none is
+        # left: it has succeeded, or a checkpoint, which moves what is in the index, has emptied the WAL.
         self.wal_in_doubt = False
         self.last_commit = -math.inf
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
@@ -1513,7 +1519,7 @@ class Database:
         self.lock.close()
 
     def _checkpoint(self) -> None:
-        """Move what the index counts from the WAL into the file, and empty the WAL: the rest is gone."""
+        """Move what is in the index from the WAL into the file, and empty the WAL."""
         until = time.monotonic() + BUSY_SECONDS  # SQLite waits for readers, but not for another's checkpoint
         while self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             if time.monotonic() > until:
@@ -1555,15 +1561,15 @@ class Database:
             self._begin()
             for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                 self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-            self.wal_in_doubt = True  # until it has succeeded
+            self.wal_in_doubt = True
             self.connection.commit()
             self.wal_in_doubt = False
         except Exception as error:
             self.failed = True
             with contextlib.suppress(StorageError, sqlite3.Error):
                 self.connection.rollback()
-                if self.wal_in_doubt:  # now, as a kill may come, or else by the next `_begin`
-                    self._checkpoint()
+                if self.wal_in_doubt:
+                    self._checkpoint()  # if it fails, the next `_begin` does it
             raise StorageError(f"nothing can be stored: {error}") from None
         self.failed = False
         self.last_commit = time.monotonic()
@@ -1999,10 +2005,12 @@ class Answer(web.StreamResponse):
 
     They are sent as they are, and forgotten: aiohttp's own way of writing a head takes a good part of the
     time that a short answer takes in all, and it holds an answer until the connection's next request.
+    aiohttp calls `prepare`, then `write_eof`, and then reads the two that follow. Its `on_response_prepare`
+    is not sent, for that is what its own `prepare` does.
     """
 
-    keep_alive = True  # aiohttp reads it when all is sent
-    body_length = 0  # its access log reads it: all that was sent, as with its own answers
+    keep_alive = True
+    body_length = 0  # for the access log: all that was sent, as with aiohttp's own answers
 
     def __init__(self, status: int, body: bytes | Pieces = b"", headers: Headers = ()) -> None:
         super().__init__(status=status)
@@ -2120,7 +2128,7 @@ class SingleFlight:
                 del self.waiters[key], self.flights[key]
                 flight.cancel()  # of one that is done this does nothing
         if len(made or b"") <= KEPT_BYTES:
-            self.kept[key] = made
+            self.kept[key] = made  # it may be of an earlier moment: then nobody asks for its key any more
             if len(self.kept) > KEPT_ANSWERS:
                 del self.kept[next(iter(self.kept))]
         return made
@@ -2159,7 +2167,7 @@ async def answer_cached(
     etag = own_etag or state.usage.etag
     headers = cache_headers(etag, kind) + more
     name = (etag, key)  # the ETag, too, for an `own_etag` may change while the data do not
-    # `make` is called at once, by who asks first: so its data are those that the name tells.
+    # Who asks first has `make` called at once, before anything is awaited: so its data are of this ETag.
     body = await state.answers.get(name, lambda: state.slices.finish(join_up_to(most, make())))
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):  # only now, for there could have been an error
         return Answer(304, headers=headers)
@@ -2234,7 +2242,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     else:  # a connection may send many requests at once
         await asyncio.sleep(0)
     answering = answer_errors(state, request, handler)
-    # Without a file nothing is awaited in `State.store`, so no write can be cancelled half-way.
+    # A write must not be cancelled between stored and visible. Without --db nothing is awaited in between.
     answer = await (asyncio.shield(answering) if writes and state.journal else answering)
     state.requests[answer.status // 100] += 1
     return answer
@@ -2468,26 +2476,27 @@ async def delete_stream(request: web.Request) -> Answer:
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a cursor, each stream once, as it is now.
 
-    A cursor is NAME-AFTER: the client has read the sequence of this name up to the number AFTER. While it
-    reads for the first time, in pages, it is NAME-AFTER-SINCE: what was removed up to the number SINCE, when
-    that began, it has never seen, so only tombstones of later removals must be there. A number alone will do.
+    A cursor is NAME-AFTER: the client has read the sequence of this name up to the number AFTER, and must be
+    told of all removals since then. One that reads for the first time, in pages, has never seen what was
+    removed before it began. If that was at the number 900, say, its cursors are NAME-100-900, NAME-200-900
+    and so on: it must be told of removals after 900. Once it has read up to there, its cursor is NAME-900.
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     cursor, limit = asked.get("after", "0"), asked.get("limit", math.inf)
-    name, *numbers = cursor.split("-") if "-" in cursor else (usage.sequence_name, cursor)
+    name, *numbers = cursor.split("-") if "-" in cursor else (usage.sequence_name, cursor)  # AFTER will do
     now = read_to = usage.sequence
-    after, since = int(numbers[0]), int(numbers[-1])
+    after, told_since = int(numbers[0]), int(numbers[-1])
     if after == 0:  # a first reading begins
-        since = now
-    if name != usage.sequence_name or not (after <= now and usage.tombstones_since <= since <= now):
+        told_since = now
+    if name != usage.sequence_name or not (after <= now and usage.tombstones_since <= told_since <= now):
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
     if "limit" in asked:
         chunks = page = await state.slices.finish(in_steps(chunks))
         if sum(map(len, page)) == limit:
             read_to = page[-1][-1].version
-    following = f"{name}-{read_to}" + (f"-{since}" if since > read_to else "")
+    following = f"{name}-{read_to}" + (f"-{told_since}" if told_since > read_to else "")
     link = f'</api/v1/changes?after={following}>; rel="next"'
     # Most who poll have read everything: to them b"" is sent quicker than pieces that come to nothing.
     feed = (chunk.feed_lines for chunk in chunks) if after < now else b""
