@@ -324,7 +324,7 @@ class Event:
 class ChangedEvent(Event):
     """What a stream was changed to; few are, so only these take memory for a version of their own."""
 
-    version: int = 0
+    version: int = 0  # instead of the property
 
 
 @dataclass(slots=True, eq=False)
@@ -467,8 +467,8 @@ class Order:
         """Put each event in its place or, with a `sign` of -1, take out those, the objects themselves."""
         pending = sorted(events, key=self.key)
         while pending:  # in each round those that belong into one chunk, from the last chunk on
-            # The last event belongs into the last chunk that begins at or before it or, if none does, into
-            # the first. With it come all events from that chunk's beginning on.
+            # The last event belongs into the last chunk that begins at or before it, with all others from that
+            # chunk's beginning on. Into the first chunk belong those before its beginning, too.
             found = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
             at = max(0, found - 1)
             start = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
@@ -944,7 +944,7 @@ class Books:
         return min(self.months.keys() - self.closed.keys(), default=after_last)
 
     def obstacle(self, month: str, new_status: str, now: float) -> str:
-        """Return why a month cannot get a new status, or "" if it can."""
+        """Return why a month cannot get the status that it has not, or "" if it can."""
         if new_status == "open":
             return f"{max(self.closed)} is closed: open it first" if max(self.closed) > month else ""
         if month >= month_of(int(now) // DAY):
@@ -1011,7 +1011,8 @@ class Account:
         """Return how much more each label would get than its amounts, from the month's totals of now."""
         version = books.versions[month]
         if self.late_cache is None or self.late_cache[0] != version:
-            now, late = (yield from tally(books.months.get(month, {}), self.subscriptions)), Adjustments()
+            now = yield from tally(books.months.get(month, {}), self.subscriptions)
+            late: Adjustments = {}
             for labels, sign in ((now.labels, 1), (self.labels, -1)):
                 for label, line in labels.items():
                     yield
@@ -1045,8 +1046,9 @@ def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[
     ledger = yield from tally(users, books.subscriptions)
     adjustments = (yield from unpaid(books)) if month == books.paying_month() else {}  # one pays all
     money = ledger.fees, ledger.revenue, ledger.labels
-    nothing_late = books.versions[month], Adjustments()  # so `late_amounts` need not tally this once more
-    return Account(closed_on, users, books.subscriptions, *money, adjustments, nothing_late)
+    account = Account(closed_on, users, books.subscriptions, *money, adjustments)
+    account.late_cache = books.versions[month], {}  # nothing: so `late_amounts` need not tally this once more
+    return account
 
 
 def accounts_of(books: Books, month: str | None = None) -> Steps[dict[str, Account]]:
@@ -1299,7 +1301,7 @@ class Import:
             names = [cell.strip().casefold().replace(" ", "_") for cell in next(rows, [])]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            while True:  # to the end, or to an overlong line: its error has ended `check_lines`
+            while True:  # to the end, which an overlong line is, too: its error has ended `check_lines`
                 with self._noting_fault(f"{path.name}:{rows.line_num + 1}"):
                     if (row := next(rows, None)) is None:
                         break
@@ -1669,7 +1671,7 @@ class Database:
 
     def _load_closed(self, books: Books) -> None:
         """Put what was frozen into `books`; totals that are equal to those of now take no memory twice."""
-        execute, closed, one_of_each = self.connection.execute, books.closed, lru_cache(Subscription)
+        execute, closed, one_of_each = self.connection.execute, books.closed, lru_cache(None)(Subscription)
         for month, closed_on, fees, revenue in execute("SELECT * FROM closed_months"):
             closed[month] = Account(closed_on, {}, {}, fees, revenue, {}, {})
         for month, label, *figures in execute("SELECT * FROM closed_labels"):
@@ -1720,7 +1722,7 @@ class Journal:
     async def append(self, change: Change) -> None:
         """Have a change stored and then made visible; raises StorageError or a ConflictError."""
         self.waiting.append(change)
-        if len(self.waiting) == 1:  # the task takes changes out once they are stored, and ends with the last
+        if len(self.waiting) == 1:  # the task takes a change out once it is stored, and ends with the last
             self.storing = asyncio.create_task(self._store_waiting())
         await asyncio.shield(change.done)
 
@@ -2203,6 +2205,7 @@ def write_rows(kind: str, columns: Sequence[str], work: Steps[Iterable[Sequence[
     def lines(rows: list[Sequence[Any]]) -> bytes:
         if kind == "csv":
             return "".join([encode_cells(*row) + CSV_END for row in rows]).encode()
+        # Column by column, for a column's first cell tells whether all are texts.
         cells = (map(quote, each) if isinstance(each[0], str) else each for each in zip(*rows, strict=True))
         return "".join([template % row for row in zip(*cells, strict=True)]).encode()
 
@@ -2234,10 +2237,10 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Have a request answered. It is cancelled with its client (see `serve`), but what it stores goes on."""
+    """Have a request answered. It is cancelled with its client (see `serve`), but no write is, half-way."""
     state = request.app[STATE]
     writes = request.method not in READING
-    if writes and not state.journal:  # it will wait for no disk, so many writers would leave others no time
+    if writes and not state.journal:  # writes that wait for no disk would leave others no time
         await state.slices.yield_to_others()
     else:  # a connection may send many requests at once
         await asyncio.sleep(0)
@@ -2621,8 +2624,8 @@ async def put_month(request: web.Request) -> Answer:
         if (month in state.books.closed) != (status == "closed"):
             if not state.journal:
                 raise ConflictError("without --db no month can be closed: nothing could be kept")
-            # What this returns is not used: it fills `late_cache` of the accounts, which all snapshots share.
-            # So `decide` is done soon. All other writes wait for that one, and none for this.
+            # Not for what it returns: it fills `late_cache` of the accounts, which all snapshots share. All
+            # other writes wait while the journal runs `decide`: so that has less to do.
             await state.slices.finish(unpaid(state.books.snapshot()))
             await state.journal.append(Change(state.usage.next_number(), decide=decide))
         rows = await state.slices.finish(month_rows(state.books.snapshot(), month))
@@ -2718,7 +2721,7 @@ class State:
 
     def lock(self, *name: object) -> asyncio.Lock:
         """Return the lock of what has this name, so that one change of it waits for the other."""
-        return self.locks.setdefault(name, asyncio.Lock())  # it lives for as long as somebody holds it
+        return self.locks.setdefault(name, asyncio.Lock())  # it lives while somebody has it or waits for it
 
     async def store(self, number: int, statements: Statements, apply: Apply) -> None:
         """Make the change with this number: stored first, visible second; raises StorageError."""
