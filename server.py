@@ -467,7 +467,7 @@ class Order:
         """Put each event in its place or, with a `sign` of -1, take out those, the objects themselves."""
         pending = sorted(events, key=self.key)
         while pending:  # in each round those that belong into one chunk, from the last chunk on
-            # The last event belongs into the last chunk that begins at or before it, with all others from that
+            # The last event belongs into the last chunk that begins at or before it, and so do all from that
             # chunk's beginning on. Into the first chunk belong those before its beginning, too.
             found = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
             at = max(0, found - 1)
