@@ -2237,16 +2237,14 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Have a request answered. It is cancelled with its client (see `serve`), but no write is, half-way."""
-    state = request.app[STATE]
-    writes = request.method not in READING
-    if writes and not state.journal:  # writes that wait for no disk would leave others no time
-        await state.slices.yield_to_others()
-    else:  # a connection may send many requests at once
-        await asyncio.sleep(0)
+    """Have a request answered. If its client disconnects, a read is cancelled (see `serve`), no write is."""
+    state, reads = request.app[STATE], request.method in READING
+    if reads or state.journal:
+        await asyncio.sleep(0)  # or a connection that sends many requests at once would leave others no time
+    else:
+        await state.slices.yield_to_others()  # or many writes would, as they wait for no disk
     answering = answer_errors(state, request, handler)
-    # A write must not be cancelled between stored and visible. Without --db nothing is awaited in between.
-    answer = await (asyncio.shield(answering) if writes and state.journal else answering)
+    answer = await (answering if reads else asyncio.shield(answering))
     state.requests[answer.status // 100] += 1
     return answer
 
