@@ -175,8 +175,8 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 SLICE_SECONDS = 0.0005  # a time slice
 SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
-# How long a thread waits for the interpreter's lock before it demands it. After each time slice the event
-# loop gives the lock up for an instant, too short to get it, and the wait begins anew: so it must be short.
+# A thread that waits for the interpreter's lock demands it after this time. Whenever the event loop gives the
+# lock up, for an instant after each time slice, that time begins anew: so it must be shorter than a slice.
 SWITCH_SECONDS = SLICE_SECONDS / 5
 
 Steps = Generator[None, None, T]  # work that yields where others may go on, and returns a T
@@ -215,7 +215,7 @@ class TimeSlices:
 
     async def yield_to_others(self) -> None:
         """Wait for the next round in which nobody else has the time slice."""
-        async with self.one_a_round:  # who has it waits for a round, and leaves it to who is next
+        async with self.one_a_round:  # held while waiting and not while working: one goes on in each round
             await asyncio.sleep(0)
 
     async def finish(self, work: Generator[Any, None, T], first: bool = False) -> T:
@@ -465,19 +465,12 @@ class Order:
 
     def put(self, events: Iterable[Any], sign: int = 1) -> None:
         """Put each event in its place or, with a `sign` of -1, take out those, the objects themselves."""
-        pending = sorted(events, key=self.key)
-        while pending:  # in each round those that belong into one chunk, from the last chunk on
-            # The last event belongs into the last chunk that begins at or before it, and so do all from that
-            # chunk's beginning on. Into the first chunk belong those before its beginning, too.
-            found = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
-            at = max(0, found - 1)
-            start = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
-            group = pending[start:]
+        for at, group in self._by_chunk(events):
             chunk = Chunk(self.chunks[at] if self.chunks else ())
             if sign < 0:
                 leaving = set(group)
                 chunk = Chunk([event for event in chunk if event not in leaving])
-            elif not chunk or self.key(group[0]) > self.key(chunk[-1]):  # new ids and versions come last
+            elif not chunk or self.key(group[0]) > self.key(chunk[-1]):  # as new ids and versions are
                 chunk += group
             elif len(group) > len(chunk) // 16:  # sorting anew is quicker than finding so many places
                 chunk = Chunk(sorted(chunk + group, key=self.key))
@@ -485,6 +478,19 @@ class Order:
                 for event in group:
                     insort(chunk, event, key=self.key)
             self._replace(at, chunk)
+
+    def _by_chunk(self, events: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
+        """Yield the places of the chunks that events belong into, the last first, and these events.
+
+        An event belongs into the last chunk that begins at or before it or, if none does, into the first.
+        """
+        pending = sorted(events, key=self.key)
+        while pending:
+            found = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
+            at, start = found - 1, 0
+            if at > 0:
+                start = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key)
+            yield max(at, 0), pending[start:]
             del pending[start:]
 
     def between(self, low: float = -math.inf, high: float = math.inf) -> deque[Chunk]:
@@ -715,7 +721,7 @@ def aggregate(
         if window and limit and len(sums) >= limit:
             last_row = next(itertools.islice(sums, limit - 1, None))
             if last_row[0] < windows_of(chunk[:1], window)[0]:
-                break  # what comes from now on is of later windows
+                break  # the first `limit` rows are of windows up to its own, and these are complete
         for key, total in count_chunk(chunk, window, by, wanted).items():
             if key in sums:
                 add_up(sums, key, total)
@@ -749,7 +755,7 @@ FEE = re.compile(r"[0-9]{1,5}(\.[0-9]{1,2})?")
 HIGHEST_FEE = 1_000_000  # cents
 CURRENCY = "EUR"
 CLAIM_BITS = 640  # binary places of a claim
-QUOTA_BITS = 384  # and of a quota
+QUOTA_BITS = 384  # and of a quota: `quota` tells why it has so many less
 AMOUNTS = ("amount", "amount_user_centric")
 ADJUSTMENTS = ("adjustment", "adjustment_user_centric")
 LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", *AMOUNTS, *ADJUSTMENTS)
@@ -895,8 +901,8 @@ def quota(amount: int, claim: int, whole: int) -> int:
     """
     # Each second is in a claim at two prices at most, its user's and that of the silent, and `tally` rounds
     # both down: so a claim is too low by less than 2 x the seconds of the month. These are less than 2**64,
-    # and so is `amount`: so their product is too low by less than 2**129. Of 256 places that are rounded off,
-    # this reaches those that stay once in 2**127 times.
+    # and so is `amount`: so their product is too low by less than 2**129. But 2**256 is rounded off. So the
+    # result is another than that of exact claims once in 2**127 times.
     off = CLAIM_BITS - QUOTA_BITS
     return (amount * claim // (whole or 1) + (1 << (off - 1))) >> off
 
@@ -944,7 +950,7 @@ class Books:
         return min(self.months.keys() - self.closed.keys(), default=after_last)
 
     def obstacle(self, month: str, new_status: str, now: float) -> str:
-        """Return why a month cannot get the status that it has not, or "" if it can."""
+        """Return why a month cannot get this status, or "" if it can: to be opened it must be closed."""
         if new_status == "open":
             return f"{max(self.closed)} is closed: open it first" if max(self.closed) > month else ""
         if month >= month_of(int(now) // DAY):
@@ -994,7 +1000,8 @@ class Account:
     revenue: int
     labels: dict[str, Line]
     adjustments: Adjustments  # what is paid with this month for others, or taken back: see `unpaid`
-    late_cache: tuple[int, Adjustments] | None = None  # the version of the totals, and what was late then
+    # The version of the month's totals, and what was late then: all that ever changes, for all snapshots.
+    late_cache: tuple[int, Adjustments] | None = None
 
     @property
     def status(self) -> str:
@@ -1024,9 +1031,8 @@ class Account:
 def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid, or taken back, for each month and label.
 
-    That is what all closed months would give now, less what they have given: their amounts, and their
-    adjustments for each other. A month that is open again would give nothing, so what others have paid for it
-    is taken back.
+    That is what is late, less what adjustments have paid of it. Of a month that is open again nothing is
+    late, and what others have paid for it is taken back.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
@@ -1301,7 +1307,7 @@ class Import:
             names = [cell.strip().casefold().replace(" ", "_") for cell in next(rows, [])]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            while True:  # to the end, which an overlong line is, too: its error has ended `check_lines`
+            while True:  # no row comes after the last or an overlong line: that has ended `check_lines`
                 with self._noting_fault(f"{path.name}:{rows.line_num + 1}"):
                     if (row := next(rows, None)) is None:
                         break
@@ -1479,9 +1485,9 @@ class Database:
         The mode "r+b" makes no new file.
         """
         self.failed = False
-        # A commit whose sync has failed is in the WAL, but not in the index, so nobody reads it. After a
-        # kill, though, SQLite makes a new index, and would find it. True from each commit on until none is
-        # left: it has succeeded, or a checkpoint, which moves what is in the index, has emptied the WAL.
+        # True from before each commit until it has succeeded or a checkpoint has emptied the WAL. A commit
+        # whose sync has failed is in the WAL, but not in the index: so nobody reads it, and no checkpoint
+        # moves it into the file. After a kill, though, SQLite makes a new index, and would find it.
         self.wal_in_doubt = False
         self.last_commit = -math.inf
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
@@ -1626,7 +1632,8 @@ class Database:
                 FROM replaced WHERE replaced_by = :number""",
             "DELETE FROM replaced WHERE replaced_by = :number",
             "DELETE FROM imports WHERE id = :number",
-            "UPDATE sequence SET number = :last + :size + 1",  # one more: the subscriptions change, too
+            # One more, for the subscriptions; where streams are gone already, some numbers are skipped.
+            "UPDATE sequence SET number = :last + :size + 1",
         )])
         return f"import {number}: {streams} streams and {subscriptions} subscriptions"
 
@@ -1680,7 +1687,8 @@ class Database:
             closed[month].subscriptions[user] = one_of_each(*cells)
         for month, of_month, label, *cents in execute("SELECT * FROM adjustments"):
             closed[month].adjustments[of_month, label] = (*cents,)
-        months = books.snapshot().months  # `closed` will share them: so `record` must copy what it changes
+        months = books.months
+        books.copy_on_record |= months.keys()  # for `closed` will share them
         rows = execute("SELECT * FROM closed_totals ORDER BY month, user_id")
         for (month, user), group in itertools.groupby(rows, key=itemgetter(0, 1)):
             own = {label: (streams, seconds) for _, _, label, streams, seconds in group}
@@ -1722,7 +1730,7 @@ class Journal:
     async def append(self, change: Change) -> None:
         """Have a change stored and then made visible; raises StorageError or a ConflictError."""
         self.waiting.append(change)
-        if len(self.waiting) == 1:  # the task takes a change out once it is stored, and ends with the last
+        if not self.storing or self.storing.done():
             self.storing = asyncio.create_task(self._store_waiting())
         await asyncio.shield(change.done)
 
@@ -2007,12 +2015,12 @@ class Answer(web.StreamResponse):
 
     They are sent as they are, and forgotten: aiohttp's own way of writing a head takes a good part of the
     time that a short answer takes in all, and it holds an answer until the connection's next request.
-    aiohttp calls `prepare`, then `write_eof`, and then reads the two that follow. Its `on_response_prepare`
-    is not sent, for that is what its own `prepare` does.
+    aiohttp calls `prepare` and `write_eof`, then reads `keep_alive` and, for its log, `body_length`. It is
+    its own `prepare` that sends `on_response_prepare`: so that signal is not sent of an Answer.
     """
 
     keep_alive = True
-    body_length = 0  # for the access log: all that was sent, as with aiohttp's own answers
+    body_length = 0  # all that was sent, the head, too, as with aiohttp's own answers
 
     def __init__(self, status: int, body: bytes | Pieces = b"", headers: Headers = ()) -> None:
         super().__init__(status=status)
@@ -2021,7 +2029,7 @@ class Answer(web.StreamResponse):
     async def prepare(self, request: web.BaseRequest) -> None:
         """Send all of it, as fast as the client takes it: aiohttp calls this with what a handler returned.
 
-        A request whose body has not been read to its end is its connection's last (RFC 9110, 15.5.9).
+        A request whose body has not been read to its end is its connection's last.
         """
         body, self.body = self.body, b""
         self.keep_alive = request.keep_alive and request.content.is_eof()
@@ -2119,7 +2127,7 @@ class SingleFlight:
         if key in self.kept:
             return self.kept[key]
         if key not in self.flights:
-            self.flights[key] = asyncio.create_task(start())
+            self.flights[key] = asyncio.create_task(start())  # `start` is called at once
         flight = self.flights[key]
         self.waiters[key] += 1
         try:
@@ -2169,11 +2177,15 @@ async def answer_cached(
     etag = own_etag or state.usage.etag
     headers = cache_headers(etag, kind) + more
     name = (etag, key)  # the ETag, too, for an `own_etag` may change while the data do not
-    # Who asks first has `make` called at once, before anything is awaited: so its data are of this ETag.
-    body = await state.answers.get(name, lambda: state.slices.finish(join_up_to(most, make())))
+
+    def start() -> Any:
+        pieces = make()  # nothing has been awaited yet: so its data are of this ETag
+        return state.slices.finish(join_up_to(most, pieces))
+
+    body = await state.answers.get(name, start)
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):  # only now, for there could have been an error
         return Answer(304, headers=headers)
-    if body is None:  # too long
+    if body is None:  # too long: it is made for each client
         return Answer(200, make(), cache_headers(own_etag or state.usage.etag, kind) + more)
     if len(body) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
         plain, headers = body, (*headers, ("Content-Encoding", "gzip"))
@@ -2240,9 +2252,9 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Have a request answered. If its client disconnects, a read is cancelled (see `serve`), no write is."""
     state, reads = request.app[STATE], request.method in READING
     if reads or state.journal:
-        await asyncio.sleep(0)  # or a connection that sends many requests at once would leave others no time
+        await asyncio.sleep(0)  # a connection may send so many requests at once that others get no time
     else:
-        await state.slices.yield_to_others()  # or many writes would, as they wait for no disk
+        await state.slices.yield_to_others()  # so may many, with writes that wait for no disk
     answering = answer_errors(state, request, handler)
     answer = await (answering if reads else asyncio.shield(answering))
     state.requests[answer.status // 100] += 1
@@ -2268,7 +2280,7 @@ async def answer_errors(state: State, request: web.Request, handler: Handler) ->
 
 
 async def add_safety_headers(_: web.Request, response: web.StreamResponse) -> None:
-    """Put them on what aiohttp itself answers, 417 to an unknown Expect, and close: the body may not come."""
+    """Complete what is no Answer: aiohttp's 417 to an unknown Expect. It closes: the body may not come."""
     response.headers.update((*SAFETY_HEADERS, ("Connection", "close")))
     response.force_close()
 
@@ -2372,16 +2384,15 @@ async def get_streams(request: web.Request) -> Answer:
         raise InvalidError("after must be an id")
     if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
-    # The page is of the events by id, the total of those by start, both of now: an await ends this moment.
-    following, total = state.usage.by_id.between(int(after) + 1), state.usage.count
-    wanted = wanted_in(asked)
+    since, until, in_total = asked.get("from", 0), asked.get("to", sys.maxsize), wanted_in(asked)
+    # All are of now, for an await ends this moment.
+    following, counted = state.usage.by_id.between(int(after) + 1), state.usage.by_start.between(since, until)
+    total, in_page = state.usage.count, in_total
     if asked:  # there are filters
-        since, until = asked.get("from", 0), asked.get("to", sys.maxsize)
-        counted = state.usage.by_start.between(since, until)
-        rows = await state.slices.finish(aggregate(counted, by=(), window=None, wanted=wanted, limit=None))
+        rows = await state.slices.finish(aggregate(counted, (), None, in_total, None))
         total, _ = next(rows, (0, 0))  # streams and seconds, as it is grouped by nothing
-        wanted += (("stream_started_on", range(since, until)),)
-    found = first_of((matching(chunk, wanted) for chunk in following), limit + 1)
+        in_page += (("stream_started_on", range(since, until)),)
+    found = first_of((matching(chunk, in_page) for chunk in following), limit + 1)
     page: list[Event] = list(itertools.chain(*await state.slices.finish(in_steps(found))))
     listed = b",".join(event.json_with_id for event in page[:limit])
     next_id = encode(page[limit - 1].id if len(page) > limit else None)
@@ -2477,27 +2488,27 @@ async def delete_stream(request: web.Request) -> Answer:
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a cursor, each stream once, as it is now.
 
-    A cursor is NAME-AFTER: the client has read the sequence of this name up to the number AFTER, and must be
-    told of all removals since then. One that reads for the first time, in pages, has never seen what was
-    removed before it began. If that was at the number 900, say, its cursors are NAME-100-900, NAME-200-900
-    and so on: it must be told of removals after 900. Once it has read up to there, its cursor is NAME-900.
+    A cursor is NAME-AFTER-SINCE or, where the two numbers are the same, NAME-AFTER: the client has read the
+    sequence of this name up to AFTER, and the tombstones of all removals after SINCE must be there. They
+    differ while it reads for the first time, in pages: what was removed before it began, at SINCE, it never
+    saw.
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     cursor, limit = asked.get("after", "0"), asked.get("limit", math.inf)
     name, *numbers = cursor.split("-") if "-" in cursor else (usage.sequence_name, cursor)  # AFTER will do
     now = read_to = usage.sequence
-    after, told_since = int(numbers[0]), int(numbers[-1])
+    after, since = int(numbers[0]), int(numbers[-1])
     if after == 0:  # a first reading begins
-        told_since = now
-    if name != usage.sequence_name or not (after <= now and usage.tombstones_since <= told_since <= now):
+        since = now
+    if name != usage.sequence_name or not (after <= now and usage.tombstones_since <= since <= now):
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
     if "limit" in asked:
         chunks = page = await state.slices.finish(in_steps(chunks))
         if sum(map(len, page)) == limit:
             read_to = page[-1][-1].version
-    following = f"{name}-{read_to}" + (f"-{told_since}" if told_since > read_to else "")
+    following = f"{name}-{read_to}" + (f"-{since}" if since > read_to else "")
     link = f'</api/v1/changes?after={following}>; rel="next"'
     # Most who poll have read everything: to them b"" is sent quicker than pieces that come to nothing.
     feed = (chunk.feed_lines for chunk in chunks) if after < now else b""
@@ -2912,8 +2923,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address, family=family)
-        # Or the kernel would hold megabytes for a slow reader, and take nothing more until most are read: who
-        # needs WRITE_SECONDS for that would be disconnected.
+        # Else the kernel holds megabytes for a slow reader, and takes nothing more until most of it is read.
+        # A reader that needs WRITE_SECONDS for that would be disconnected.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PIECE_BYTES)
         return listener
     except (OSError, UnicodeError) as error:
