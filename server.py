@@ -175,8 +175,8 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 SLICE_SECONDS = 0.0005  # a time slice
 SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
-# A thread that waits for the interpreter's lock demands it after this time. Whenever the event loop gives the
-# lock up, for an instant after each time slice, that time begins anew: so it must be shorter than a slice.
+# A thread that waits for the interpreter's lock demands it after this time. That begins anew when the event
+# loop gives the lock up for an instant, after each time slice: were it longer, the thread would never get it.
 SWITCH_SECONDS = SLICE_SECONDS / 5
 
 Steps = Generator[None, None, T]  # work that yields where others may go on, and returns a T
@@ -480,17 +480,17 @@ class Order:
             self._replace(at, chunk)
 
     def _by_chunk(self, events: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
-        """Yield the places of the chunks that events belong into, the last first, and these events.
+        """Yield the places of the chunks that events belong into, and these events.
 
-        An event belongs into the last chunk that begins at or before it or, if none does, into the first.
+        An event belongs into the last chunk that begins at or before it or, if none does, into the first. The
+        last place comes first: so `put` may replace a chunk by none or several, and the others stay in place.
         """
         pending = sorted(events, key=self.key)
         while pending:
             found = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
-            at, start = found - 1, 0
-            if at > 0:
-                start = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key)
-            yield max(at, 0), pending[start:]
+            at = max(0, found - 1)
+            start = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
+            yield at, pending[start:]
             del pending[start:]
 
     def between(self, low: float = -math.inf, high: float = math.inf) -> deque[Chunk]:
@@ -519,8 +519,8 @@ class Order:
 class Usage:
     """The events that are kept, by start and by id, and the number of the latest change of all data.
 
-    Of more than `keep` events those that started last are kept. That others are dropped is not written to
-    disk: with --db `keep` is infinite. `record` is told what comes (1) and goes (-1).
+    Of more than `keep` events those that started last are kept. With --db `keep` is infinite, so nothing need
+    be dropped on disk. `record` is told what comes (1) and goes (-1).
     """
 
     def __init__(self, record: Callable[[Sequence[Event], int], object], keep: float = math.inf) -> None:
@@ -719,9 +719,9 @@ def aggregate(
     for chunk in chunks:
         yield
         if window and limit and len(sums) >= limit:
-            last_row = next(itertools.islice(sums, limit - 1, None))
-            if last_row[0] < windows_of(chunk[:1], window)[0]:
-                break  # the first `limit` rows are of windows up to its own, and these are complete
+            window_at_limit = next(itertools.islice(sums, limit - 1, None))[0]
+            if window_at_limit < windows_of(chunk[:1], window)[0]:
+                break  # all events of that window, and of those before it, have been counted
         for key, total in count_chunk(chunk, window, by, wanted).items():
             if key in sums:
                 add_up(sums, key, total)
@@ -901,8 +901,8 @@ def quota(amount: int, claim: int, whole: int) -> int:
     """
     # Each second is in a claim at two prices at most, its user's and that of the silent, and `tally` rounds
     # both down: so a claim is too low by less than 2 x the seconds of the month. These are less than 2**64,
-    # and so is `amount`: so their product is too low by less than 2**129. But 2**256 is rounded off. So the
-    # result is another than that of exact claims once in 2**127 times.
+    # and so is `amount`: so their product is too low by less than 2**129. What it comes to is rounded to the
+    # nearest multiple of 2**256: so exact claims would give another result once in 2**127 times.
     off = CLAIM_BITS - QUOTA_BITS
     return (amount * claim // (whole or 1) + (1 << (off - 1))) >> off
 
@@ -1000,7 +1000,8 @@ class Account:
     revenue: int
     labels: dict[str, Line]
     adjustments: Adjustments  # what is paid with this month for others, or taken back: see `unpaid`
-    # The version of the month's totals, and what was late then: all that ever changes, for all snapshots.
+    # The version of the month's totals, and what was late then. All snapshots share an account, and this is
+    # all that ever changes in it.
     late_cache: tuple[int, Adjustments] | None = None
 
     @property
@@ -1045,7 +1046,10 @@ def unpaid(books: Books) -> Steps[Adjustments]:
 
 
 def account_of(books: Books, month: str, closed_on: int | None = None) -> Steps[Account]:
-    """Return what was frozen of a month or, when it is open, what closing it now freezes."""
+    """Return what was frozen of a month or, when it is open, what closing it now freezes.
+
+    That shares the totals of the books, which must be a snapshot: so `record` copies before it changes them.
+    """
     if month in books.closed:
         return books.closed[month]
     users = books.months.get(month, {})
@@ -1177,6 +1181,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
     adjusted = {name: cents for (name, of_label), cents in account.adjustments.items() if of_label == label}
 
     # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100. They are shown and not paid.
+    # Pro rata a label's part of the seconds is its part of the net fees, which `tally` goes by.
     def rounded(part: int, whole: int, paid: int) -> dict[str, Any]:
         exact = quota(10_000 * revenue, part, whole) >> QUOTA_BITS
         down = exact // 10_000
@@ -1307,7 +1312,9 @@ class Import:
             names = [cell.strip().casefold().replace(" ", "_") for cell in next(rows, [])]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            while True:  # no row comes after the last or an overlong line: that has ended `check_lines`
+            # A bad row is noted, and the loop goes on. So is an overlong line, but its error has ended
+            # `check_lines`: so no further row comes, as after the last.
+            while True:
                 with self._noting_fault(f"{path.name}:{rows.line_num + 1}"):
                     if (row := next(rows, None)) is None:
                         break
@@ -1485,9 +1492,9 @@ class Database:
         The mode "r+b" makes no new file.
         """
         self.failed = False
-        # True from before each commit until it has succeeded or a checkpoint has emptied the WAL. A commit
-        # whose sync has failed is in the WAL, but not in the index: so nobody reads it, and no checkpoint
-        # moves it into the file. After a kill, though, SQLite makes a new index, and would find it.
+        # A commit whose sync has failed could come back after a kill. It is in the WAL, but not in the index:
+        # nobody reads it, and no checkpoint moves it into the file; but then SQLite makes a new index. So this
+        # is True from before each commit until that has succeeded or a checkpoint has emptied the WAL.
         self.wal_in_doubt = False
         self.last_commit = -math.inf
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
@@ -2015,8 +2022,8 @@ class Answer(web.StreamResponse):
 
     They are sent as they are, and forgotten: aiohttp's own way of writing a head takes a good part of the
     time that a short answer takes in all, and it holds an answer until the connection's next request.
-    aiohttp calls `prepare` and `write_eof`, then reads `keep_alive` and, for its log, `body_length`. It is
-    its own `prepare` that sends `on_response_prepare`: so that signal is not sent of an Answer.
+    aiohttp calls `prepare` and `write_eof`, then reads `keep_alive` and, for its log, `body_length`. The
+    `prepare` that this one replaces sends the signal `on_response_prepare`: so that tells of no Answer.
     """
 
     keep_alive = True
@@ -2168,7 +2175,7 @@ async def answer_cached(
 
     `key` is what was asked for, `more` are headers; what does not come from the data has an `own_etag`.
     `make` takes the data of the moment in which it is called, and returns pieces that are made later. Up to
-    `most` bytes of them are joined, and kept for all who ask for the same. If they prove to be longer, `make`
+    `most` bytes of them are joined, once for all who wait for the same. If they prove to be longer, `make`
     is called again for each client, who gets the pieces as they are made: with the data, and under the ETag,
     of that later moment. With an infinite `most` all is made before the head is sent: so an error that comes
     while it is made has a status of its own.
@@ -2221,7 +2228,8 @@ def write_rows(kind: str, columns: Sequence[str], work: Steps[Iterable[Sequence[
         cells = (map(quote, each) if isinstance(each[0], str) else each for each in zip(*rows, strict=True))
         return "".join([template % row for row in zip(*cells, strict=True)]).encode()
 
-    yield from write_list(kind, columns, map(lines, batched((yield from work), STEP_ROWS)))
+    rows = yield from work
+    yield from write_list(kind, columns, map(lines, batched(rows, STEP_ROWS)))
 
 
 def write_success(message: str, work: Steps[Any]) -> Pieces:
@@ -2384,15 +2392,15 @@ async def get_streams(request: web.Request) -> Answer:
         raise InvalidError("after must be an id")
     if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
-    since, until, in_total = asked.get("from", 0), asked.get("to", sys.maxsize), wanted_in(asked)
+    since, until, filters = asked.get("from", 0), asked.get("to", sys.maxsize), wanted_in(asked)
     # All are of now, for an await ends this moment.
     following, counted = state.usage.by_id.between(int(after) + 1), state.usage.by_start.between(since, until)
-    total, in_page = state.usage.count, in_total
+    total = state.usage.count
     if asked:  # there are filters
-        rows = await state.slices.finish(aggregate(counted, (), None, in_total, None))
+        rows = await state.slices.finish(aggregate(counted, (), None, filters, None))
         total, _ = next(rows, (0, 0))  # streams and seconds, as it is grouped by nothing
-        in_page += (("stream_started_on", range(since, until)),)
-    found = first_of((matching(chunk, in_page) for chunk in following), limit + 1)
+        filters += (("stream_started_on", range(since, until)),)  # `counted` is cut to it
+    found = first_of((matching(chunk, filters) for chunk in following), limit + 1)
     page: list[Event] = list(itertools.chain(*await state.slices.finish(in_steps(found))))
     listed = b",".join(event.json_with_id for event in page[:limit])
     next_id = encode(page[limit - 1].id if len(page) > limit else None)
@@ -2488,17 +2496,17 @@ async def delete_stream(request: web.Request) -> Answer:
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a cursor, each stream once, as it is now.
 
-    A cursor is NAME-AFTER-SINCE or, where the two numbers are the same, NAME-AFTER: the client has read the
-    sequence of this name up to AFTER, and the tombstones of all removals after SINCE must be there. They
-    differ while it reads for the first time, in pages: what was removed before it began, at SINCE, it never
-    saw.
+    A cursor is NAME-AFTER: the client has read the sequence of this name up to the number AFTER, and must be
+    told of all later removals. During a first reading in pages it is NAME-AFTER-SINCE, such as NAME-100-900,
+    NAME-200-900 and so on up to NAME-900. SINCE is where that reading began: the client never got what was
+    removed before, so it must be told of removals after SINCE only. Their tombstones must be there still.
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
     cursor, limit = asked.get("after", "0"), asked.get("limit", math.inf)
     name, *numbers = cursor.split("-") if "-" in cursor else (usage.sequence_name, cursor)  # AFTER will do
     now = read_to = usage.sequence
-    after, since = int(numbers[0]), int(numbers[-1])
+    after, since = int(numbers[0]), int(numbers[-1])  # without SINCE it is AFTER
     if after == 0:  # a first reading begins
         since = now
     if name != usage.sequence_name or not (after <= now and usage.tombstones_since <= since <= now):
