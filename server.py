@@ -1493,7 +1493,7 @@ class Database:
         """
         self.failed = False
         # A commit whose sync has failed could come back after a kill. It is in the WAL, but not in the index:
-        # nobody reads it, and no checkpoint moves it into the file; but then SQLite makes a new index. So this
+        # nobody reads it, and no checkpoint moves it into the file. But then SQLite makes a new index. So this
         # is True from before each commit until that has succeeded or a checkpoint has emptied the WAL.
         self.wal_in_doubt = False
         self.last_commit = -math.inf
