@@ -125,6 +125,7 @@ PAGE_STREAMS = 1_000
 WRITE_SECONDS = 60  # a client that takes nothing of its answers for so long is disconnected
 LINGER_SECONDS = 1  # how long a body that nobody wants may go on before its connection is closed
 BODY_BYTES = 1024 * 1024
+LARGE_BODY_BYTES = 64 * 1024  # one that is longer takes a time slice to parse, and more
 BODY_SECONDS = 10
 POST_EVENTS = 1_000
 BUSY_SECONDS = 1  # how long a commit waits for another process that has locked the file
@@ -175,6 +176,7 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 SLICE_SECONDS = 0.0005  # a time slice
 SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
+ROUND_WRITES = 8  # without --db at most so many begin in a round of the event loop
 # A thread that waits for the interpreter's lock demands it after this time. That begins anew when the event
 # loop gives the lock up for an instant, after each time slice: were it longer, the thread would never get it.
 SWITCH_SECONDS = SLICE_SECONDS / 5
@@ -212,6 +214,7 @@ class TimeSlices:
     def __init__(self) -> None:
         self.one_a_round = asyncio.Lock()
         self.long_work = asyncio.Semaphore(MOST_LONG_WORK)
+        self.writes = asyncio.Semaphore(ROUND_WRITES)
 
     async def yield_to_others(self) -> None:
         """Wait for the next round in which nobody else has the time slice."""
@@ -1354,32 +1357,27 @@ def midnight(date: str) -> int:
 
 async def fetch_tracks(url: str) -> bytes:
     """Return what `url` answers; raises InvalidError, with the reason, if it can't be had."""
+    timeout, headers = aiohttp.ClientTimeout(total=FETCH_SECONDS), {"Accept-Encoding": "identity"}
     for number, wait in enumerate(FETCH_WAITS, 1):
         await asyncio.sleep(wait)
         try:
-            return await fetch(url)
+            # A compressed body could hold a thousand times of what it may, so it is not unpacked.
+            async with aiohttp.request(
+                "GET", url, headers=headers, timeout=timeout, raise_for_status=True, auto_decompress=False
+            ) as answer:
+                if (coding := answer.headers.get(hdrs.CONTENT_ENCODING, "identity")) != "identity":
+                    raise InvalidError(f"it is compressed ({coding})")
+                content = bytearray()
+                async for piece in answer.content.iter_any():
+                    content += piece
+                    check_size(len(content))
+                return bytes(content)
         except aiohttp.InvalidURL:
             raise InvalidError("it is no URL") from None
         except (aiohttp.ClientError, OSError) as error:
             reason = str(error) or f"it took longer than {FETCH_SECONDS} s"
         log.warning("try %d of %d to get the tracks failed: %s", number, len(FETCH_WAITS), reason)
     raise InvalidError(reason)
-
-
-async def fetch(url: str) -> bytes:
-    """Try once to get the tracks; raises aiohttp.ClientError, OSError or InvalidError."""
-    timeout, headers = aiohttp.ClientTimeout(total=FETCH_SECONDS), {"Accept-Encoding": "identity"}
-    # A compressed body could hold a thousand times of what it may, so it is not unpacked.
-    async with aiohttp.request(
-        "GET", url, headers=headers, timeout=timeout, raise_for_status=True, auto_decompress=False
-    ) as answer:
-        if (coding := answer.headers.get(hdrs.CONTENT_ENCODING, "identity")) != "identity":
-            raise InvalidError(f"it is compressed ({coding})")
-        content = bytearray()
-        async for piece in answer.content.iter_any():
-            content += piece
-            check_size(len(content))
-        return bytes(content)
 
 
 # ── Storage ─────────────────────────────────────────────────────────────────────────────────────
@@ -1493,8 +1491,8 @@ class Database:
         """
         self.failed = False
         # A commit whose sync has failed could come back after a kill. It is in the WAL, but not in the index:
-        # nobody reads it, and no checkpoint moves it into the file. But then SQLite makes a new index. So this
-        # is True from before each commit until that has succeeded or a checkpoint has emptied the WAL.
+        # nobody reads it, and no checkpoint moves it into the file. But then SQLite makes a new index.
+        # This is true from before each commit until that has succeeded or a checkpoint has emptied the WAL.
         self.wal_in_doubt = False
         self.last_commit = -math.inf
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
@@ -1535,11 +1533,8 @@ class Database:
 
     def _checkpoint(self) -> None:
         """Move what is in the index from the WAL into the file, and empty the WAL."""
-        until = time.monotonic() + BUSY_SECONDS  # SQLite waits for readers, but not for another's checkpoint
-        while self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
-            if time.monotonic() > until:
-                raise StorageError("another process reads the file")
-            time.sleep(0.01)
+        if self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:  # it waits for readers
+            raise StorageError("another process reads the file")
         self.wal_in_doubt = False
 
     def _begin(self) -> None:
@@ -1932,6 +1927,8 @@ async def read_body(request: web.Request) -> bytes:
             body = await request.read()
     except TimeoutError:
         raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_SECONDS} s") from None
+    if len(body) > LARGE_BODY_BYTES:
+        await request.app[STATE].slices.yield_to_others()
     return body
 
 
@@ -2039,6 +2036,8 @@ class Answer(web.StreamResponse):
         A request whose body has not been read to its end is its connection's last.
         """
         body, self.body = self.body, b""
+        if request.transport:  # so all is sent when it returns, which the end waits for
+            request.transport.set_write_buffer_limits(0)
         self.keep_alive = request.keep_alive and request.content.is_eof()
         if not isinstance(body, bytes):
             with contextlib.closing(body):  # or the traceback of an error would hold the chunks
@@ -2258,13 +2257,13 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Have a request answered. If its client disconnects, a read is cancelled (see `serve`), no write is."""
-    state, reads = request.app[STATE], request.method in READING
-    if reads or state.journal:
-        await asyncio.sleep(0)  # a connection may send so many requests at once that others get no time
-    else:
-        await state.slices.yield_to_others()  # so may many, with writes that wait for no disk
+    state, writes = request.app[STATE], request.method not in READING
+    # Each waits for a round, as one connection may send many; and writes that wait for no disk would fill it.
+    async with state.slices.writes if writes and not state.journal else contextlib.nullcontext():
+        await asyncio.sleep(0)
     answering = answer_errors(state, request, handler)
-    answer = await (answering if reads else asyncio.shield(answering))
+    # Without a journal nothing is awaited while a write is made: so it needs no shield.
+    answer = await (asyncio.shield(answering) if writes and state.journal else answering)
     state.requests[answer.status // 100] += 1
     return answer
 
@@ -2978,21 +2977,12 @@ async def serve(app: web.Application, listener: socket.socket, signalled: Future
     output(1).say(f"Listening on {site.name}\n")
     await asyncio.wrap_future(signalled)
     await site.stop()
-    await finish_requests(cast("web.Server", runner.server))
+    await asyncio.sleep(0)  # lets the requests that have come begin
+    server = cast("web.Server", runner.server)
+    server.pre_shutdown()
+    await server.shutdown(1.5)  # seconds; it waits up to twice that for the requests under way
     logging.shutdown()
     os._exit(0)  # to free all events, to close the database or to end a report would take seconds
-
-
-async def finish_requests(server: web.Server) -> None:
-    """Wait for the requests under way to be answered, and for the answers to be sent, but not for long."""
-    transports = [connection.transport for connection in server.connections]
-    await asyncio.sleep(0)  # lets the requests that have come begin
-    server.pre_shutdown()
-    await server.shutdown(1.5)  # seconds; it waits up to twice that
-    for _ in range(50):  # half a second
-        if not any(each and each.get_write_buffer_size() for each in transports):
-            break
-        await asyncio.sleep(0.01)
 
 
 def set_up_process() -> None:

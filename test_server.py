@@ -2576,6 +2576,71 @@ async def test_requests_that_come_all_at_once_let_the_event_loop_go_round(start:
     pytest.fail("20,000 requests were answered in one round of the event loop")
 
 
+@contextlib.asynccontextmanager
+async def counting_rounds() -> AsyncIterator[list[int]]:
+    """Count the rounds of the event loop, in the one item of a list."""
+    rounds = [0]
+
+    async def count() -> None:
+        while True:
+            rounds[0] += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(count())
+    yield rounds
+    task.cancel()
+
+
+@pytest.mark.parametrize("durable", [False, True])
+async def test_large_bodies_that_end_at_once_are_parsed_in_rounds_of_their_own(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    client = await start(**({"db": tmp_path / "usage.db"} if durable else {}))
+    body, parse, parsed_in = json.dumps([STREAM] * 900).encode(), server.parse_json, list[int]()
+    async with counting_rounds() as rounds:
+
+        def note_round(body: bytes) -> object:
+            parsed_in.append(rounds[0])
+            return parse(body)
+
+        monkeypatch.setattr(server, "parse_json", note_round)
+        connections = [await asyncio.open_connection(client.host, client.port) for _ in range(9)]
+        for _, writer in connections:
+            writer.write(b"POST /api/v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body[:-1]))
+            await writer.drain()
+        await asyncio.sleep(0.1)
+        for _, writer in connections:
+            writer.write(body[-1:])
+        for reader, writer in connections:
+            assert (await read_answer(reader))[0] == 201
+            writer.close()
+    assert len(set(parsed_in)) == len(parsed_in) == 9
+
+
+async def test_long_work_goes_on_beside_many_writers(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = await start(random_events(random.Random(48), 20_000))
+    monkeypatch.setattr(server, "SLICE_SECONDS", 0)
+    body = json.dumps(STREAM).encode()
+    request = b"POST /api/v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+    async def write_on() -> None:
+        reader, writer = await asyncio.open_connection(client.host, client.port)
+        with contextlib.closing(writer):
+            while True:
+                writer.write(request)
+                assert (await read_answer(reader))[0] == 201
+
+    writers = [asyncio.create_task(write_on()) for _ in range(64)]
+    await asyncio.sleep(0.1)
+    async with counting_rounds() as rounds:
+        before = rounds[0]
+        assert len(await (await client.get("/usage?group_by=label")).json()) == 3
+        assert rounds[0] - before < 400  # it takes some 20 time slices
+    for task in writers:
+        task.cancel()
+    await asyncio.gather(*writers, return_exceptions=True)
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
 async def test_a_write_goes_on_when_its_client_disconnects(start: Start, tmp_path: Path, method: str) -> None:
     client = await start(db=tmp_path / "usage.db")
