@@ -2392,10 +2392,10 @@ async def get_streams(request: web.Request) -> Answer:
     if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
     since, until, filters = asked.get("from", 0), asked.get("to", sys.maxsize), wanted_in(asked)
-    # All are of now, for an await ends this moment.
-    following, counted = state.usage.by_id.between(int(after) + 1), state.usage.by_start.between(since, until)
-    total = state.usage.count
+    # The page is of the events by id, the total of those by start, both of now: an await ends this moment.
+    following, total = state.usage.by_id.between(int(after) + 1), state.usage.count
     if asked:  # there are filters
+        counted = state.usage.by_start.between(since, until)
         rows = await state.slices.finish(aggregate(counted, (), None, filters, None))
         total, _ = next(rows, (0, 0))  # streams and seconds, as it is grouped by nothing
         filters += (("stream_started_on", range(since, until)),)  # `counted` is cut to it
