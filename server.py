@@ -177,8 +177,8 @@ SLICE_SECONDS = 0.0005  # a time slice
 SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
 ROUND_WRITES = 8  # without --db at most so many begin in a round of the event loop
-# A thread that waits for the interpreter's lock demands it after this time. That begins anew when the event
-# loop gives the lock up for an instant, after each time slice: were it longer, the thread would never get it.
+# A thread that waits for the interpreter's lock demands it after this time. The event loop releases the lock
+# when it polls its sockets, after each time slice, and the thread's time begins anew: so it must be shorter.
 SWITCH_SECONDS = SLICE_SECONDS / 5
 
 Steps = Generator[None, None, T]  # work that yields where others may go on, and returns a T
@@ -721,10 +721,11 @@ def aggregate(
     sums: Totals = {}  # events come in order of time, so do their windows, and a dict keeps that order
     for chunk in chunks:
         yield
+        # The first `limit` rows are of windows up to that of the `limit`-th key.
         if window and limit and len(sums) >= limit:
             window_at_limit = next(itertools.islice(sums, limit - 1, None))[0]
             if window_at_limit < windows_of(chunk[:1], window)[0]:
-                break  # all events of that window, and of those before it, have been counted
+                break  # and all events of these have been counted
         for key, total in count_chunk(chunk, window, by, wanted).items():
             if key in sums:
                 add_up(sums, key, total)
@@ -808,7 +809,7 @@ def parse_subscription(value: object) -> Subscription:
 
 
 def euros(units: int, places: int = 2) -> Money:
-    """Write cents as a decimal; with more `places`, fractions of them."""
+    """Write units of 10**-places of a euro as a decimal: cents, or with 6 `places` millionths."""
     return Money(f"{Decimal(units).scaleb(-places):f}")
 
 
@@ -824,6 +825,7 @@ class Line(NamedTuple):
 
 
 def add_lines(lines: Iterable[Line]) -> Line:
+    """Return the sum of lines, column by column: of none it is Line(), all zeros."""
     return Line(*map(sum, zip(Line(), *lines, strict=True)))
 
 
@@ -897,15 +899,16 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
 
 
 def quota(amount: int, claim: int, whole: int) -> int:
-    """Return `amount` x `claim` / `whole`, in units of the amount x 2**QUOTA_BITS.
+    """Return `amount` x `claim` / `whole`: in units of `amount` x 2**QUOTA_BITS.
 
+    `claim` is in units of `whole` x 2**CLAIM_BITS.
     Quotas that are equal on paper must be equal here, or chance would break a tie instead of the name. So the
     last binary places, which are not exact, are rounded off.
     """
     # Each second is in a claim at two prices at most, its user's and that of the silent, and `tally` rounds
-    # both down: so a claim is too low by less than 2 x the seconds of the month. These are less than 2**64,
-    # and so is `amount`: so their product is too low by less than 2**129. What it comes to is rounded to the
-    # nearest multiple of 2**256: so exact claims would give another result once in 2**127 times.
+    # both down: so a claim is too low by less than 2 x the seconds of the month. With less than 2**64 of
+    # these, and an amount of less than 2**64, `amount` x `claim` is too low by less than 2**129. The lowest
+    # 256 bits are rounded off. So this changes the result with a chance of 2**129 / 2**256.
     off = CLAIM_BITS - QUOTA_BITS
     return (amount * claim // (whole or 1) + (1 << (off - 1))) >> off
 
@@ -953,7 +956,7 @@ class Books:
         return min(self.months.keys() - self.closed.keys(), default=after_last)
 
     def obstacle(self, month: str, new_status: str, now: float) -> str:
-        """Return why a month cannot get this status, or "" if it can: to be opened it must be closed."""
+        """Return why a month cannot get this status, which it has not yet, or "" if it can."""
         if new_status == "open":
             return f"{max(self.closed)} is closed: open it first" if max(self.closed) > month else ""
         if month >= month_of(int(now) // DAY):
@@ -1185,8 +1188,8 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
 
     # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100. They are shown and not paid.
     # Pro rata a label's part of the seconds is its part of the net fees, which `tally` goes by.
-    def rounded(part: int, whole: int, paid: int) -> dict[str, Any]:
-        exact = quota(10_000 * revenue, part, whole) >> QUOTA_BITS
+    def rounded(claim: int, whole: int, paid: int) -> dict[str, Any]:
+        exact = quota(10_000 * revenue, claim, whole) >> QUOTA_BITS
         down = exact // 10_000
         return {"exact": euros(exact, 6), "rounded_down": euros(down), "cent_added": paid > down}
 
@@ -1490,9 +1493,9 @@ class Database:
         The mode "r+b" makes no new file.
         """
         self.failed = False
-        # A commit whose sync has failed could come back after a kill. It is in the WAL, but not in the index:
-        # nobody reads it, and no checkpoint moves it into the file. But then SQLite makes a new index.
-        # This is true from before each commit until that has succeeded or a checkpoint has emptied the WAL.
+        # A commit whose sync has failed stays in the WAL. The index does not list it, so nobody reads it, and
+        # no checkpoint moves it into the file. But after a kill SQLite makes a new index of the WAL, and what
+        # was refused is there. Set from before each commit until it has succeeded or the WAL is empty.
         self.wal_in_doubt = False
         self.last_commit = -math.inf
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
@@ -1505,7 +1508,7 @@ class Database:
         if is_mounted_alone(real):
             raise StorageError("it is mounted alone: mount its directory")
         # The header is read by hand, before SQLite opens the file. SQLite would make files beside a foreign
-        # one. With immutable=1 it would not, but pass over the WAL that a kill has left of ours.
+        # one. With immutable=1 it would not, but it would also ignore the WAL that a kill leaves beside ours.
         header = os.pread(self.lock.fileno(), 72, 0)
         if header and (header[:16] != b"SQLite format 3\0" or header[68:] != APPLICATION_ID):
             raise StorageError("it is no database of this program")
@@ -2019,8 +2022,8 @@ class Answer(web.StreamResponse):
 
     They are sent as they are, and forgotten: aiohttp's own way of writing a head takes a good part of the
     time that a short answer takes in all, and it holds an answer until the connection's next request.
-    aiohttp calls `prepare` and `write_eof`, then reads `keep_alive` and, for its log, `body_length`. The
-    `prepare` that this one replaces sends the signal `on_response_prepare`: so that tells of no Answer.
+    aiohttp calls `prepare` and `write_eof`, then reads `keep_alive` and, for its log, `body_length`. As this
+    `prepare` takes the place of its own, it sends `on_response_prepare` only of what it answers itself.
     """
 
     keep_alive = True
@@ -2036,7 +2039,7 @@ class Answer(web.StreamResponse):
         A request whose body has not been read to its end is its connection's last.
         """
         body, self.body = self.body, b""
-        if request.transport:  # so all is sent when it returns, which the end waits for
+        if request.transport:  # `drain` then waits until all is sent: so whoever waits for handlers does
             request.transport.set_write_buffer_limits(0)
         self.keep_alive = request.keep_alive and request.content.is_eof()
         if not isinstance(body, bytes):
@@ -2133,7 +2136,7 @@ class SingleFlight:
         if key in self.kept:
             return self.kept[key]
         if key not in self.flights:
-            self.flights[key] = asyncio.create_task(start())  # `start` is called at once
+            self.flights[key] = asyncio.create_task(start())  # called before any await: see `answer_cached`
         flight = self.flights[key]
         self.waiters[key] += 1
         try:
@@ -2258,7 +2261,8 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Have a request answered. If its client disconnects, a read is cancelled (see `serve`), no write is."""
     state, writes = request.app[STATE], request.method not in READING
-    # Each waits for a round, as one connection may send many; and writes that wait for no disk would fill it.
+    # Each request waits for a round, as one connection may send many. A write without a journal is done at
+    # once: so of these only ROUND_WRITES at a time get past this point.
     async with state.slices.writes if writes and not state.journal else contextlib.nullcontext():
         await asyncio.sleep(0)
     answering = answer_errors(state, request, handler)
@@ -2398,7 +2402,7 @@ async def get_streams(request: web.Request) -> Answer:
         counted = state.usage.by_start.between(since, until)
         rows = await state.slices.finish(aggregate(counted, (), None, filters, None))
         total, _ = next(rows, (0, 0))  # streams and seconds, as it is grouped by nothing
-        filters += (("stream_started_on", range(since, until)),)  # `counted` is cut to it
+        filters += (("stream_started_on", range(since, until)),)  # `counted` was cut to it, `following` not
     found = first_of((matching(chunk, filters) for chunk in following), limit + 1)
     page: list[Event] = list(itertools.chain(*await state.slices.finish(in_steps(found))))
     listed = b",".join(event.json_with_id for event in page[:limit])
@@ -2498,7 +2502,7 @@ async def get_changes(request: web.Request) -> Answer:
     A cursor is NAME-AFTER: the client has read the sequence of this name up to the number AFTER, and must be
     told of all later removals. During a first reading in pages it is NAME-AFTER-SINCE, such as NAME-100-900,
     NAME-200-900 and so on up to NAME-900. SINCE is where that reading began: the client never got what was
-    removed before, so it must be told of removals after SINCE only. Their tombstones must be there still.
+    removed before, so it need be told only of removals after SINCE.
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
@@ -2508,6 +2512,7 @@ async def get_changes(request: web.Request) -> Answer:
     after, since = int(numbers[0]), int(numbers[-1])  # without SINCE it is AFTER
     if after == 0:  # a first reading begins
         since = now
+    # All tombstones of removals after SINCE must be there; of earlier ones those are told that are there.
     if name != usage.sequence_name or not (after <= now and usage.tombstones_since <= since <= now):
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
@@ -2949,9 +2954,13 @@ def tidy_log(record: logging.LogRecord) -> bool:
 
 
 def await_signal(signalled: Future[None]) -> None:
-    """Wait for SIGINT or SIGTERM, and end the process: at once or, once it serves, within END_SECONDS."""
+    """Wait for SIGINT or SIGTERM, and end the process.
+
+    While it starts, this ends it at once. Once it serves, `signalled` is running, and `serve` ends it when
+    that has a result or, if it does not within END_SECONDS, this does.
+    """
     signal.sigwait(SIGNALS)
-    if signalled.running():  # `serve` has called `set_running_or_notify_cancel`: it waits for the result
+    if signalled.running():
         signalled.set_result(None)
         time.sleep(END_SECONDS)
     os._exit(0)  # all that was acknowledged is stored
