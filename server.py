@@ -556,8 +556,8 @@ class Usage:
         if over <= 0:
             return None
         earliest = min(events, key=attrgetter("stream_started_on"))
-        # It is dropped if fewer than `over` kept events come before it. A kept one with the same start comes
-        # before it, too, as its id is lower: so `+ 1`.
+        # It is dropped if fewer than `over` kept events come before it. One with the same start does, as its
+        # id is lower: so `+ 1`, for `high` is exclusive.
         earlier = self.by_start.between(high=earliest.stream_started_on + 1)
         return earliest if sum(map(len, earlier)) < over else None
 
@@ -585,8 +585,9 @@ class Usage:
     def changes_after(self, number: int) -> Iterator[Chunk]:
         """Return what was created, changed or removed after a number, as it is now, in order of version."""
         orders = self.by_id, self.changed, self.tombstones
-        # Unpacked at once: so all three are of now, however late they are read.
-        created, changed, removed = (itertools.chain(*order.between(number + 1)) for order in orders)
+        # A list, so all three are of now, however late they are read.
+        found = [order.between(number + 1) for order in orders]
+        created, changed, removed = map(itertools.chain.from_iterable, found)
         unchanged = (event for event in created if type(event) is Event)  # their version is their id
         in_order = merge(unchanged, changed, removed, key=attrgetter("version"))
         return map(Chunk, batched(in_order, CHUNK_EVENTS))
@@ -917,7 +918,7 @@ def quota(amount: int, claim: int, whole: int) -> int:
 class Books:
     """What reports and users are made from. Who reads in steps needs a snapshot: others write in between.
 
-    Months are copied on write: `record` copies a month that a snapshot shares before it changes it, and never
+    A month is copied on write: `record` copies one that a snapshot shares before it changes it. It never
     changes a user's totals in place, but puts new ones there.
     """
 
@@ -972,7 +973,7 @@ def record_users(users: ByUser, events: Sequence[Event], name: str, sign: int) -
         users[user] = {**users.get(user, {})}
     for (user, value), total in totals.items():
         add_up(users[user], value, total, sign)
-        if not users[user]:  # that was the last value
+        if not users[user]:  # that was the last value, so no more of this user comes
             del users[user]
 
 
@@ -1045,7 +1046,7 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     for month, account in books.closed.items():
         due |= yield from account.late_amounts(month, books)
     for account in books.closed.values():
-        for key, cents in account.adjustments.items():
+        for key, cents in account.adjustments.items():  # of months that are open again, too
             yield
             add_up(due, key, cents, -1)
     return due
@@ -1188,8 +1189,8 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
 
     # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100. They are shown and not paid.
     # Pro rata a label's part of the seconds is its part of the net fees, which `tally` goes by.
-    def rounded(claim: int, whole: int, paid: int) -> dict[str, Any]:
-        exact = quota(10_000 * revenue, claim, whole) >> QUOTA_BITS
+    def rounded(own_claim: int, whole: int, paid: int) -> dict[str, Any]:
+        exact = quota(10_000 * revenue, own_claim, whole) >> QUOTA_BITS
         down = exact // 10_000
         return {"exact": euros(exact, 6), "rounded_down": euros(down), "cent_added": paid > down}
 
@@ -1318,8 +1319,8 @@ class Import:
             names = [cell.strip().casefold().replace(" ", "_") for cell in next(rows, [])]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            # A bad row is noted, and the loop goes on. So is an overlong line, but its error has ended
-            # `check_lines`: so no further row comes, as after the last.
+            # A bad row is noted, and the loop goes on. So is an overlong line, but its error ends the
+            # generator `check_lines`: the next row is None, as after the last.
             while True:
                 with self._noting_fault(f"{path.name}:{rows.line_num + 1}"):
                     if (row := next(rows, None)) is None:
@@ -1710,7 +1711,7 @@ class Change:
     """What waits to be stored, up to this number of the sequence, and then made visible.
 
     One with `decide`, as when a month is closed, depends on all changes before it. So it is committed alone:
-    once these are visible, `decide` returns its statements and its `apply`.
+    once these are visible, `decide` returns its statements and its `apply`, or raises a ConflictError.
     """
 
     number: int
@@ -1733,7 +1734,10 @@ class Journal:
         self.thread = ThreadPoolExecutor(1)  # its own, so that no commit queues behind a report
 
     async def append(self, change: Change) -> None:
-        """Have a change stored and then made visible; raises StorageError or a ConflictError."""
+        """Have a change stored and then made visible; raises StorageError or a ConflictError.
+
+        Between `next_number` and this no caller awaits anything: so changes wait in order of their numbers.
+        """
         self.waiting.append(change)
         if not self.storing or self.storing.done():
             self.storing = asyncio.create_task(self._store_waiting())
@@ -2266,7 +2270,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     async with state.slices.writes if writes and not state.journal else contextlib.nullcontext():
         await asyncio.sleep(0)
     answering = answer_errors(state, request, handler)
-    # Without a journal nothing is awaited while a write is made: so it needs no shield.
+    # Without a journal nothing is awaited in `State.store`: so a write that is cancelled has not begun.
     answer = await (asyncio.shield(answering) if writes and state.journal else answering)
     state.requests[answer.status // 100] += 1
     return answer
@@ -2420,7 +2424,7 @@ async def post_streams(request: web.Request) -> Answer:
     body = await read_body(request)
     digest = hashlib.sha256(body).digest()
     async with state.lock("key", key) if key else contextlib.nullcontext():
-        known, first_id = state.usage.keys.get(key or "", (None, 0))
+        known, first_id = state.usage.keys.get(key or "", (None, 0))  # `known` is a digest, too
         if known not in (None, digest):
             raise web.HTTPUnprocessableEntity(reason="this Idempotency-Key came with another body before")
         value = parse_json(body)
@@ -2512,7 +2516,7 @@ async def get_changes(request: web.Request) -> Answer:
     after, since = int(numbers[0]), int(numbers[-1])  # without SINCE it is AFTER
     if after == 0:  # a first reading begins
         since = now
-    # All tombstones of removals after SINCE must be there; of earlier ones those are told that are there.
+    # All tombstones after SINCE must be there. Earlier ones may be told, too, and do no harm.
     if name != usage.sequence_name or not (after <= now and usage.tombstones_since <= since <= now):
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
