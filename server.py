@@ -2040,7 +2040,7 @@ class Answer(web.StreamResponse):
     async def prepare(self, request: web.BaseRequest) -> None:
         """Send all of it, as fast as the client takes it: aiohttp calls this with what a handler returned.
 
-        A request whose body has not been read to its end is its connection's last.
+        A request whose body has not been read to its end is its connection's last (RFC 9112, 9.3).
         """
         body, self.body = self.body, b""
         if request.transport:  # `drain` then waits until all is sent: so whoever waits for handlers does
@@ -2399,10 +2399,11 @@ async def get_streams(request: web.Request) -> Answer:
         raise InvalidError("after must be an id")
     if asked.get("from", 0) > state.clock():
         raise InvalidError("from is in the future")
-    since, until, filters = asked.get("from", 0), asked.get("to", sys.maxsize), wanted_in(asked)
     # The page is of the events by id, the total of those by start, both of now: an await ends this moment.
     following, total = state.usage.by_id.between(int(after) + 1), state.usage.count
-    if asked:  # there are filters
+    filters = wanted_in(asked)
+    if asked:
+        since, until = asked.get("from", 0), asked.get("to", sys.maxsize)
         counted = state.usage.by_start.between(since, until)
         rows = await state.slices.finish(aggregate(counted, (), None, filters, None))
         total, _ = next(rows, (0, 0))  # streams and seconds, as it is grouped by nothing

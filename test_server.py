@@ -2546,12 +2546,17 @@ async def test_a_body_that_says_it_is_too_large_is_413_before_it_comes(start: St
     writer.close()
 
 
+def raw_write(body: bytes, what: str = "POST /api/v1/streams", more: str = "") -> bytes:
+    """Return a write as it goes over the connection; each line of `more` headers has its end."""
+    return f"{what} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
 async def test_a_read_comes_in_between_many_writes_that_come_all_at_once(start: Start) -> None:
     client = await start()
     (reader, writer), *others = [await asyncio.open_connection(client.host, client.port) for _ in range(101)]
     body = json.dumps(STREAM).encode()
     for _, other in others:
-        other.write(b"POST /api/v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        other.write(raw_write(body))
     writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     _, _, answer = await read_answer(reader)
     assert json.loads(answer)["events"] < 50  # they are not all stored before it
@@ -2606,7 +2611,7 @@ async def test_large_bodies_that_end_at_once_are_parsed_in_rounds_of_their_own(
         monkeypatch.setattr(server, "parse_json", note_round)
         connections = [await asyncio.open_connection(client.host, client.port) for _ in range(9)]
         for _, writer in connections:
-            writer.write(b"POST /api/v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body[:-1]))
+            writer.write(raw_write(body)[:-1])
             await writer.drain()
         await asyncio.sleep(0.1)
         for _, writer in connections:
@@ -2621,7 +2626,7 @@ async def test_long_work_goes_on_beside_many_writers(start: Start, monkeypatch: 
     client = await start(random_events(random.Random(48), 20_000))
     monkeypatch.setattr(server, "SLICE_SECONDS", 0)
     body = json.dumps(STREAM).encode()
-    request = b"POST /api/v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    request = raw_write(body)
 
     async def write_on() -> None:
         reader, writer = await asyncio.open_connection(client.host, client.port)
@@ -2657,12 +2662,9 @@ async def test_a_write_goes_on_when_its_client_disconnects(start: Start, tmp_pat
     journal.database.commit = slowly  # a disk that is slow
     body = json.dumps(STREAM | {"label": "changed"}).encode()
     path = "/api/v1/streams" if method == "POST" else "/api/v1/streams/1"
-    for key in (b"k", b"k"):  # the second is the retry, while the first still waits for the disk
+    for key in ("k", "k"):  # the second is the retry, while the first still waits for the disk
         _, writer = await asyncio.open_connection(client.host, client.port)
-        writer.write(
-            b"%b %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nIdempotency-Key: %b\r\nContent-Length: %d\r\n\r\n%b"
-            % (method.encode(), path.encode(), key, len(body), body)
-        )
+        writer.write(raw_write(body, f"{method} {path}", f"Idempotency-Key: {key}\r\n"))
         await asyncio.sleep(0.2)
         writer.transport.abort()
         await asyncio.sleep(0.1)
@@ -3171,7 +3173,7 @@ async def test_a_write_that_is_refused_when_its_client_has_gone_leaves_nothing_i
     url, body = client.make_url("/"), json.dumps(OPEN).encode()
     for number in range(50):
         _, writer = await asyncio.open_connection(url.host, url.port)
-        writer.write(b"PUT /api/v1/months/2019-01 HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        writer.write(raw_write(body, "PUT /api/v1/months/2019-01"))
         await asyncio.sleep(number / 20_000)
         writer.transport.abort()
         await asyncio.sleep(0.01)
@@ -6667,7 +6669,7 @@ async def test_a_signal_amid_downloads_posts_and_batches_breaks_nothing_but_what
                 label = f"{number} {count}"
                 sent[label] = [STREAM | {"stream_started_on": 1, "label": label, "seconds_streamed": at} for at in range(20)]
                 body = json.dumps(sent[label]).encode()
-                writer.write(b"POST /api/v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+                writer.write(raw_write(body))
                 status, _, body = await read_answer(reader)
                 assert status == 201
                 acknowledged[label] = json.loads(body)["data"]
