@@ -177,8 +177,8 @@ SLICE_SECONDS = 0.0005  # a time slice
 SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
 ROUND_WRITES = 8  # without --db at most so many begin in a round of the event loop
-# A thread that waits for the interpreter's lock demands it after this time. The event loop releases the lock
-# when it polls its sockets, after each time slice, and the thread's time begins anew: so it must be shorter.
+# A thread waits so long for the interpreter's lock before it demands it. That must be less than a time slice:
+# after each the event loop releases the lock for a moment, and the thread's wait begins anew.
 SWITCH_SECONDS = SLICE_SECONDS / 5
 
 Steps = Generator[None, None, T]  # work that yields where others may go on, and returns a T
@@ -218,7 +218,7 @@ class TimeSlices:
 
     async def yield_to_others(self) -> None:
         """Wait for the next round in which nobody else has the time slice."""
-        async with self.one_a_round:  # held while waiting and not while working: one goes on in each round
+        async with self.one_a_round:  # held for a round of waiting, and not for the work that follows
             await asyncio.sleep(0)
 
     async def finish(self, work: Generator[Any, None, T], first: bool = False) -> T:
@@ -482,19 +482,20 @@ class Order:
                     insort(chunk, event, key=self.key)
             self._replace(at, chunk)
 
-    def _by_chunk(self, events: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
-        """Yield the places of the chunks that events belong into, and these events.
+    def _by_chunk(self, events: Iterable[Any]) -> list[tuple[int, list[Any]]]:
+        """Return the places of the chunks that events belong into, and these events.
 
         An event belongs into the last chunk that begins at or before it or, if none does, into the first. The
         last place comes first: so `put` may replace a chunk by none or several, and the others stay in place.
         """
-        pending = sorted(events, key=self.key)
+        pending, found = sorted(events, key=self.key), []
         while pending:
-            found = bisect_right(self.chunks, self.key(pending[-1]), key=lambda chunk: self.key(chunk[0]))
-            at = max(0, found - 1)
+            last = self.key(pending[-1])
+            at = max(0, bisect_right(self.chunks, last, key=lambda chunk: self.key(chunk[0])) - 1)
             start = bisect_left(pending, self.key(self.chunks[at][0]), key=self.key) if at else 0
-            yield at, pending[start:]
+            found.append((at, pending[start:]))
             del pending[start:]
+        return found
 
     def between(self, low: float = -math.inf, high: float = math.inf) -> deque[Chunk]:
         """Return the events with `low <= field < high`, in order, as chunks, none of them empty."""
@@ -722,11 +723,11 @@ def aggregate(
     sums: Totals = {}  # events come in order of time, so do their windows, and a dict keeps that order
     for chunk in chunks:
         yield
-        # The first `limit` rows are of windows up to that of the `limit`-th key.
         if window and limit and len(sums) >= limit:
-            window_at_limit = next(itertools.islice(sums, limit - 1, None))[0]
-            if window_at_limit < windows_of(chunk[:1], window)[0]:
-                break  # and all events of these have been counted
+            # Rows come in order of time, too: so the first `limit` are of no later window than this key is.
+            last_window = next(itertools.islice(sums, limit - 1, None))[0]
+            if windows_of(chunk[:1], window)[0] > last_window:
+                break  # all events up to that window have been counted
         for key, total in count_chunk(chunk, window, by, wanted).items():
             if key in sums:
                 add_up(sums, key, total)
@@ -759,8 +760,8 @@ FACTORS = {"app_store": 70, "web": 90}  # per cent: what the store or the paymen
 FEE = re.compile(r"[0-9]{1,5}(\.[0-9]{1,2})?")
 HIGHEST_FEE = 1_000_000  # cents
 CURRENCY = "EUR"
-CLAIM_BITS = 640  # binary places of a claim
-QUOTA_BITS = 384  # and of a quota: `quota` tells why it has so many less
+CLAIM_BITS = 640  # binary places of a claim; the last ones are not exact
+QUOTA_BITS = 384  # binary places of a quota; all are exact
 AMOUNTS = ("amount", "amount_user_centric")
 ADJUSTMENTS = ("adjustment", "adjustment_user_centric")
 LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", *AMOUNTS, *ADJUSTMENTS)
@@ -900,16 +901,12 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
 
 
 def quota(amount: int, claim: int, whole: int) -> int:
-    """Return `amount` x `claim` / `whole`: in units of `amount` x 2**QUOTA_BITS.
+    """Return what a `claim` on `whole` comes to of `amount`, x 2**QUOTA_BITS.
 
-    `claim` is in units of `whole` x 2**CLAIM_BITS.
-    Quotas that are equal on paper must be equal here, or chance would break a tie instead of the name. So the
-    last binary places, which are not exact, are rounded off.
+    Quotas that are equal on paper must be equal here, or chance would break a tie instead of the name. As
+    prices are rounded down, a claim is too low, but only in its last 70 places (README, "Exact, in little
+    memory"). So all places in which claims have more than quotas are rounded off.
     """
-    # Each second is in a claim at two prices at most, its user's and that of the silent, and `tally` rounds
-    # both down: so a claim is too low by less than 2 x the seconds of the month. With less than 2**64 of
-    # these, and an amount of less than 2**64, `amount` x `claim` is too low by less than 2**129. The lowest
-    # 256 bits are rounded off. So this changes the result with a chance of 2**129 / 2**256.
     off = CLAIM_BITS - QUOTA_BITS
     return (amount * claim // (whole or 1) + (1 << (off - 1))) >> off
 
@@ -918,8 +915,8 @@ def quota(amount: int, claim: int, whole: int) -> int:
 class Books:
     """What reports and users are made from. Who reads in steps needs a snapshot: others write in between.
 
-    A month is copied on write: `record` copies one that a snapshot shares before it changes it. It never
-    changes a user's totals in place, but puts new ones there.
+    `record` copies a month that a snapshot shares before it changes it. It never changes a user's totals in
+    place, but puts new ones there.
     """
 
     subscriptions: dict[str, Subscription]
@@ -945,7 +942,10 @@ class Books:
         record_users(self.tracks, events, "track_id", sign)
 
     def snapshot(self) -> Books:
-        """Return the books as they are now: months are copied once they change, accounts are shared."""
+        """Return the books as they are now: months are copied once they change, accounts are shared.
+
+        `tracks` changes with each write, so it is copied at once.
+        """
         self.copy_on_record |= self.months.keys()
         months, versions = self.months.copy(), self.versions.copy()
         return Books(self.subscriptions.copy(), months, versions, self.tracks.copy(), self.closed.copy())
@@ -1494,9 +1494,9 @@ class Database:
         The mode "r+b" makes no new file.
         """
         self.failed = False
-        # A commit whose sync has failed stays in the WAL. The index does not list it, so nobody reads it, and
-        # no checkpoint moves it into the file. But after a kill SQLite makes a new index of the WAL, and what
-        # was refused is there. Set from before each commit until it has succeeded or the WAL is empty.
+        # Whether the WAL may hold a commit whose sync has failed. The index does not list it, so nobody reads
+        # it, and no checkpoint moves it into the file. But after a kill SQLite makes a new index of the WAL,
+        # and what was refused would be there. So such a WAL is emptied before the next commit.
         self.wal_in_doubt = False
         self.last_commit = -math.inf
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
@@ -1526,7 +1526,8 @@ class Database:
         )
         self.wal, shm = Path(f"{real}-wal"), Path(f"{real}-shm")
         self.opened = {file: file.stat() for file in (path, self.wal, shm)}
-        self.sizes = {file: self.opened[file].st_size for file in (path, shm)}  # the largest that were seen
+        # The largest that were seen; that of the WAL is 0 after each checkpoint.
+        self.sizes = {file: self.opened[file].st_size for file in (path, shm)}
         self.index = shm.open("rb", buffering=0)  # it stays open, like `lock`
         (self.page_size,) = self.connection.execute("PRAGMA page_size").fetchone()
 
@@ -1546,9 +1547,9 @@ class Database:
         for file, opened in self.opened.items():
             now = file.stat() if file.exists() else None
             if not now or not os.path.samestat(now, opened):  # SQLite would go on in a file that is lost
-                if file == self.wal:
+                if file == self.wal:  # SQLite has it open still, and puts what it holds into the file
                     with contextlib.suppress(StorageError, sqlite3.Error):
-                        self._checkpoint()  # SQLite has it open still: what is in it comes into the file
+                        self._checkpoint()
                 raise StorageError(f"{file.name} has been {'replaced' if now else 'removed'}")
             if now.st_size < self.sizes.get(file, 0):
                 raise StorageError(f"{file.name} has been truncated")
@@ -2022,12 +2023,11 @@ def write_head(status: int, length: int | None, keep_alive: bool, now: int, head
 
 
 class Answer(web.StreamResponse):
-    """Bytes that are there, or pieces that are made.
+    """Bytes that are there, or pieces that are made: they are sent as they are, and forgotten.
 
-    They are sent as they are, and forgotten: aiohttp's own way of writing a head takes a good part of the
-    time that a short answer takes in all, and it holds an answer until the connection's next request.
-    aiohttp calls `prepare` and `write_eof`, then reads `keep_alive` and, for its log, `body_length`. As this
-    `prepare` takes the place of its own, it sends `on_response_prepare` only of what it answers itself.
+    The class of aiohttp writes a head slowly, and keeps an answer until the connection's next request. So
+    this one replaces what aiohttp uses of an answer: `prepare` and `write_eof`, `keep_alive` and, for the
+    log, `body_length`.
     """
 
     keep_alive = True
@@ -2134,13 +2134,17 @@ class SingleFlight:
         self.waiters = Counter[object]()
 
     async def get(self, key: object, start: Callable[[], Any]) -> Any:
-        """Return what the coroutine of `start` makes; it is cancelled when nobody waits for it any more."""
+        """Return what is kept, or wait for what is made.
+
+        If it is neither, `start` is called, before any await, and makes the coroutine that makes it. That is
+        cancelled when nobody waits for it any more.
+        """
         if self.moment != self.usage.sequence:
             self.moment, self.kept = self.usage.sequence, {}
         if key in self.kept:
             return self.kept[key]
         if key not in self.flights:
-            self.flights[key] = asyncio.create_task(start())  # called before any await: see `answer_cached`
+            self.flights[key] = asyncio.create_task(start())
         flight = self.flights[key]
         self.waiters[key] += 1
         try:
@@ -2180,25 +2184,23 @@ async def answer_cached(
     """Answer with what `make` makes, or with 304 if the client has it already.
 
     `key` is what was asked for, `more` are headers; what does not come from the data has an `own_etag`.
-    `make` takes the data of the moment in which it is called, and returns pieces that are made later. Up to
-    `most` bytes of them are joined, once for all who wait for the same. If they prove to be longer, `make`
-    is called again for each client, who gets the pieces as they are made: with the data, and under the ETag,
-    of that later moment. With an infinite `most` all is made before the head is sent: so an error that comes
-    while it is made has a status of its own.
+    `make` takes the data of the moment in which it is called, and returns pieces that are made later.
+
+    An answer of up to `most` bytes is made whole, once for all who wait for it. For a longer one `make` is
+    called again for each client, who gets the pieces as they are made, with the data of that later moment.
+    With an infinite `most` all is made before the head is sent: so what is found to be wrong while it is made
+    is answered with its own status.
     """
     state = request.app[STATE]
     etag = own_etag or state.usage.etag
     headers = cache_headers(etag, kind) + more
     name = (etag, key)  # the ETag, too, for an `own_etag` may change while the data do not
 
-    def start() -> Any:
-        pieces = make()  # nothing has been awaited yet: so its data are of this ETag
-        return state.slices.finish(join_up_to(most, pieces))
-
-    body = await state.answers.get(name, start)
+    # `get` calls `make`, if it does, before any await: so the data are those of `etag`.
+    body = await state.answers.get(name, lambda: state.slices.finish(join_up_to(most, make())))
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):  # only now, for there could have been an error
         return Answer(304, headers=headers)
-    if body is None:  # too long: it is made for each client
+    if body is None:  # it is longer
         return Answer(200, make(), cache_headers(own_etag or state.usage.etag, kind) + more)
     if len(body) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
         plain, headers = body, (*headers, ("Content-Encoding", "gzip"))
@@ -2295,7 +2297,7 @@ async def answer_errors(state: State, request: web.Request, handler: Handler) ->
 
 
 async def add_safety_headers(_: web.Request, response: web.StreamResponse) -> None:
-    """Complete what is no Answer: aiohttp's 417 to an unknown Expect. It closes: the body may not come."""
+    """Complete what is no Answer: aiohttp's 417 to an unknown Expect. The body may not come: so it closes."""
     response.headers.update((*SAFETY_HEADERS, ("Connection", "close")))
     response.force_close()
 
@@ -2958,20 +2960,21 @@ def tidy_log(record: logging.LogRecord) -> bool:
     return not isinstance(error, (http_exceptions.HttpProcessingError, ConnectionError))
 
 
-def await_signal(signalled: Future[None]) -> None:
+def await_signal(serving: threading.Event, signalled: Future[None]) -> None:
     """Wait for SIGINT or SIGTERM, and end the process.
 
-    While it starts, this ends it at once. Once it serves, `signalled` is running, and `serve` ends it when
-    that has a result or, if it does not within END_SECONDS, this does.
+    While it starts, this ends it at once. While it serves, `serve` does or, after END_SECONDS, this.
     """
     signal.sigwait(SIGNALS)
-    if signalled.running():
+    if serving.is_set():
         signalled.set_result(None)
         time.sleep(END_SECONDS)
     os._exit(0)  # all that was acknowledged is stored
 
 
-async def serve(app: web.Application, listener: socket.socket, signalled: Future[None]) -> NoReturn:
+async def serve(
+    app: web.Application, listener: socket.socket, serving: threading.Event, signalled: Future[None]
+) -> NoReturn:
     """Answer until the first signal; then answer what is under way, and end the process."""
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4))  # each thread keeps memory
     runner = web.AppRunner(
@@ -2982,7 +2985,7 @@ async def serve(app: web.Application, listener: socket.socket, signalled: Future
         lingering_time=LINGER_SECONDS,
     )
     await runner.setup()
-    signalled.set_running_or_notify_cancel()
+    serving.set()
     # asyncio takes `backlog` connections at a stretch, and logs an error for each that it cannot take:
     # so it gets 1, and the system afterwards how many may wait.
     site = web.SockSite(runner, listener, backlog=1)
@@ -3019,8 +3022,8 @@ def main() -> None:
     """Run the program: status 0 after Ctrl-C or SIGTERM, 2 and one line if it cannot start."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # before any thread begins: each inherits that
     # A thread waits for the signal, so neither a disk nor a busy event loop can keep the process alive.
-    signalled: Future[None] = Future()
-    threading.Thread(target=await_signal, args=(signalled,), daemon=True).start()
+    serving, signalled = threading.Event(), Future[None]()
+    threading.Thread(target=await_signal, args=(serving, signalled), daemon=True).start()
     set_up_process()
     options = parse_options(os.environ, sys.argv[1:])
     logging.getLogger("aiohttp.access").disabled = not options.verbose
@@ -3035,7 +3038,7 @@ def main() -> None:
             log.warning("others can reach this: without USAGE_TOKEN it is for a gateway to say who may write")
         # While it serves, no variable holds what was imported: with --db that would be in memory twice.
         app = create_app(config, options.directory and read_import(options.directory, options.tracks))
-        asyncio.run(serve(app, listener, signalled))
+        asyncio.run(serve(app, listener, serving, signalled))
     except StorageError as error:
         task = "take back an import of" if options.undo_import else "use the database"
         PARSER.error(f"cannot {task} {options.db}: {error}")
