@@ -176,9 +176,11 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 SLICE_SECONDS = 0.0005  # a time slice
 SHORT_SLICES = 64  # work that takes more time slices is long work
 MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
-ROUND_WRITES = 8  # without --db at most so many begin in a round of the event loop
-# A thread waits so long for the interpreter's lock before it demands it. That must be less than a time slice:
-# after each the event loop releases the lock for a moment, and the thread's wait begins anew.
+# Without --db a write waits for nothing else: so only so many begin in a round of the event loop. With --db
+# the `Journal` makes many visible together, and sleeps in between.
+ROUND_WRITES = 8
+# For `sys.setswitchinterval`. It must be shorter than a time slice, or threads would starve: between slices
+# the event loop releases the interpreter's lock for an instant, and their wait for it begins anew.
 SWITCH_SECONDS = SLICE_SECONDS / 5
 
 Steps = Generator[None, None, T]  # work that yields where others may go on, and returns a T
@@ -219,6 +221,11 @@ class TimeSlices:
     async def yield_to_others(self) -> None:
         """Wait for the next round in which nobody else has the time slice."""
         async with self.one_a_round:  # held for a round of waiting, and not for the work that follows
+            await asyncio.sleep(0)
+
+    async def wait_to_write(self) -> None:
+        """Wait for a round in which fewer than ROUND_WRITES others begin to write (without --db)."""
+        async with self.writes:  # held like the other
             await asyncio.sleep(0)
 
     async def finish(self, work: Generator[Any, None, T], first: bool = False) -> T:
@@ -749,8 +756,8 @@ def aggregate(
 #
 #     amount   what a label gets of a month's revenue: pro rata, by the seconds of all, or user-centric, each
 #              fee by the seconds of who pays it
-#     claim    what a label has a right to of the net fees, in hundredths of a cent x 2**CLAIM_BITS
-#     quota    what a claim comes to in cents of the revenue, x 2**QUOTA_BITS, before it is rounded
+#     claim    a label's part, x 2**CLAIM_BITS, of the seconds of all or, user-centric, of all net fees
+#     quota    what a claim comes to in cents of the revenue, x 2**QUOTA_BITS, before it is rounded to cents
 #     ledger   what a month's streams and fees come to, and how they are shared out
 #     account  a month's money: it follows the streams while the month is open, and is frozen with its close
 #     late     how much more, or less, a closed month would give a label now
@@ -760,8 +767,8 @@ FACTORS = {"app_store": 70, "web": 90}  # per cent: what the store or the paymen
 FEE = re.compile(r"[0-9]{1,5}(\.[0-9]{1,2})?")
 HIGHEST_FEE = 1_000_000  # cents
 CURRENCY = "EUR"
-CLAIM_BITS = 640  # binary places of a claim; the last ones are not exact
-QUOTA_BITS = 384  # binary places of a quota; all are exact
+CLAIM_BITS = 640  # binary places of a claim
+QUOTA_BITS = 384  # and of a quota: `quota` tells why it has less
 AMOUNTS = ("amount", "amount_user_centric")
 ADJUSTMENTS = ("adjustment", "adjustment_user_centric")
 LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", *AMOUNTS, *ADJUSTMENTS)
@@ -873,13 +880,13 @@ def tally(users: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Led
             add_up(totals, label, total)
             centric[label] += price * total[1]
     seconds, revenue = seconds_of(totals), (net + 50) // 100
-    price_of_all, silent_price = ((each << CLAIM_BITS) // (seconds or 1) for each in (net, silent_net))
+    silent_price = (silent_net << CLAIM_BITS) // (seconds or 1)
     for label, total in totals.items():
         yield
-        pro_rata[label] = price_of_all * total[1]
+        pro_rata[label] = total[1] << CLAIM_BITS
         centric[label] += silent_price * total[1]
     cents = revenue if seconds else 0
-    amounts = yield from share_out(cents, net, pro_rata)
+    amounts = yield from share_out(cents, seconds, pro_rata)
     amounts_centric = yield from share_out(cents, net, centric)
     lines = ((label, Line(*total, amounts[label], amounts_centric[label])) for label, total in totals.items())
     labels = dict((yield from in_steps(lines)))
@@ -901,14 +908,15 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
 
 
 def quota(amount: int, claim: int, whole: int) -> int:
-    """Return what a `claim` on `whole` comes to of `amount`, x 2**QUOTA_BITS.
+    """Return what a `claim` on `whole` comes to of `amount`, x 2**QUOTA_BITS, rounded to the nearest.
 
-    Quotas that are equal on paper must be equal here, or chance would break a tie instead of the name. As
-    prices are rounded down, a claim is too low, but only in its last 70 places (README, "Exact, in little
-    memory"). So all places in which claims have more than quotas are rounded off.
+    As `tally` rounds prices down, a claim is a little too low. What is 5 on paper is 4.99... before the
+    rounding, and 5 after it. So quotas that are equal on paper are equal here, and the name breaks a tie, not
+    chance. That there are places enough is shown in the README, under "Exact, in little memory".
     """
+    too_low = amount * claim // (whole or 1)
     off = CLAIM_BITS - QUOTA_BITS
-    return (amount * claim // (whole or 1) + (1 << (off - 1))) >> off
+    return (too_low + (1 << (off - 1))) >> off
 
 
 @dataclass
@@ -1040,7 +1048,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid, or taken back, for each month and label.
 
     That is what is late, less what adjustments have paid of it. Of a month that is open again nothing is
-    late, and what others have paid for it is taken back.
+    late, and what others have paid for it is taken back, for its next close pays all. Only the latest closed
+    month can be opened (`Books.obstacle`), but an earlier one can have paid for it: April for May, if April
+    had no streams until May was closed, and was closed after May.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
@@ -1184,13 +1194,13 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
     payers, others = yield from find_payers(account, label)
     if ledger.silent_users:
         payers.append(describe_payer([None] * 4, ledger.silent_net, line.seconds_streamed, ledger.seconds))
-    revenue, claim, net = account.revenue, ledger.claims[label], ledger.net
     adjusted = {name: cents for (name, of_label), cents in account.adjustments.items() if of_label == label}
+    claim = ledger.claims[label]
+    # In millionths of a euro: a hundredth of a cent is 100. By `quota`, for the claim is a little too low.
+    claimed = quota(100, claim, 1) >> QUOTA_BITS
 
-    # Millionths of a euro: a cent has 10,000 of them, a hundredth of a cent 100. They are shown and not paid.
-    # Pro rata a label's part of the seconds is its part of the net fees, which `tally` goes by.
-    def rounded(own_claim: int, whole: int, paid: int) -> dict[str, Any]:
-        exact = quota(10_000 * revenue, own_claim, whole) >> QUOTA_BITS
+    def explain(own_claim: int, whole: int, paid: int) -> dict[str, Any]:
+        exact = quota(10_000 * account.revenue, own_claim, whole) >> QUOTA_BITS  # 10,000 are a cent
         down = exact // 10_000
         return {"exact": euros(exact, 6), "rounded_down": euros(down), "cent_added": paid > down}
 
@@ -1200,17 +1210,17 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
         "currency": CURRENCY,
         "line": describe_line(label, line, ledger.seconds),
         "pro_rata": {
-            "revenue": euros(revenue),
+            "revenue": euros(account.revenue),
             "seconds_streamed": line.seconds_streamed,
             "of_seconds": ledger.seconds,
-            **rounded(line.seconds_streamed << CLAIM_BITS, ledger.seconds, line.amount),
+            **explain(line.seconds_streamed << CLAIM_BITS, ledger.seconds, line.amount),
         },
         "user_centric": {
             "subscribers": payers,
-            "sum": euros(quota(100, claim, 1) >> QUOTA_BITS, 6),  # the claim itself, in millionths
-            "of_sum": euros(100 * net, 6),
-            "revenue": euros(revenue),
-            **rounded(claim, net, line.amount_user_centric),
+            "sum": euros(claimed, 6),
+            "of_sum": euros(100 * ledger.net, 6),
+            "revenue": euros(account.revenue),
+            **explain(claim, ledger.net, line.amount_user_centric),
         },
         "listeners_without_subscription": {"users": len(others), "seconds_streamed": sum(others)},
         "adjustments": [
@@ -2043,7 +2053,9 @@ class Answer(web.StreamResponse):
         A request whose body has not been read to its end is its connection's last (RFC 9112, 9.3).
         """
         body, self.body = self.body, b""
-        if request.transport:  # `drain` then waits until all is sent: so whoever waits for handlers does
+        if request.transport:
+            # `drain` then returns only when the system has all of it. So what a handler has answered is sent,
+            # and `serve` may end the process after the last handler.
             request.transport.set_write_buffer_limits(0)
         self.keep_alive = request.keep_alive and request.content.is_eof()
         if not isinstance(body, bytes):
@@ -2265,15 +2277,21 @@ def answer_success(message: str, data: bytes, status: int = 200, **headers: str)
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Have a request answered. If its client disconnects, a read is cancelled (see `serve`), no write is."""
-    state, writes = request.app[STATE], request.method not in READING
-    # Each request waits for a round, as one connection may send many. A write without a journal is done at
-    # once: so of these only ROUND_WRITES at a time get past this point.
-    async with state.slices.writes if writes and not state.journal else contextlib.nullcontext():
+    """Have a request answered.
+
+    If its client disconnects, it is cancelled (see `serve`), unless it is a write that is being stored.
+    """
+    state = request.app[STATE]
+    # One connection may send many requests: so each waits for a round of the event loop.
+    if request.method in READING:
         await asyncio.sleep(0)
-    answering = answer_errors(state, request, handler)
-    # Without a journal nothing is awaited in `State.store`: so a write that is cancelled has not begun.
-    answer = await (asyncio.shield(answering) if writes and state.journal else answering)
+        answer = await answer_errors(state, request, handler)
+    elif state.journal:
+        await asyncio.sleep(0)
+        answer = await asyncio.shield(answer_errors(state, request, handler))
+    else:  # it needs no shield: `State.store` awaits nothing, so what is cancelled is not being stored
+        await state.slices.wait_to_write()
+        answer = await answer_errors(state, request, handler)
     state.requests[answer.status // 100] += 1
     return answer
 
@@ -2506,10 +2524,11 @@ async def delete_stream(request: web.Request) -> Answer:
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a cursor, each stream once, as it is now.
 
-    A cursor is NAME-AFTER: the client has read the sequence of this name up to the number AFTER, and must be
-    told of all later removals. During a first reading in pages it is NAME-AFTER-SINCE, such as NAME-100-900,
-    NAME-200-900 and so on up to NAME-900. SINCE is where that reading began: the client never got what was
-    removed before, so it need be told only of removals after SINCE.
+    A cursor is NAME-AFTER: the client has read the sequence of this name up to the number AFTER. Not all
+    tombstones are kept (`Usage.remove`): if one after AFTER is forgotten, the client has to begin anew, or it
+    would keep a stream that is gone. During a first reading in pages the cursor is NAME-AFTER-SINCE, such as
+    NAME-100-900, NAME-200-900 and so on up to NAME-900: that reading began when SINCE was the latest number.
+    What was removed before, the client never got: so only tombstones after SINCE must be there.
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
@@ -2519,7 +2538,6 @@ async def get_changes(request: web.Request) -> Answer:
     after, since = int(numbers[0]), int(numbers[-1])  # without SINCE it is AFTER
     if after == 0:  # a first reading begins
         since = now
-    # All tombstones after SINCE must be there. Earlier ones may be told, too, and do no harm.
     if name != usage.sequence_name or not (after <= now and usage.tombstones_since <= since <= now):
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
