@@ -220,12 +220,12 @@ class TimeSlices:
 
     async def yield_to_others(self) -> None:
         """Wait for the next round in which nobody else has the time slice."""
-        async with self.one_a_round:  # held for a round of waiting, and not for the work that follows
+        async with self.one_a_round:  # as through a turnstile: in each round one gets out, to its work
             await asyncio.sleep(0)
 
     async def wait_to_write(self) -> None:
         """Wait for a round in which fewer than ROUND_WRITES others begin to write (without --db)."""
-        async with self.writes:  # held like the other
+        async with self.writes:
             await asyncio.sleep(0)
 
     async def finish(self, work: Generator[Any, None, T], first: bool = False) -> T:
@@ -592,9 +592,8 @@ class Usage:
 
     def changes_after(self, number: int) -> Iterator[Chunk]:
         """Return what was created, changed or removed after a number, as it is now, in order of version."""
-        orders = self.by_id, self.changed, self.tombstones
-        # A list, so all three are of now, however late they are read.
-        found = [order.between(number + 1) for order in orders]
+        # These are of now, however late they are read: `between` has copied where the chunks are.
+        found = [order.between(number + 1) for order in (self.by_id, self.changed, self.tombstones)]
         created, changed, removed = map(itertools.chain.from_iterable, found)
         unchanged = (event for event in created if type(event) is Event)  # their version is their id
         in_order = merge(unchanged, changed, removed, key=attrgetter("version"))
@@ -885,7 +884,7 @@ def tally(users: ByUser, subscriptions: Mapping[str, Subscription]) -> Steps[Led
         yield
         pro_rata[label] = total[1] << CLAIM_BITS
         centric[label] += silent_price * total[1]
-    cents = revenue if seconds else 0
+    cents = revenue if seconds else 0  # or labels with streams of 0 s would get what is left, a cent each
     amounts = yield from share_out(cents, seconds, pro_rata)
     amounts_centric = yield from share_out(cents, net, centric)
     lines = ((label, Line(*total, amounts[label], amounts_centric[label])) for label, total in totals.items())
@@ -910,9 +909,9 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
 def quota(amount: int, claim: int, whole: int) -> int:
     """Return what a `claim` on `whole` comes to of `amount`, x 2**QUOTA_BITS, rounded to the nearest.
 
-    As `tally` rounds prices down, a claim is a little too low. What is 5 on paper is 4.99... before the
-    rounding, and 5 after it. So quotas that are equal on paper are equal here, and the name breaks a tie, not
-    chance. That there are places enough is shown in the README, under "Exact, in little memory".
+    The prices in `tally` are rounded down, so a claim is a little too low: what is 5 on paper is 4.99... at
+    first. To the nearest, with fewer places, it is 5 again. So quotas that are equal on paper are equal here,
+    and the name breaks a tie, not chance. README, "Exact, in little memory", shows that the places suffice.
     """
     too_low = amount * claim // (whole or 1)
     off = CLAIM_BITS - QUOTA_BITS
@@ -1048,15 +1047,15 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid, or taken back, for each month and label.
 
     That is what is late, less what adjustments have paid of it. Of a month that is open again nothing is
-    late, and what others have paid for it is taken back, for its next close pays all. Only the latest closed
-    month can be opened (`Books.obstacle`), but an earlier one can have paid for it: April for May, if April
-    had no streams until May was closed, and was closed after May.
+    late, and what others have paid for it is taken back: its next close pays all.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
         due |= yield from account.late_amounts(month, books)
     for account in books.closed.values():
-        for key, cents in account.adjustments.items():  # of months that are open again, too
+        # A closed month may have paid for a later one that is open again: say May was closed, then April got
+        # its first streams, was closed and paid for May, then May was opened.
+        for key, cents in account.adjustments.items():
             yield
             add_up(due, key, cents, -1)
     return due
@@ -1196,7 +1195,8 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
         payers.append(describe_payer([None] * 4, ledger.silent_net, line.seconds_streamed, ledger.seconds))
     adjusted = {name: cents for (name, of_label), cents in account.adjustments.items() if of_label == label}
     claim = ledger.claims[label]
-    # In millionths of a euro: a hundredth of a cent is 100. By `quota`, for the claim is a little too low.
+    # In millionths of a euro: 100 are a hundredth of a cent, which is what a claim is in. Nothing is shared out
+    # here: `quota` only rounds, for the claim is a little too low.
     claimed = quota(100, claim, 1) >> QUOTA_BITS
 
     def explain(own_claim: int, whole: int, paid: int) -> dict[str, Any]:
@@ -1329,8 +1329,8 @@ class Import:
             names = [cell.strip().casefold().replace(" ", "_") for cell in next(rows, [])]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            # A bad row is noted, and the loop goes on. So is an overlong line, but its error ends the
-            # generator `check_lines`: the next row is None, as after the last.
+            # `_noting_fault` notes a bad row, and the loop goes on. So it does with an overlong
+            # line, but that ends the generator `check_lines`: so the next row is None, as after the last.
             while True:
                 with self._noting_fault(f"{path.name}:{rows.line_num + 1}"):
                     if (row := next(rows, None)) is None:
@@ -1504,9 +1504,9 @@ class Database:
         The mode "r+b" makes no new file.
         """
         self.failed = False
-        # Whether the WAL may hold a commit whose sync has failed. The index does not list it, so nobody reads
-        # it, and no checkpoint moves it into the file. But after a kill SQLite makes a new index of the WAL,
-        # and what was refused would be there. So such a WAL is emptied before the next commit.
+        # Whether the WAL may hold a commit whose sync has failed. The index does not list that, so nobody
+        # reads it, and no checkpoint moves it into the file. But after a kill SQLite makes the index anew, of
+        # all that is in the WAL, and what was refused would be there. So such a WAL must be emptied.
         self.wal_in_doubt = False
         self.last_commit = -math.inf
         path = path.absolute()  # to SQLite a name such as ":memory:" or "file:..." is no file
@@ -1536,7 +1536,7 @@ class Database:
         )
         self.wal, shm = Path(f"{real}-wal"), Path(f"{real}-shm")
         self.opened = {file: file.stat() for file in (path, self.wal, shm)}
-        # The largest that were seen; that of the WAL is 0 after each checkpoint.
+        # The largest that were seen. The WAL may get shorter: `_begin` counts its frames.
         self.sizes = {file: self.opened[file].st_size for file in (path, shm)}
         self.index = shm.open("rb", buffering=0)  # it stays open, like `lock`
         (self.page_size,) = self.connection.execute("PRAGMA page_size").fetchone()
@@ -1547,7 +1547,7 @@ class Database:
         self.lock.close()
 
     def _checkpoint(self) -> None:
-        """Move what is in the index from the WAL into the file, and empty the WAL."""
+        """Move what the index lists from the WAL into the file, and empty the WAL."""
         if self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:  # it waits for readers
             raise StorageError("another process reads the file")
         self.wal_in_doubt = False
@@ -2054,8 +2054,8 @@ class Answer(web.StreamResponse):
         """
         body, self.body = self.body, b""
         if request.transport:
-            # `drain` then returns only when the system has all of it. So what a handler has answered is sent,
-            # and `serve` may end the process after the last handler.
+            # The `drain` in `_write` then returns only when the system has all of it. So what a handler has
+            # answered is sent, and `serve` may end the process after the last handler.
             request.transport.set_write_buffer_limits(0)
         self.keep_alive = request.keep_alive and request.content.is_eof()
         if not isinstance(body, bytes):
@@ -2167,7 +2167,7 @@ class SingleFlight:
                 del self.waiters[key], self.flights[key]
                 flight.cancel()  # of one that is done this does nothing
         if len(made or b"") <= KEPT_BYTES:
-            self.kept[key] = made  # it may be of an earlier moment: then nobody asks for its key any more
+            self.kept[key] = made  # maybe too late: then nobody asks for its key any more
             if len(self.kept) > KEPT_ANSWERS:
                 del self.kept[next(iter(self.kept))]
         return made
@@ -2196,7 +2196,8 @@ async def answer_cached(
     """Answer with what `make` makes, or with 304 if the client has it already.
 
     `key` is what was asked for, `more` are headers; what does not come from the data has an `own_etag`.
-    `make` takes the data of the moment in which it is called, and returns pieces that are made later.
+    `make` takes the data of the moment in which it is called, and returns pieces that are made later: so it
+    is no generator function itself.
 
     An answer of up to `most` bytes is made whole, once for all who wait for it. For a longer one `make` is
     called again for each client, who gets the pieces as they are made, with the data of that later moment.
@@ -2212,7 +2213,7 @@ async def answer_cached(
     body = await state.answers.get(name, lambda: state.slices.finish(join_up_to(most, make())))
     if is_listed(request, hdrs.IF_NONE_MATCH, f'"{etag}"'):  # only now, for there could have been an error
         return Answer(304, headers=headers)
-    if body is None:  # it is longer
+    if body is None:  # it is longer: so it is made anew, of what is now and under the ETag of that
         return Answer(200, make(), cache_headers(own_etag or state.usage.etag, kind) + more)
     if len(body) >= GZIP_BYTES and accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")):
         plain, headers = body, (*headers, ("Content-Encoding", "gzip"))
@@ -2427,7 +2428,7 @@ async def get_streams(request: web.Request) -> Answer:
         counted = state.usage.by_start.between(since, until)
         rows = await state.slices.finish(aggregate(counted, (), None, filters, None))
         total, _ = next(rows, (0, 0))  # streams and seconds, as it is grouped by nothing
-        filters += (("stream_started_on", range(since, until)),)  # `counted` was cut to it, `following` not
+        filters += (("stream_started_on", range(since, until)),)  # for `following`; `counted` was cut to it
     found = first_of((matching(chunk, filters) for chunk in following), limit + 1)
     page: list[Event] = list(itertools.chain(*await state.slices.finish(in_steps(found))))
     listed = b",".join(event.json_with_id for event in page[:limit])
@@ -2445,7 +2446,7 @@ async def post_streams(request: web.Request) -> Answer:
     body = await read_body(request)
     digest = hashlib.sha256(body).digest()
     async with state.lock("key", key) if key else contextlib.nullcontext():
-        known, first_id = state.usage.keys.get(key or "", (None, 0))  # `known` is a digest, too
+        known, first_id = state.usage.keys.get(key or "", (None, 0))  # a digest and the first id, if any
         if known not in (None, digest):
             raise web.HTTPUnprocessableEntity(reason="this Idempotency-Key came with another body before")
         value = parse_json(body)
@@ -2532,20 +2533,22 @@ async def get_changes(request: web.Request) -> Answer:
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
-    cursor, limit = asked.get("after", "0"), asked.get("limit", math.inf)
-    name, *numbers = cursor.split("-") if "-" in cursor else (usage.sequence_name, cursor)  # AFTER will do
+    cursor, limit = asked.get("after", "0").split("-"), asked.get("limit", math.inf)
+    name = cursor.pop(0) if len(cursor) > 1 else usage.sequence_name  # AFTER alone will do
+    after, since = int(cursor[0]), int(cursor[-1])  # without SINCE it is AFTER
     now = read_to = usage.sequence
-    after, since = int(numbers[0]), int(numbers[-1])  # without SINCE it is AFTER
     if after == 0:  # a first reading begins
         since = now
-    if name != usage.sequence_name or not (after <= now and usage.tombstones_since <= since <= now):
+    forgotten = since < usage.tombstones_since
+    if name != usage.sequence_name or forgotten or max(after, since) > now:
         raise web.HTTPGone(reason="what follows this number is not known here: begin anew with after=0")
     chunks: Iterable[Chunk] = first_of(usage.changes_after(after), limit)
     if "limit" in asked:
         chunks = page = await state.slices.finish(in_steps(chunks))
         if sum(map(len, page)) == limit:
             read_to = page[-1][-1].version
-    following = f"{name}-{read_to}" + (f"-{since}" if since > read_to else "")
+    # Only during a first reading SINCE is above what has been read.
+    following = f"{name}-{read_to}-{since}" if since > read_to else f"{name}-{read_to}"
     link = f'</api/v1/changes?after={following}>; rel="next"'
     # Most who poll have read everything: to them b"" is sent quicker than pieces that come to nothing.
     feed = (chunk.feed_lines for chunk in chunks) if after < now else b""
@@ -2999,7 +3002,7 @@ async def serve(
         app,
         access_log_format='%a "%r" %s %b',  # no header: it may hold any control character above 127
         auto_decompress=False,  # a small body could become very large
-        handler_cancellation=True,
+        handler_cancellation=True,  # when the client disconnects, see `guard`
         lingering_time=LINGER_SECONDS,
     )
     await runner.setup()
