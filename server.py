@@ -1195,8 +1195,8 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
         payers.append(describe_payer([None] * 4, ledger.silent_net, line.seconds_streamed, ledger.seconds))
     adjusted = {name: cents for (name, of_label), cents in account.adjustments.items() if of_label == label}
     claim = ledger.claims[label]
-    # In millionths of a euro: 100 are a hundredth of a cent, which is what a claim is in. Nothing is shared out
-    # here: `quota` only rounds, for the claim is a little too low.
+    # In millionths of a euro: 100 are a hundredth of a cent, which is what a claim is in. Nothing is shared
+    # out here: `quota` only rounds, for the claim is a little too low.
     claimed = quota(100, claim, 1) >> QUOTA_BITS
 
     def explain(own_claim: int, whole: int, paid: int) -> dict[str, Any]:
