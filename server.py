@@ -225,7 +225,7 @@ class TimeSlices:
 
     async def wait_to_write(self) -> None:
         """Wait for a round in which fewer than ROUND_WRITES others begin to write (without --db)."""
-        async with self.writes:
+        async with self.writes:  # in each round ROUND_WRITES get out
             await asyncio.sleep(0)
 
     async def finish(self, work: Generator[Any, None, T], first: bool = False) -> T:
@@ -1046,8 +1046,9 @@ class Account:
 def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid, or taken back, for each month and label.
 
-    That is what is late, less what adjustments have paid of it. Of a month that is open again nothing is
-    late, and what others have paid for it is taken back: its next close pays all.
+    That is what is late, less what adjustments have paid of it. So a label's amount of a closed month, all
+    adjustments for it, and this come to what that month would give it now. Of a month that is open again
+    nothing is late, and what others have paid for it is taken back: its next close pays all.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
@@ -2525,11 +2526,14 @@ async def delete_stream(request: web.Request) -> Answer:
 async def get_changes(request: web.Request) -> Answer:
     """List what was created, changed or removed after a cursor, each stream once, as it is now.
 
-    A cursor is NAME-AFTER: the client has read the sequence of this name up to the number AFTER. Not all
-    tombstones are kept (`Usage.remove`): if one after AFTER is forgotten, the client has to begin anew, or it
-    would keep a stream that is gone. During a first reading in pages the cursor is NAME-AFTER-SINCE, such as
-    NAME-100-900, NAME-200-900 and so on up to NAME-900: that reading began when SINCE was the latest number.
-    What was removed before, the client never got: so only tombstones after SINCE must be there.
+    A cursor is
+
+        NAME-AFTER        the client has read the sequence of this name up to the number AFTER
+        NAME-AFTER-SINCE  the same, in a first reading in pages, which began when SINCE was the latest number
+
+    Not all tombstones are kept (`Usage.remove`). If one after AFTER is forgotten, the client has to begin
+    anew, or it would keep a stream that is gone. In a first reading only those after SINCE count: what was
+    removed before, the client never got.
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
@@ -2547,7 +2551,7 @@ async def get_changes(request: web.Request) -> Answer:
         chunks = page = await state.slices.finish(in_steps(chunks))
         if sum(map(len, page)) == limit:
             read_to = page[-1][-1].version
-    # Only during a first reading SINCE is above what has been read.
+    # Only in a first reading SINCE is above what has been read.
     following = f"{name}-{read_to}-{since}" if since > read_to else f"{name}-{read_to}"
     link = f'</api/v1/changes?after={following}>; rel="next"'
     # Most who poll have read everything: to them b"" is sent quicker than pieces that come to nothing.
