@@ -179,8 +179,9 @@ MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
 # Without --db a write waits for nothing else: so only so many begin in a round of the event loop. With --db
 # the `Journal` makes many visible together, and sleeps in between.
 ROUND_WRITES = 8
-# For `sys.setswitchinterval`. It must be shorter than a time slice, or threads would starve: between slices
-# the event loop releases the interpreter's lock for an instant, and their wait for it begins anew.
+# For `sys.setswitchinterval`: how long a thread waits for the interpreter's lock until it demands it. Between
+# slices the event loop releases the lock, has it back before the thread is awake, and the wait begins anew.
+# So this must be shorter than a slice, or threads would starve.
 SWITCH_SECONDS = SLICE_SECONDS / 5
 
 Steps = Generator[None, None, T]  # work that yields where others may go on, and returns a T
@@ -564,8 +565,8 @@ class Usage:
         if over <= 0:
             return None
         earliest = min(events, key=attrgetter("stream_started_on"))
-        # It is dropped if fewer than `over` kept events come before it. One with the same start does, as its
-        # id is lower: so `+ 1`, for `high` is exclusive.
+        # It is dropped if fewer than `over` kept events go before it. One with the same start does, as its id
+        # is lower than the new one's: so `+ 1`, for `high` is exclusive.
         earlier = self.by_start.between(high=earliest.stream_started_on + 1)
         return earliest if sum(map(len, earlier)) < over else None
 
@@ -767,7 +768,7 @@ FEE = re.compile(r"[0-9]{1,5}(\.[0-9]{1,2})?")
 HIGHEST_FEE = 1_000_000  # cents
 CURRENCY = "EUR"
 CLAIM_BITS = 640  # binary places of a claim
-QUOTA_BITS = 384  # and of a quota: `quota` tells why it has less
+QUOTA_BITS = 384  # and of a quota: `round_off` tells why it has less
 AMOUNTS = ("amount", "amount_user_centric")
 ADJUSTMENTS = ("adjustment", "adjustment_user_centric")
 LABEL_COLUMNS = ("label", "streams", "seconds_streamed", "share", *AMOUNTS, *ADJUSTMENTS)
@@ -907,15 +908,19 @@ def share_out(cents: int, whole: int, claims: Mapping[str, int]) -> Steps[dict[s
 
 
 def quota(amount: int, claim: int, whole: int) -> int:
-    """Return what a `claim` on `whole` comes to of `amount`, x 2**QUOTA_BITS, rounded to the nearest.
+    """Return what a `claim` on `whole` comes to of `amount`, x 2**QUOTA_BITS."""
+    return round_off(amount * claim // (whole or 1))
 
-    The prices in `tally` are rounded down, so a claim is a little too low: what is 5 on paper is 4.99... at
-    first. To the nearest, with fewer places, it is 5 again. So quotas that are equal on paper are equal here,
-    and the name breaks a tie, not chance. README, "Exact, in little memory", shows that the places suffice.
+
+def round_off(exact: int) -> int:
+    """Round a number with CLAIM_BITS binary places to QUOTA_BITS of them, to the nearest.
+
+    The prices in `tally` are rounded down, so a claim is a little too low: a quota that is 5 on paper is
+    4.99... before this, and 5 after it. So quotas that are equal on paper are equal here, and the name breaks
+    a tie, not chance. README, "Exact, in little memory", shows that the places suffice.
     """
-    too_low = amount * claim // (whole or 1)
     off = CLAIM_BITS - QUOTA_BITS
-    return (too_low + (1 << (off - 1))) >> off
+    return (exact + (1 << (off - 1))) >> off
 
 
 @dataclass
@@ -1054,8 +1059,8 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     for month, account in books.closed.items():
         due |= yield from account.late_amounts(month, books)
     for account in books.closed.values():
-        # A closed month may have paid for a later one that is open again: say May was closed, then April got
-        # its first streams, was closed and paid for May, then May was opened.
+        # A closed month may have paid for a later one that is open again. Say May was closed, then April got
+        # its first streams, was closed and paid for May, then May was opened: so May takes that back.
         for key, cents in account.adjustments.items():
             yield
             add_up(due, key, cents, -1)
@@ -1196,9 +1201,7 @@ def statement(books: Books, month: str, label: str) -> Steps[dict[str, Any]]:
         payers.append(describe_payer([None] * 4, ledger.silent_net, line.seconds_streamed, ledger.seconds))
     adjusted = {name: cents for (name, of_label), cents in account.adjustments.items() if of_label == label}
     claim = ledger.claims[label]
-    # In millionths of a euro: 100 are a hundredth of a cent, which is what a claim is in. Nothing is shared
-    # out here: `quota` only rounds, for the claim is a little too low.
-    claimed = quota(100, claim, 1) >> QUOTA_BITS
+    claimed = round_off(100 * claim) >> QUOTA_BITS  # in millionths of a euro; it was in hundredths of a cent
 
     def explain(own_claim: int, whole: int, paid: int) -> dict[str, Any]:
         exact = quota(10_000 * account.revenue, own_claim, whole) >> QUOTA_BITS  # 10,000 are a cent
@@ -1587,7 +1590,7 @@ class Database:
             self._begin()
             for statement, group in itertools.groupby(statements, key=itemgetter(0)):
                 self._execute(statement, itertools.chain.from_iterable(rows for _, rows in group))
-            self.wal_in_doubt = True
+            self.wal_in_doubt = True  # until this has succeeded
             self.connection.commit()
             self.wal_in_doubt = False
         except Exception as error:
@@ -2055,8 +2058,8 @@ class Answer(web.StreamResponse):
         """
         body, self.body = self.body, b""
         if request.transport:
-            # The `drain` in `_write` then returns only when the system has all of it. So what a handler has
-            # answered is sent, and `serve` may end the process after the last handler.
+            # `_write` then waits until the system has all of it. So what a handler has answered is sent, and
+            # `serve` may end the process after the last handler.
             request.transport.set_write_buffer_limits(0)
         self.keep_alive = request.keep_alive and request.content.is_eof()
         if not isinstance(body, bytes):
@@ -2232,7 +2235,7 @@ def write_list(kind: str, columns: Sequence[str], lines: Iterable[bytes]) -> Pie
     yield opening
     nothing_yet = True
     for some in lines:  # they may be b"", where a filter leaves nothing
-        separated = some.replace(b"\n", b",") if kind == "json" else some
+        separated = some.replace(b"\n", b",") if kind == "json" else some  # JSON has no newline in a text
         yield separated[1:] if nothing_yet else separated  # before the first line no separator
         nothing_yet = nothing_yet and not some
     if kind == "json" or not nothing_yet:
