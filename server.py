@@ -179,9 +179,9 @@ MOST_LONG_WORK = 4  # is under way at a time, for it holds memory
 # Without --db a write waits for nothing else: so only so many begin in a round of the event loop. With --db
 # the `Journal` makes many visible together, and sleeps in between.
 ROUND_WRITES = 8
-# For `sys.setswitchinterval`: how long a thread waits for the interpreter's lock until it demands it. Between
-# slices the event loop releases the lock, has it back before the thread is awake, and the wait begins anew.
-# So this must be shorter than a slice, or threads would starve.
+# A thread gets the interpreter's lock once it has waited so long without a break (`sys.setswitchinterval`).
+# After each slice the event loop releases the lock, too shortly for the thread to take it, and the wait
+# begins anew. So this must be shorter than a slice, or threads would starve.
 SWITCH_SECONDS = SLICE_SECONDS / 5
 
 Steps = Generator[None, None, T]  # work that yields where others may go on, and returns a T
@@ -1052,16 +1052,17 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     """Return what is still to be paid, or taken back, for each month and label.
 
     That is what is late, less what adjustments have paid of it. So a label's amount of a closed month, all
-    adjustments for it, and this come to what that month would give it now. Of a month that is open again
-    nothing is late, and what others have paid for it is taken back: its next close pays all.
+    adjustments for it, and this come to what that month would give it now.
+
+    A month without streams is skipped. If it gets some, it may be closed after later ones, and pays for
+    these. If such a later one is opened again, nothing of it is late any more, and what was paid for it is
+    taken back here: its next close pays all.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
         due |= yield from account.late_amounts(month, books)
     for account in books.closed.values():
-        # A closed month may have paid for a later one that is open again. Say May was closed, then April got
-        # its first streams, was closed and paid for May, then May was opened: so May takes that back.
-        for key, cents in account.adjustments.items():
+        for key, cents in account.adjustments.items():  # for months that are open again, too
             yield
             add_up(due, key, cents, -1)
     return due
@@ -2534,9 +2535,9 @@ async def get_changes(request: web.Request) -> Answer:
         NAME-AFTER        the client has read the sequence of this name up to the number AFTER
         NAME-AFTER-SINCE  the same, in a first reading in pages, which began when SINCE was the latest number
 
-    Not all tombstones are kept (`Usage.remove`). If one after AFTER is forgotten, the client has to begin
-    anew, or it would keep a stream that is gone. In a first reading only those after SINCE count: what was
-    removed before, the client never got.
+    A first reading ends when it has read up to SINCE. Not all tombstones are kept (`Usage.remove`). If one
+    after AFTER is forgotten, the client has to begin anew, or it would keep a stream that is gone. In a first
+    reading only those after SINCE count: what was removed before, the client never got.
     """
     state, usage = request.app[STATE], request.app[STATE].usage
     asked = parse_query(request.rel_url.raw_query_string, "after", "limit")
@@ -2554,7 +2555,7 @@ async def get_changes(request: web.Request) -> Answer:
         chunks = page = await state.slices.finish(in_steps(chunks))
         if sum(map(len, page)) == limit:
             read_to = page[-1][-1].version
-    # Only in a first reading SINCE is above what has been read.
+    # A first reading goes on up to SINCE. In any other `since` is AFTER, and has been read.
     following = f"{name}-{read_to}-{since}" if since > read_to else f"{name}-{read_to}"
     link = f'</api/v1/changes?after={following}>; rel="next"'
     # Most who poll have read everything: to them b"" is sent quicker than pieces that come to nothing.
