@@ -963,7 +963,10 @@ class Books:
         return Books(self.subscriptions.copy(), months, versions, self.tracks.copy(), self.closed.copy())
 
     def paying_month(self) -> str:
-        """Return the first open month with streams, or the one after the last closed: it pays adjustments."""
+        """Return the first open month with streams, or the one after the last closed: it pays adjustments.
+
+        It may be before closed ones: a month without streams need not be closed, and may get some later.
+        """
         last = max(self.closed, default="1969-12")  # without any, there is nothing to adjust
         after_last = month_of(month_start(last) // DAY + 31)  # the 32nd day is one of the next month
         return min(self.months.keys() - self.closed.keys(), default=after_last)
@@ -1054,9 +1057,9 @@ def unpaid(books: Books) -> Steps[Adjustments]:
     That is what is late, less what adjustments have paid of it. So a label's amount of a closed month, all
     adjustments for it, and this come to what that month would give it now.
 
-    A month without streams is skipped. If it gets some, it may be closed after later ones, and pays for
-    these. If such a later one is opened again, nothing of it is late any more, and what was paid for it is
-    taken back here: its next close pays all.
+    Say March was closed after April, for it had no streams before, and paid for April. If April is opened
+    again, nothing of it is late, and what March paid for it is negative here: the next close takes it back,
+    and that of April pays all.
     """
     due: Adjustments = {}
     for month, account in books.closed.items():
@@ -2153,7 +2156,7 @@ class SingleFlight:
     async def get(self, key: object, start: Callable[[], Any]) -> Any:
         """Return what is kept, or wait for what is made.
 
-        If it is neither, `start` is called, before any await, and makes the coroutine that makes it. That is
+        If it is neither, `start` is called, before any await. The coroutine that it returns makes it, and is
         cancelled when nobody waits for it any more.
         """
         if self.moment != self.usage.sequence:
