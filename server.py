@@ -1337,8 +1337,8 @@ class Import:
             names = [cell.strip().casefold().replace(" ", "_") for cell in next(rows, [])]
             if sorted(names) != sorted(columns):
                 raise InvalidError(f"the first line must name the columns {delimiter.join(columns)}")
-            # `_noting_fault` notes a bad row, and the loop goes on. So it does with an overlong
-            # line, but that ends the generator `check_lines`: so the next row is None, as after the last.
+            # `_noting_fault` notes a bad row, and the loop goes on. It notes an overlong line, too, but that
+            # ends the generator `check_lines`: so the next row is None, as after the last.
             while True:
                 with self._noting_fault(f"{path.name}:{rows.line_num + 1}"):
                     if (row := next(rows, None)) is None:

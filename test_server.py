@@ -5340,8 +5340,8 @@ class Fuzzer:
             "/", "/usage?from=1&format=csv", "/usage?group_by=label&window=day", "/health", "/metrics", "/api/v1/streams?limit=9", "/api/v1/streams/1", "/api/v1/users/user1",
             "/api/v1/report?month=2019-03", "/api/v1/report/b?month=2019-03", "/api/v1/months", "/api/v1/months/2019-03", "/api/v1/changes?after=7",
         ])
-        head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        message = mutate(rng, head.encode(), HEAD_TOKENS) + body
+        head = raw_write(body, f"{method} {target}").removesuffix(body)
+        message = mutate(rng, head, HEAD_TOKENS) + body
         reader, writer = await asyncio.open_connection(*self.address)
         writer.write(message)
         received = b""
